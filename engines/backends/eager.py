@@ -1,0 +1,61 @@
+"""The reference backend: plain torch in fp32, no compiler; every other is compared with it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from engines.backends.base import Graph, Precision, Profile, Tolerance, check_inputs, check_weights
+
+TOLERANCE: dict[Precision, Tolerance] = {
+    "fp32": Tolerance(levels=1, share=1.0, psnr_db=50.0),
+}
+"""A picture alone against the same one in a batch: convolutions choose other algorithms by batch size."""
+
+
+def automatic_precision() -> Precision:
+    return "fp32"
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    graph: Graph
+    profile: Profile
+
+
+class EagerEngine:
+    def __init__(self, graph: Graph, module: Any) -> None:
+        self.inputs = graph.inputs
+        self._outputs = graph.outputs
+        self._module = module
+
+    @torch.no_grad()
+    def run(self, **inputs: Tensor) -> dict[str, Tensor]:
+        check_inputs(self.inputs, inputs)
+        out = self._module(**inputs)
+        return dict(zip(self._outputs, out if isinstance(out, tuple) else (out,), strict=True))
+
+    def close(self) -> None:
+        self._module = None
+
+
+class Eager:
+    name = "eager"
+    reload: Literal["refit", "recompile"] = "refit"
+
+    def available(self) -> bool:
+        return True
+
+    def build(self, graph: Graph, profile: Profile) -> Compiled:
+        return Compiled(graph, profile)
+
+    def load(self, compiled: Compiled, weights: Mapping[str, Tensor]) -> EagerEngine:
+        check_weights(compiled.graph.shapes, weights)
+        module = compiled.graph.module()
+        module.load_state_dict({name: value.float() for name, value in weights.items()})
+        return EagerEngine(compiled.graph, module.requires_grad_(False).eval())
+
+
+BACKEND = Eager

@@ -1,0 +1,150 @@
+"""The engine cache: folders by key, built once by one process, never read half-written.
+
+Built under a file lock into a temporary folder, fsynced, renamed, and last a marker with the hash of every file.
+Readers hold a shared lock for as long as they live; eviction takes only what nobody reads. An entry without a
+marker, or that differs from it, is deleted and built again: an interrupted build can never be loaded.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+_MARKER = "complete.json"
+
+
+class DiskCache:
+    """Entries under `root`: `<key>/` holds the files, `<key>.lock` is never deleted."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        root.mkdir(parents=True, exist_ok=True)
+        self._reading: dict[str, int] = {}  # key -> file descriptor that holds the shared lock
+        weakref.finalize(self, _close_all, self._reading)
+
+    def get(self, key: str, build: Callable[[Path], None]) -> Path:
+        """The folder of `key`, made by `build(empty folder)` if there is no whole one. Read it only.
+
+        It stays while this object lives: `close` lets go of it.
+        """
+        folder = self.root / key
+        if key in self._reading:
+            return folder
+        with self._locked(key, fcntl.LOCK_EX):
+            if not _whole(folder):
+                self._build(key, build)
+            os.utime(folder / _MARKER)
+            self._hold(key)
+        return folder
+
+    def evict(self, max_bytes: int) -> list[str]:
+        """Deletes the entries longest unused until at most `max_bytes` are left; what somebody reads stays."""
+        entries = sorted(self._entries(), key=_last_used)
+        total = sum(_size(folder) for folder in entries)
+        gone = []
+        for folder in entries:
+            if total <= max_bytes:
+                break
+            size = _size(folder)
+            if self._delete_if_free(folder):
+                total -= size
+                gone.append(folder.name)
+        return gone
+
+    def close(self) -> None:
+        _close_all(self._reading)
+
+    def _build(self, key: str, build: Callable[[Path], None]) -> None:
+        folder, scratch = self.root / key, self.root / f"{key}.tmp"
+        for old in (scratch, folder):
+            shutil.rmtree(old, ignore_errors=True)
+        scratch.mkdir()
+        build(scratch)
+        hashes = {str(path.relative_to(scratch)): _hash(path, sync=True) for path in _files(scratch)}
+        scratch.rename(folder)
+        _write_synced(folder / _MARKER, json.dumps(hashes, sort_keys=True).encode())
+        _sync_folder(folder)
+        _sync_folder(self.root)
+
+    def _hold(self, key: str) -> None:
+        lock = os.open(self.root / f"{key}.readers", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        self._reading[key] = lock
+
+    def _delete_if_free(self, folder: Path) -> bool:
+        with self._locked(folder.name, fcntl.LOCK_EX), (self.root / f"{folder.name}.readers").open("ab") as readers:
+            try:
+                fcntl.flock(readers, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            (folder / _MARKER).unlink(missing_ok=True)
+            shutil.rmtree(folder)
+            return True
+
+    @contextlib.contextmanager
+    def _locked(self, key: str, how: int) -> Iterator[None]:
+        with (self.root / f"{key}.lock").open("ab") as lock:
+            fcntl.flock(lock, how)
+            yield
+
+    def _entries(self) -> list[Path]:
+        return [path for path in self.root.iterdir() if path.is_dir() and not path.name.endswith(".tmp")]
+
+
+def _close_all(locks: dict[str, int]) -> None:
+    for lock in locks.values():
+        os.close(lock)
+    locks.clear()
+
+
+def _whole(folder: Path) -> bool:
+    """Whether the marker is there and every file is what it says, no more and no less."""
+    try:
+        hashes = json.loads((folder / _MARKER).read_bytes())
+        return bool(hashes == {str(path.relative_to(folder)): _hash(path) for path in _files(folder)})
+    except (OSError, ValueError):
+        return False
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _MARKER)
+
+
+def _hash(path: Path, *, sync: bool = False) -> str:
+    with path.open("rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.with_suffix(".part").open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    path.with_suffix(".part").rename(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in _files(folder))
+
+
+def _last_used(folder: Path) -> float:
+    try:
+        return (folder / _MARKER).stat().st_mtime
+    except OSError:
+        return time.time() - 1e9

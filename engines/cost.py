@@ -1,0 +1,72 @@
+"""What engine calls take, measured: seconds per (stage, blob, shape) and batch size.
+
+Filled at warm-up and refreshed by every live call, it feeds admission, deadlines and tiers. It only ever holds
+measurements: what was never measured has no prediction.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_SHARE = 0.1  # of a new measurement in the moving mean
+
+
+@dataclass(frozen=True, slots=True)
+class CostKey:
+    """One lane of calls: encode, denoise or decode of one weights blob at one latent shape."""
+
+    stage: str
+    blob: str
+    shape: tuple[int, ...]
+
+
+class CostModel:
+    """A moving mean per key and batch size. One writer at a time; readers may be other threads."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[CostKey, dict[int, float]] = {}
+
+    def observe(self, key: CostKey, size: int, seconds: float) -> None:
+        """A call with a batch of `size` (as the engine saw it, padding included) took this long."""
+        known = self._seconds.setdefault(key, {})
+        before = known.get(size)
+        known[size] = seconds if before is None else before + _SHARE * (seconds - before)
+
+    def inherit(self, key: CostKey, other: CostKey) -> None:
+        """Other weights of the same graph take as long, until measured."""
+        if key not in self._seconds and other in self._seconds:
+            self._seconds[key] = dict(self._seconds[other])
+
+    def seconds(self, key: CostKey, size: int) -> float | None:
+        """One call of exactly this batch size."""
+        return self._seconds.get(key, {}).get(size)
+
+    def predict(self, key: CostKey, rows: int) -> float | None:
+        """Seconds for `rows` rows in as few calls as possible; None if nothing of this lane was measured."""
+        known = self._seconds.get(key)
+        if not known:
+            return None
+        largest = max(known)
+        full, rest = divmod(rows, largest)
+        return full * known[largest] + (_between(known, rest) if rest else 0.0)
+
+    def forget(self, blobs: Iterable[str]) -> None:
+        gone = frozenset(blobs)
+        self._seconds = {key: sizes for key, sizes in self._seconds.items() if key.blob not in gone}
+
+    def snapshot(self) -> str:
+        """JSON, for `restore` and for what a worker tells about itself."""
+        rows = [[key.stage, key.blob, key.shape, sorted(sizes.items())] for key, sizes in self._seconds.items()]
+        return json.dumps(sorted(rows))
+
+    @classmethod
+    def restore(cls, snapshot: str) -> "CostModel":
+        model = cls()
+        for stage, blob, shape, sizes in json.loads(snapshot):
+            model._seconds[CostKey(stage, blob, tuple(shape))] = {size: seconds for size, seconds in sizes}
+        return model
+
+
+def _between(known: dict[int, float], rows: int) -> float:
+    """The call that holds `rows` rows: the smallest measured size that does, since batches are padded to sizes."""
+    return known[min(size for size in known if size >= rows)]

@@ -1,0 +1,120 @@
+"""What a network means: net + process + prediction kind -> (x0, eps), a velocity, or a jump along the flow map.
+
+Samplers and distillation methods read only this contract, so neither knows how a network was trained.
+B rows; x [B, ...]; t, s, w [B]; cond any pytree of tensors [B, ...].
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from engines.manifest import Kind
+from engines.process import Process, over
+
+Cond = Any  # a pytree of tensors with leading B, or None
+Net = Callable[[Tensor, Tensor, Cond, Tensor | None, Tensor | None], Tensor]  # net(x, t, cond, s, w) -> pred
+
+
+class BaseDenoiser(nn.Module):
+    """Anything that splits x_t into (x0, eps); the rest of the contract follows from that."""
+
+    process: Process
+    inputs: frozenset[str] = frozenset()
+
+    @abstractmethod
+    def forward(
+        self, x: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None, w: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(x0, eps) at x = x_t; with `s`, those whose straight line from t to s is the flow map's jump."""
+
+    def velocity(
+        self, x: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None, w: Tensor | None = None
+    ) -> Tensor:
+        """alpha' x0 + sigma' eps."""
+        x0, eps = self(x, t, cond, s, w)
+        return self.process.velocity(x0, eps, t)
+
+    def jump(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond = None, w: Tensor | None = None) -> Tensor:
+        """x_s from x_t: the flow map. Of a network that ignores s it is exactly one DDIM step."""
+        x0, eps = self(x, t, cond, s, w)
+        return self.process.mix(x0, eps, s)
+
+
+class Denoiser(BaseDenoiser):
+    """A network with its process and prediction kind. `inputs` says which of s and w the network reads.
+
+    A network that reads s and is given none is asked for s = t, its instantaneous velocity.
+    """
+
+    def __init__(self, net: Net, process: Process, kind: Kind, inputs: Collection[str] = frozenset()) -> None:
+        super().__init__()
+        self.net = net
+        self.process = process
+        self.kind: Kind = kind
+        self.inputs = frozenset(inputs)
+
+    def forward(
+        self, x: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None, w: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if "w" in self.inputs and w is None:
+            raise ValueError("this network reads the guidance weight: give w [B]")
+        time = self.process.network_time
+        s_net = time(t if s is None else s) if "s" in self.inputs else None
+        pred = self.net(x, time(t), cond, s_net, w if "w" in self.inputs else None)
+        return self.process.split(pred.to(x.dtype), self.kind, x, t)
+
+
+class Guided(BaseDenoiser):
+    """Classifier-free guidance u + w(c - u) around a denoiser; w = 1 asks the network once.
+
+    `null_cond` has leading 1 (or B); `interval` (low, high) are the times inside which guidance acts.
+    A `w` [B] given to a call replaces the weight of this object.
+    """
+
+    def __init__(
+        self, denoiser: BaseDenoiser, null_cond: Cond, w: float, interval: tuple[float, float] | None = None
+    ) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.null_cond = null_cond
+        self.w = w
+        self.interval = interval
+        self.process = denoiser.process
+        self.inputs = denoiser.inputs - {"w"}
+
+    def forward(
+        self, x: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None, w: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if w is None and self.w == 1.0:
+            c: tuple[Tensor, Tensor] = self.denoiser(x, t, cond, s)
+            return c
+        weight = self._weight(t, w).to(x.dtype)
+        # one call of 2B rows: the conditional ones first
+        both = _cat(cond, expand(self.null_cond, len(x)))
+        x0, eps = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), both, None if s is None else torch.cat([s, s]))
+        return _guide(x0, weight), _guide(eps, weight)
+
+    def _weight(self, t: Tensor, w: Tensor | None) -> Tensor:
+        weight = torch.full_like(t, self.w) if w is None else w
+        if self.interval is None:
+            return weight
+        low, high = self.interval
+        return torch.where((t >= low) & (t <= high), weight, torch.ones_like(weight))
+
+
+def _guide(both: Tensor, w: Tensor) -> Tensor:
+    c, u = both.chunk(2)
+    return u + over(w, u) * (c - u)
+
+
+def expand(cond: Cond, rows: int) -> Cond:
+    """A condition of one row (or already of `rows`) repeated to `rows`, as a view."""
+    return tree_map(lambda part: part.expand(rows, *part.shape[1:]) if isinstance(part, Tensor) else part, cond)
+
+
+def _cat(first: Cond, second: Cond) -> Cond:
+    return tree_map(lambda a, b: torch.cat([a, b]) if isinstance(a, Tensor) else a, first, second)

@@ -1,0 +1,223 @@
+"""What a student is, as data: components by hash and the sampling contract they were trained for.
+
+The manifest is canonical: no id, no date, no metric is in it, so the same artefact has the same
+digest wherever it is made. Torch-free, because the gateway plans and validates with it.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from engines.errors import InvalidManifest, InvalidRequest, StepsNotAllowed
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+Kind = Literal["x0", "eps", "v", "flow"]
+VERSION = re.compile(r"^(?P<name>[a-z0-9][a-z0-9._-]{0,63})@(?P<digest>[0-9a-f]{12,64})$")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One network evaluation of one row: from time `t` to time `s` of the student's process.
+
+    `w` is the guidance weight of u + w(c − u), or None where the network is asked once without it.
+    `eta` is the share of fresh noise: 0 follows the flow map, 1 predicts x0 and re-noises to `s`.
+    """
+
+    net: str
+    t: float
+    s: float
+    w: float | None
+    eta: float
+
+
+class ProcessSpec(_Frozen):
+    """Names a noising process of `engines.process`; `shift` is the static time shift mu (1 = none)."""
+
+    kind: Literal["rf", "vp", "edm", "trig"] = "rf"
+    shift: float = Field(1.0, gt=0)
+    sigma_data: float = Field(1.0, gt=0)
+
+
+class Schedule(_Frozen):
+    """How a student takes K steps: K + 1 falling times, and per step the noise share and the network."""
+
+    times: tuple[float, ...] = Field(min_length=2)
+    eta: tuple[float, ...] | float = 0.0
+    solver: str | None = Field(None, description="replaces the manifest's solver for this step count")
+    nets: tuple[str, ...] | None = None
+
+    @property
+    def steps(self) -> int:
+        return len(self.times) - 1
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Schedule":
+        if any(s >= t for t, s in pairwise(self.times)) or self.times[-1] < 0:
+            raise ValueError(f"times must fall and end at 0 or above, not {self.times}")
+        for field in ("eta", "nets"):
+            value = getattr(self, field)
+            if isinstance(value, tuple) and len(value) != self.steps:
+                raise ValueError(f"{field} has {len(value)} entries for {self.steps} steps")
+        if any(not 0 <= eta <= 1 for eta in self._etas()):
+            raise ValueError(f"eta must lie in 0..1, not {self.eta}")
+        return self
+
+    def _etas(self) -> tuple[float, ...]:
+        return self.eta if isinstance(self.eta, tuple) else (self.eta,) * self.steps
+
+    def expand(self, w: float | None, interval: tuple[float, float] | None, net: str) -> tuple[Step, ...]:
+        nets = self.nets or (net,) * self.steps
+        inside = [interval is None or interval[0] <= t <= interval[1] for t in self.times]
+        return tuple(
+            Step(net=nets[i], t=t, s=s, w=w if inside[i] else None, eta=eta)
+            for i, ((t, s), eta) in enumerate(zip(pairwise(self.times), self._etas(), strict=True))
+        )
+
+
+class Guidance(_Frozen):
+    """Classifier-free guidance u + w(c − u) (w = 1 is none) and how this student has it.
+
+    cfg: two network rows a step · embedded: the network reads w · baked: one w is in the weights ·
+    none: the network is asked once.
+    """
+
+    mode: Literal["none", "cfg", "embedded", "baked"] = "none"
+    default: float = 1.0
+    minimum: float = 1.0
+    maximum: float = 1.0
+    interval: tuple[float, float] | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Guidance":
+        if not self.minimum <= self.default <= self.maximum:
+            raise ValueError(f"guidance default {self.default} is outside {self.minimum}..{self.maximum}")
+        return self
+
+
+class Component(_Frozen):
+    """One network of a student: its weights and the files that say what it is, all by content.
+
+    `files` maps names inside a diffusers component folder (`config.json`, `tokenizer.json` …) to blobs.
+    """
+
+    weights: Sha256
+    files: dict[str, Sha256]
+
+
+class StudentManifest(_Frozen):
+    """The whole contract of one student. `digest` names it."""
+
+    schema_version: Literal[1] = 1
+    name: Name
+    family: Name = Field(description="a file of engines/families")
+    kind: Literal["teacher", "full", "lora", "schedule"]
+    base: str | None = Field(None, description="name@digest of the teacher it was made from")
+    components: dict[str, Component] = Field(description="encoder, decoder and one or several denoisers")
+    process: ProcessSpec = ProcessSpec()
+    prediction: Kind = "flow"
+    inputs: frozenset[Literal["s", "w"]] = frozenset()
+    solver: str = "ddim"
+    schedules: dict[int, Schedule] = Field(min_length=1)
+    guidance: Guidance = Guidance()
+    resolutions: tuple[tuple[int, int], ...] = Field(min_length=1, description="width, height in pixels")
+    latent_channels: int = Field(ge=1)
+    downscale: int = Field(ge=1, description="pixels per latent position")
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    licence: str = "apache-2.0"
+    parents: tuple[str, ...] = ()
+    golden: Sha256 | None = Field(None, description="blob of prompts, noise and reference pictures")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "StudentManifest":
+        for steps, schedule in self.schedules.items():
+            if schedule.steps != steps:
+                raise ValueError(f"schedules[{steps}] has {schedule.steps} steps")
+            unknown = set(schedule.nets or ()) - set(self.components)
+            if unknown:
+                raise ValueError(f"schedules[{steps}] names networks that are no components: {sorted(unknown)}")
+        missing = {"encoder", "denoiser", "decoder"} - set(self.components)
+        if missing:
+            raise ValueError(f"components lack {sorted(missing)}")
+        if (self.guidance.mode == "embedded") != ("w" in self.inputs):
+            raise ValueError("guidance is embedded if and only if the network reads 'w'")
+        return self
+
+    def canonical(self) -> bytes:
+        """The one byte string of this manifest: sorted keys, no spaces, UTF-8."""
+        data = self.model_dump(mode="json")
+        data["inputs"] = sorted(data["inputs"])
+        return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+    @cached_property
+    def digest(self) -> str:
+        return hashlib.sha256(self.canonical()).hexdigest()
+
+    @property
+    def version(self) -> str:
+        """`name@` and all 64 digits: what is stored and compared. `shown` is for people."""
+        return f"{self.name}@{self.digest}"
+
+    @property
+    def blobs(self) -> frozenset[str]:
+        """Every blob that this student needs to be whole."""
+        parts = (sha for part in self.components.values() for sha in (part.weights, *part.files.values()))
+        return frozenset(parts) | ({self.golden} if self.golden else frozenset())
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        return self.latent_channels, height // self.downscale, width // self.downscale
+
+    def plan(self, steps: int, guidance: float | None = None) -> tuple[Step, ...]:
+        """The evaluations of one row. `guidance` None means the student's own.
+
+        Raises:
+            StepsNotAllowed: the student was not made for this count.
+            InvalidRequest: the guidance weight is outside what the student was made for.
+        """
+        if steps not in self.schedules:
+            allowed = ", ".join(map(str, sorted(self.schedules)))
+            raise StepsNotAllowed(
+                f"steps={steps} is not in the contract of {shown(self.version)}: it allows {allowed}", param="steps"
+            )
+        w = self.guidance.default if guidance is None else guidance
+        if not self.guidance.minimum <= w <= self.guidance.maximum:
+            raise InvalidRequest(
+                f"guidance_scale={w} is outside {self.guidance.minimum}..{self.guidance.maximum}, "
+                f"what {shown(self.version)} was made for",
+                param="guidance_scale",
+            )
+        asked = None if self.guidance.mode in ("none", "baked") or w == 1.0 else w
+        if self.guidance.mode == "embedded":
+            asked = w
+        return self.schedules[steps].expand(asked, self.guidance.interval, "denoiser")
+
+    def solver_for(self, steps: int) -> str:
+        return self.schedules[steps].solver or self.solver
+
+
+def parse(data: bytes) -> StudentManifest:
+    """A manifest from the bytes of `student.json`.
+
+    Raises:
+        InvalidManifest: with the first field at fault.
+    """
+    try:
+        return StudentManifest.model_validate_json(data)
+    except ValueError as error:
+        raise InvalidManifest(f"student.json is not a manifest: {error}") from error
+
+
+def shown(version: str) -> str:
+    """`name@` and 12 digits, for people."""
+    name, _, digest = version.partition("@")
+    return f"{name}@{digest[:12]}"

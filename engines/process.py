@@ -1,0 +1,280 @@
+"""Noising processes: the only place with alpha and sigma, so that no other file holds a sign or a time convention.
+
+x_t = alpha(t) x0 + sigma(t) eps, with eps of unit variance and t [B] in the process' own unit; t = `t_max` is noise.
+A prediction is one row (a, b) of a x0 + b eps: x0 (1, 0) · eps (0, 1) · v (-sigma, alpha) · flow (alpha', sigma').
+
+Source: RF arXiv 2209.03003; VP arXiv 2011.13456 (linear beta) and 2102.09672 (cosine); EDM 2206.00364;
+TrigFlow 2410.11081; time shift 2403.03206 §5.3.2.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from engines.manifest import Kind, ProcessSpec
+
+_TINY = 1e-12  # keeps 0/0 at the very ends of a process finite
+
+
+def over(t: Tensor, x: Tensor) -> Tensor:
+    """t [B] shaped to multiply x [B, ...]."""
+    return t.reshape(-1, *(1,) * (x.dim() - 1))
+
+
+def _nonzero(value: Tensor) -> Tensor:
+    return torch.where(value.abs() < _TINY, torch.full_like(value, _TINY), value)
+
+
+@dataclass(frozen=True)
+class Process(ABC):
+    """x_t = alpha(t) x0 + sigma(t) eps. All methods are pure and keep the dtype of what they are given."""
+
+    @property
+    @abstractmethod
+    def t_max(self) -> float: ...
+
+    @abstractmethod
+    def alpha(self, t: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def sigma(self, t: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def dalpha(self, t: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def dsigma(self, t: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def t_of_angle(self, angle: Tensor) -> Tensor:
+        """The inverse of `angle`."""
+
+    def network_time(self, t: Tensor) -> Tensor:
+        """What a network trained on this process (without its shift) is told for `t`."""
+        return t
+
+    def mix(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        return over(self.alpha(t), x0) * x0 + over(self.sigma(t), x0) * eps
+
+    def row(self, kind: Kind, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b) [B] of the prediction a x0 + b eps."""
+        if kind == "x0":
+            return torch.ones_like(t), torch.zeros_like(t)
+        if kind == "eps":
+            return torch.zeros_like(t), torch.ones_like(t)
+        if kind == "v":
+            return -self.sigma(t), self.alpha(t)
+        if kind == "flow":
+            return self.dalpha(t), self.dsigma(t)
+        raise ValueError(f"prediction {kind!r} is not one of x0, eps, v, flow")
+
+    def join(self, x0: Tensor, eps: Tensor, kind: Kind, t: Tensor) -> Tensor:
+        a, b = self.row(kind, t)
+        return over(a, x0) * x0 + over(b, x0) * eps
+
+    def split(self, pred: Tensor, kind: Kind, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(x0, eps) from a prediction at x = x_t: the inverse of [[alpha, sigma], [a, b]]."""
+        alpha, sigma = over(self.alpha(t), x), over(self.sigma(t), x)
+        if kind == "x0":
+            return pred, (x - alpha * pred) / _nonzero(sigma)
+        if kind == "eps":
+            return (x - sigma * pred) / _nonzero(alpha), pred
+        a, b = (over(part, x) for part in self.row(kind, t))
+        det = _nonzero(alpha * b - sigma * a)
+        return (b * x - sigma * pred) / det, (alpha * pred - a * x) / det
+
+    def velocity(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """dx/dt along the path of this (x0, eps)."""
+        return self.join(x0, eps, "flow", t)
+
+    def score(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """The gradient of log p(x_t) that (x0, eps) stands for."""
+        return -eps / _nonzero(over(self.sigma(t), eps))
+
+    def angle(self, t: Tensor) -> Tensor:
+        """atan2(sigma, alpha) in [0, pi/2]: the signal-to-noise ratio as a time that all processes share."""
+        return torch.atan2(self.sigma(t), self.alpha(t))
+
+
+@dataclass(frozen=True)
+class RF(Process):
+    """Rectified flow: a straight line from data (t = 0) to noise (t = 1)."""
+
+    @property
+    def t_max(self) -> float:
+        return 1.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def dalpha(self, t: Tensor) -> Tensor:
+        return -torch.ones_like(t)
+
+    def dsigma(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def t_of_angle(self, angle: Tensor) -> Tensor:
+        return angle.sin() / (angle.sin() + angle.cos())
+
+
+@dataclass(frozen=True)
+class VP(Process):
+    """Variance preserving, t in [0, 1]: cosine, or the linear beta from `beta_min` to `beta_max`."""
+
+    curve: Literal["cosine", "linear"] = "cosine"
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    @property
+    def t_max(self) -> float:
+        return 1.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._log_alpha(t).exp() if self.curve == "linear" else (t * (math.pi / 2)).cos()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        if self.curve == "linear":
+            return (-torch.expm1(2 * self._log_alpha(t))).clamp_min(0).sqrt()
+        return (t * (math.pi / 2)).sin()
+
+    def dalpha(self, t: Tensor) -> Tensor:
+        if self.curve == "linear":
+            return self.alpha(t) * self._dlog_alpha(t)
+        return -(math.pi / 2) * self.sigma(t)
+
+    def dsigma(self, t: Tensor) -> Tensor:
+        if self.curve == "linear":
+            return -self.alpha(t).square() * self._dlog_alpha(t) / _nonzero(self.sigma(t))
+        return (math.pi / 2) * self.alpha(t)
+
+    def t_of_angle(self, angle: Tensor) -> Tensor:
+        if self.curve == "cosine":
+            return angle * (2 / math.pi)
+        span, half = self.beta_max - self.beta_min, self.beta_min / 2
+        log_alpha = angle.cos().clamp_min(_TINY).log()
+        return ((half**2 - span * log_alpha).sqrt() - half) / (span / 2)
+
+    def _log_alpha(self, t: Tensor) -> Tensor:
+        return -t.square() * (self.beta_max - self.beta_min) / 4 - t * self.beta_min / 2
+
+    def _dlog_alpha(self, t: Tensor) -> Tensor:
+        return -t * (self.beta_max - self.beta_min) / 2 - self.beta_min / 2
+
+
+@dataclass(frozen=True)
+class EDM(Process):
+    """Variance exploding: t is the noise level itself, up to 80. `sigma_data` is for preconditioned networks."""
+
+    sigma_data: float = 0.5
+    sigma_max: float = 80.0
+
+    @property
+    def t_max(self) -> float:
+        return self.sigma_max
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def dalpha(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def dsigma(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def t_of_angle(self, angle: Tensor) -> Tensor:
+        return angle.tan()
+
+
+@dataclass(frozen=True)
+class TRIG(Process):
+    """TrigFlow: x_t = cos t x0 + sin t z with z of the data's own deviation `sigma_data`; t in [0, pi/2]."""
+
+    sigma_data: float = 0.5
+
+    @property
+    def t_max(self) -> float:
+        return math.pi / 2
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return t.cos()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t.sin() * self.sigma_data
+
+    def dalpha(self, t: Tensor) -> Tensor:
+        return -t.sin()
+
+    def dsigma(self, t: Tensor) -> Tensor:
+        return t.cos() * self.sigma_data
+
+    def t_of_angle(self, angle: Tensor) -> Tensor:
+        return torch.atan2(angle.sin(), angle.cos() * self.sigma_data)
+
+
+@dataclass(frozen=True)
+class Shifted(Process):
+    """The same path with its time bent towards noise: base time u = mu t / (1 + (mu - 1) t), scaled by t_max.
+
+    The network keeps its own time: `network_time` gives it u.
+    """
+
+    process: Process
+    mu: float
+
+    @property
+    def t_max(self) -> float:
+        return self.process.t_max
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return self.process.network_time(self._bend(t, self.mu))
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self.process.alpha(self._bend(t, self.mu))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.process.sigma(self._bend(t, self.mu))
+
+    def dalpha(self, t: Tensor) -> Tensor:
+        return self.process.dalpha(self._bend(t, self.mu)) * self._slope(t)
+
+    def dsigma(self, t: Tensor) -> Tensor:
+        return self.process.dsigma(self._bend(t, self.mu)) * self._slope(t)
+
+    def t_of_angle(self, angle: Tensor) -> Tensor:
+        return self._bend(self.process.t_of_angle(angle).clamp(max=self.t_max), 1 / self.mu)
+
+    def _bend(self, t: Tensor, mu: float) -> Tensor:
+        r = t / self.t_max
+        return self.t_max * mu * r / (1 + (mu - 1) * r)
+
+    def _slope(self, t: Tensor) -> Tensor:
+        return self.mu / (1 + (self.mu - 1) * t / self.t_max).square()
+
+
+def make(spec: ProcessSpec) -> Process:
+    """The process that a manifest names."""
+    kinds: dict[str, Process] = {
+        "rf": RF(),
+        "vp": VP(),
+        "edm": EDM(sigma_data=spec.sigma_data),
+        "trig": TRIG(sigma_data=spec.sigma_data),
+    }
+    process = kinds[spec.kind]
+    return process if spec.shift == 1.0 else Shifted(process, spec.shift)
+
+
+def rebase(x: Tensor, t: Tensor, src: Process, dst: Process) -> tuple[Tensor, Tensor]:
+    """(x', t'): the same sample at the same signal-to-noise ratio in another process."""
+    t_dst = dst.t_of_angle(src.angle(t))
+    scale = torch.hypot(dst.alpha(t_dst), dst.sigma(t_dst)) / torch.hypot(src.alpha(t), src.sigma(t))
+    return x * over(scale, x), t_dst

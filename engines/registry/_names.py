@@ -1,0 +1,27 @@
+"""Where each thing of a registry lies, and the check that no name can leave its folder."""
+
+import re
+
+from engines.errors import InvalidRequest
+
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+
+
+def plain(name: str) -> str:
+    """A name that is one part of a path and cannot leave its folder."""
+    if not _NAME.match(name):
+        raise InvalidRequest(f"{name!r} cannot be a name: use letters, digits, '.', '_' and '-'")
+    return name
+
+
+def student_folder(version: str) -> str:
+    name, _, digest = version.partition("@")
+    return f"students/{plain(name)}/{digest}"
+
+
+def candidate_file(deployment: str, swap_id: str) -> str:
+    return f"deployments/{plain(deployment)}/candidates/{plain(swap_id)}.json"
+
+
+def job_file(job_id: str, name: str) -> str:
+    return "/".join(("jobs", plain(job_id), *(plain(part) for part in name.split("/"))))

@@ -1,0 +1,112 @@
+"""A store behind any fsspec URL, used only after it has shown that two writers cannot create one name.
+
+Object stores that have a conditional PUT show it through fsspec's `mode="create"`; one that ignores the
+mode would let two coordinators write the same revision, so it is refused at start.
+"""
+
+import secrets
+import threading
+from pathlib import Path
+
+import fsspec
+
+from engines.errors import StoreUnsafe
+from engines.registry._store import scratch_folder, whole
+
+_ROUNDS = 4
+
+
+class RemoteStore:
+    """`cache` keeps local copies of what `local` was asked for; without one a temporary folder does.
+
+    Raises:
+        StoreUnsafe: several writers created the same name, or none could.
+    """
+
+    def __init__(self, url: str, cache: Path | None = None) -> None:
+        self._fs, self._root = fsspec.url_to_fs(url, use_listings_cache=False)
+        self._cache = cache or scratch_folder(self)
+        self._probe(url)
+
+    def create(self, name: str, data: bytes | Path) -> bool:
+        try:
+            self._fs.pipe_file(self._path(name), whole(data), mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def replace(self, name: str, data: bytes | Path) -> None:
+        self._fs.pipe_file(self._path(name), whole(data))
+
+    def append(self, name: str, data: bytes) -> None:
+        self.replace(name, (self.read(name) or b"") + data)
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            data: bytes = self._fs.cat_file(self._path(name))
+        except FileNotFoundError:
+            return None
+        return data
+
+    def exists(self, name: str) -> bool:
+        return bool(self._fs.isfile(self._path(name)))
+
+    def children(self, folder: str) -> list[str]:
+        self._fs.invalidate_cache(self._path(folder))
+        try:
+            found: list[str] = self._fs.ls(self._path(folder), detail=False)
+        except FileNotFoundError:
+            return []
+        return [path.rstrip("/").rsplit("/", 1)[-1] for path in found]
+
+    def walk(self, folder: str) -> list[str]:
+        base = self._path(folder)
+        return [path[path.index(base) + len(base) + 1 :] for path in self._fs.find(base)]
+
+    def local(self, name: str) -> Path | None:
+        target = self._cache / name
+        if target.exists():
+            return target
+        data = self.read(name)
+        if data is None:
+            return None
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}")
+        partial.write_bytes(data)
+        return partial.replace(target)
+
+    def forget(self, name: str) -> None:
+        (self._cache / name).unlink(missing_ok=True)
+
+    def folder(self, name: str) -> Path | None:
+        return None
+
+    def _path(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}"
+
+    def _probe(self, url: str) -> None:
+        for _ in range(_ROUNDS):
+            name = f".probe/{secrets.token_hex(8)}"
+            winners = self._race(name)
+            self._fs.rm_file(self._path(name))
+            if winners != 1:
+                raise StoreUnsafe(
+                    f"{url}: {winners} writers created the same name; a registry needs a store with exclusive "
+                    "creation, such as a local folder or an object store with conditional PUT"
+                )
+
+    def _race(self, name: str) -> int:
+        """How many of three writers create `name`: two that start together and one that comes later."""
+        wins: list[bool] = []
+        barrier = threading.Barrier(2)
+
+        def write() -> None:
+            barrier.wait()
+            wins.append(self.create(name, b"probe"))
+
+        threads = [threading.Thread(target=write) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return sum(wins) + self.create(name, b"late")

@@ -1,0 +1,219 @@
+"""Stores of named bytes under a registry: a local folder, and a dictionary for one process.
+
+Everything the registry promises rests on one property: `create` gives a name to whole bytes exactly
+once, whoever else tries at the same moment and whenever a process is killed. A local folder gets it
+from a temporary file, fsync and `os.link`, which fails if the name is taken.
+"""
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+import weakref
+from pathlib import Path
+from typing import Protocol
+
+_STALE_S = 24 * 3600.0
+
+
+class Store(Protocol):
+    """Names are relative paths with `/`. Missing names read as None; missing folders list as empty."""
+
+    def create(self, name: str, data: bytes | Path) -> bool:
+        """Writes a new name whole; False, with nothing changed, if it is taken."""
+
+    def replace(self, name: str, data: bytes | Path) -> None:
+        """Writes a name whole, whether or not it is there."""
+
+    def append(self, name: str, data: bytes) -> None: ...
+
+    def read(self, name: str) -> bytes | None: ...
+
+    def exists(self, name: str) -> bool: ...
+
+    def children(self, folder: str) -> list[str]:
+        """The names of files and folders directly inside."""
+
+    def walk(self, folder: str) -> list[str]:
+        """All files below, relative to the folder."""
+
+    def local(self, name: str) -> Path | None:
+        """A local file with the content, to be read only."""
+
+    def forget(self, name: str) -> None:
+        """Drops the copy that `local` made, if it was one."""
+
+    def folder(self, name: str) -> Path | None:
+        """The local folder itself, made if missing; None if the store is not a local one."""
+
+
+class LocalStore:
+    """A folder of a local or shared POSIX file system with hard links."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._tmp = root / ".tmp"
+        self._tmp.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+
+    def create(self, name: str, data: bytes | Path) -> bool:
+        target = self._target(name)
+        if target.exists():
+            return False
+        written = self._write(data)
+        try:
+            self._link(written, target)
+        except FileExistsError:
+            return False
+        finally:
+            written.unlink()
+        _fsync_folder(target.parent)
+        return True
+
+    def replace(self, name: str, data: bytes | Path) -> None:
+        target = self._target(name)
+        os.replace(self._write(data), target)
+        _fsync_folder(target.parent)
+
+    def append(self, name: str, data: bytes) -> None:
+        fd = os.open(self._target(name), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(fd, data)
+        finally:
+            os.close(fd)
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return (self._root / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def exists(self, name: str) -> bool:
+        return (self._root / name).is_file()
+
+    def children(self, folder: str) -> list[str]:
+        try:
+            return os.listdir(self._root / folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def walk(self, folder: str) -> list[str]:
+        base = self._root / folder
+        return [path.relative_to(base).as_posix() for path in base.rglob("*") if path.is_file()]
+
+    def local(self, name: str) -> Path | None:
+        path = self._root / name
+        return path if path.is_file() else None
+
+    def forget(self, name: str) -> None:
+        """What `local` gives is no copy."""
+
+    def folder(self, name: str) -> Path | None:
+        path = self._root / name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _target(self, name: str) -> Path:
+        target = self._root / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target
+
+    def _write(self, data: bytes | Path) -> Path:
+        """A new temporary file, on the disk for good."""
+        fd, path = tempfile.mkstemp(dir=self._tmp)
+        with os.fdopen(fd, "wb") as file:
+            if isinstance(data, Path):
+                with data.open("rb") as source:
+                    shutil.copyfileobj(source, file, 1 << 20)
+            else:
+                file.write(data)
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)
+            os.fsync(file.fileno())
+        return Path(path)
+
+    def _link(self, written: Path, target: Path) -> None:
+        os.link(written, target)
+
+    def _sweep(self) -> None:
+        """Removes what writers that were killed have left behind, once it is surely nobody's."""
+        for path in self._tmp.iterdir():
+            try:
+                if time.time() - path.stat().st_mtime > _STALE_S:
+                    path.unlink()
+            except FileNotFoundError:
+                continue
+
+
+class DictStore:
+    """The same in one process's memory. `local` writes a copy into a temporary folder."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+        self._copies: Path | None = None
+
+    def create(self, name: str, data: bytes | Path) -> bool:
+        with self._lock:
+            if name in self._files:
+                return False
+            self._files[name] = whole(data)
+            return True
+
+    def replace(self, name: str, data: bytes | Path) -> None:
+        with self._lock:
+            self._files[name] = whole(data)
+
+    def append(self, name: str, data: bytes) -> None:
+        with self._lock:
+            self._files[name] = self._files.get(name, b"") + data
+
+    def read(self, name: str) -> bytes | None:
+        return self._files.get(name)
+
+    def exists(self, name: str) -> bool:
+        return name in self._files
+
+    def children(self, folder: str) -> list[str]:
+        return list({name.split("/")[0] for name in self.walk(folder)})
+
+    def walk(self, folder: str) -> list[str]:
+        with self._lock:
+            return [name[len(folder) + 1 :] for name in self._files if name.startswith(f"{folder}/")]
+
+    def local(self, name: str) -> Path | None:
+        data = self._files.get(name)
+        if data is None:
+            return None
+        with self._lock:
+            self._copies = self._copies or scratch_folder(self)
+        path = self._copies / name.replace("/", "-")
+        if not path.exists() or path.read_bytes() != data:
+            path.write_bytes(data)
+        return path
+
+    def forget(self, name: str) -> None:
+        """`local` compares its copy each time."""
+
+    def folder(self, name: str) -> Path | None:
+        return None
+
+
+def scratch_folder(owner: object) -> Path:
+    """A new temporary folder that goes when `owner` does."""
+    path = tempfile.mkdtemp(prefix="fewstep-")
+    weakref.finalize(owner, shutil.rmtree, path, ignore_errors=True)
+    return Path(path)
+
+
+def whole(data: bytes | Path) -> bytes:
+    return data.read_bytes() if isinstance(data, Path) else data
+
+
+def _fsync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

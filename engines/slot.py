@@ -1,0 +1,228 @@
+"""The engines of one deployment on one worker: staged beside those that serve, verified, then switched.
+
+`stage` takes students through staged → building → warming → verifying as a series of pieces. Whatever is heavy and
+touches no engine runs aside in a niced thread; every engine call is one small piece for the engine's own thread,
+which puts live steps first. Nothing that serves is touched before `switch`, one assignment; what served stays warm
+until it is retired.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+from torch import Tensor
+
+from engines.cost import CostKey, CostModel
+from engines.errors import Conflict, FewstepError, GoldenMismatch, StudentNotFound
+from engines.golden import Golden, verification
+from engines.graph import ComponentGraph
+from engines.loader import Loader
+from engines.manifest import StudentManifest, shown
+from engines.student import LoadedStudent
+
+Phase = Literal["staged", "building", "warming", "verifying", "ready", "rejected"]
+STAGES = {"encoder": "encode", "decoder": "decode"}
+_NICE = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One thing to do for a staging. `on_engine`: in the engine's thread, else anywhere (`aside` is the place)."""
+
+    phase: Phase
+    call: Callable[[], object]
+    on_engine: bool
+
+    def aside(self) -> "Future[object]":
+        """Runs it in a niced thread of its own, so that live steps hardly notice."""
+        future: Future[object] = Future()
+        threading.Thread(target=_niced, args=(self.call, future), name=f"slot-{self.phase}", daemon=True).start()
+        return future
+
+
+@dataclass(slots=True)
+class Staging:
+    """Students on their way to ready. Iterate over its pieces and do each before asking for the next.
+
+    An error of a piece or of the iteration is the rejection: hand it to `reject`, which lets go of what was loaded.
+    """
+
+    versions: tuple[str, ...]
+    pieces: Iterator[Piece] = field(repr=False)
+    undo: Callable[[], None] = field(repr=False)
+    phase: Phase = "staged"
+    reason: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    _since_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def over(self) -> bool:
+        return self.phase in ("ready", "rejected")
+
+    def __iter__(self) -> Iterator[Piece]:
+        for piece in self.pieces:
+            self._enter(piece.phase)
+            yield piece
+        self._enter("ready")
+
+    def run(self) -> "Staging":
+        """All pieces in this thread: for a worker that starts, a gate or a test. Raises what would reject."""
+        try:
+            for piece in self:
+                piece.call()
+        except Exception as error:
+            self.reject(error)
+            raise
+        return self
+
+    def reject(self, error: BaseException) -> None:
+        if not self.over:
+            self._enter("rejected")
+            code = error.code if isinstance(error, FewstepError) else type(error).__name__
+            self.reason = f"{code}: {error}"
+            self.undo()
+
+    def _enter(self, phase: Phase) -> None:
+        now_s = time.monotonic()
+        self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now_s - self._since_s
+        self.phase, self._since_s = phase, now_s
+
+
+class EngineSlot:
+    """Loaded students by version. `serving` is what the deployment serves now."""
+
+    def __init__(self, loader: Loader, cost: CostModel | None = None) -> None:
+        self.loader = loader
+        self.cost = cost or CostModel()
+        self.serving: frozenset[str] = frozenset()
+        self.draining: frozenset[str] = frozenset()
+        self._loaded: dict[str, LoadedStudent] = {}
+
+    @property
+    def versions(self) -> frozenset[str]:
+        """All that is loaded and verified."""
+        return frozenset(self._loaded)
+
+    def family(self, version: str) -> LoadedStudent:
+        """The student that answers for `version` here, whether serving or draining.
+
+        Raises:
+            StudentNotFound: it is not loaded.
+        """
+        if version not in self._loaded:
+            raise StudentNotFound(f"{shown(version)} is not loaded on this worker: it holds {sorted(self._loaded)}")
+        return self._loaded[version]
+
+    def stage(self, versions: Iterable[str]) -> Staging:
+        """Students that are to be served; those that are loaded already have nothing left to do."""
+        new = [version for version in dict.fromkeys(versions) if version not in self._loaded]
+        fresh: dict[str, LoadedStudent] = {}
+
+        def undo() -> None:
+            for version, student in fresh.items():
+                self._loaded.pop(version, None)
+                self.loader.release(student)
+            fresh.clear()
+
+        return Staging(tuple(new), self._pieces(new, fresh), undo)
+
+    def switch(self, versions: Iterable[str]) -> None:
+        """From now on these are served; what was, drains.
+
+        Raises:
+            StudentNotFound: one of them is not ready.
+        """
+        wanted = frozenset(versions)
+        for version in wanted:
+            self.family(version)
+        self.draining = (self.draining | self.serving) - wanted
+        self.serving = wanted
+
+    def drain(self, version: str) -> None:
+        """Takes one version out of what is served; it still answers what it is pinned to."""
+        self.family(version)
+        self.serving, self.draining = self.serving - {version}, self.draining | {version}
+
+    def retire(self, version: str) -> None:
+        """Closes the engines that only this version uses. Call it in the engine's thread, or when none runs.
+
+        Raises:
+            Conflict: it is being served.
+        """
+        if version in self.serving:
+            raise Conflict(f"{shown(version)} is being served: switch to another first")
+        student = self._loaded.pop(version, None)
+        self.draining -= {version}
+        if student is not None:
+            self.loader.release(student)
+
+    def cost_key(self, student: LoadedStudent, role: str) -> CostKey:
+        blob = student.manifest.components[role].weights
+        return CostKey(STAGES.get(role, "denoise"), blob, () if role == "encoder" else student.latent_shape)
+
+    def _pieces(self, versions: list[str], fresh: dict[str, LoadedStudent]) -> Iterator[Piece]:
+        manifests: list[StudentManifest] = []
+        yield Piece("staged", lambda: manifests.extend(self._checked(version) for version in versions), False)
+        new = [(m, role, graph) for m in manifests for role, graph in self._new(m)]
+        for graph in {graph.key: graph for _, _, graph in new}.values():
+            yield Piece("building", partial(self.loader.compile, graph), False)
+        for manifest in manifests:
+            yield Piece("building", partial(self._load, manifest, fresh), False)
+        for manifest, role, graph in {self.cost_key(fresh[each[0].version], each[1]): each for each in new}.values():
+            for size in self.loader.profile.batches:
+                yield Piece("warming", partial(self._warm, fresh[manifest.version], role, graph.example(size)), True)
+        for student in fresh.values():
+            self._inherit_costs(student)
+        for student in list(fresh.values()):
+            yield from self._verifying(student)
+        self._loaded.update(fresh)
+
+    def _new(self, manifest: StudentManifest) -> list[tuple[str, ComponentGraph]]:
+        """The components that have to be compiled, and so are warmed at every batch size."""
+        graphs = self.loader.graphs(manifest).items()
+        return [(role, graph) for role, graph in graphs if not self.loader.is_known(manifest, role, graph)]
+
+    def _load(self, manifest: StudentManifest, fresh: dict[str, LoadedStudent]) -> None:
+        fresh[manifest.version] = self.loader.load(manifest)
+
+    def _checked(self, version: str) -> StudentManifest:
+        manifest = self.loader.registry.student(version)
+        self.loader.check(manifest)
+        if manifest.golden is None:
+            raise GoldenMismatch(f"{shown(version)} has no golden samples: make it again with them")
+        return manifest
+
+    def _warm(self, student: LoadedStudent, role: str, inputs: dict[str, Tensor]) -> None:
+        engine, size = self.loader.engine(student.manifest, role), len(next(iter(inputs.values())))
+        for _ in range(2):  # the first call of a size allocates
+            begun = time.perf_counter()
+            engine.run(**inputs)
+            seconds = time.perf_counter() - begun
+        self.cost.observe(self.cost_key(student, role), size, seconds)
+
+    def _inherit_costs(self, student: LoadedStudent) -> None:
+        """Other weights of a known graph cost what those cost that are here."""
+        graphs = self.loader.graphs(student.manifest)
+        for other in self._loaded.values():
+            for name, known in self.loader.graphs(other.manifest).items():
+                for role in (role for role, graph in graphs.items() if graph.key == known.key):
+                    self.cost.inherit(self.cost_key(student, role), self.cost_key(other, name))
+
+    def _verifying(self, student: LoadedStudent) -> Iterator[Piece]:
+        golden = Golden.from_bytes(self.loader.registry.read_blob(student.manifest.golden or ""))
+        for call in verification(student, golden):
+            yield Piece("verifying", call, True)
+
+
+def _niced(call: Callable[[], object], future: "Future[object]") -> None:
+    if hasattr(os, "setpriority"):  # on Linux this is one thread's own niceness
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+    try:
+        future.set_result(call())
+    except BaseException as error:
+        future.set_exception(error)

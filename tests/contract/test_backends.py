@@ -1,0 +1,275 @@
+"""Every backend against `eager`, for every component of every family: the same numbers, each weight by its name."""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engines import plugins
+from engines.backends.base import Choice, Engine, Padded, Profile, Tolerance, load_backend, tolerance
+from engines.errors import GraphMismatch, InvalidRequest
+from engines.graph import ComponentGraph
+from engines.loader import Loader, load_student, load_weights
+from engines.noise import noise
+from engines.student import LoadedStudent, sample
+from tests import tiny_sd
+
+CHOICES = [Choice("eager", "fp32"), Choice("openvino", "fp32"), Choice("openvino", "bf16")]
+ROLES = ("encoder", "denoiser", "decoder")
+PROFILE = Profile(batches=(1, 4), threads=1)
+PROMPTS = ["a red circle", "two shapes on the left", "a small blue square"]
+# Of a component's output, relative to its deviation.
+RELATIVE = {"fp32": 1e-5, "bf16": 0.03}
+# Random networks amplify rounding more than the trained one that the backend's own figure was measured on.
+RANDOM_BF16 = Tolerance(levels=8, share=0.99, psnr_db=40.0)
+
+
+def by_name(choice: Choice) -> str:
+    return f"{choice.backend}-{choice.precision}"
+
+
+@pytest.fixture(scope="module")
+def teacher() -> tiny_sd.Teacher:
+    return tiny_sd.teacher()
+
+
+@pytest.fixture(scope="module", params=CHOICES, ids=by_name)
+def loader(request: pytest.FixtureRequest, teacher: tiny_sd.Teacher) -> Loader:
+    choice: Choice = request.param
+    profile = Profile(PROFILE.batches, choice.precision, PROFILE.threads)
+    return Loader(teacher.registry, choice, profile, teacher.graphs)
+
+
+@pytest.fixture(scope="module")
+def student(loader: Loader, teacher: tiny_sd.Teacher) -> Iterator[LoadedStudent]:
+    loaded = loader.load(teacher.manifest)
+    yield loaded
+    loader.release(loaded)
+
+
+@pytest.fixture(scope="module")
+def reference(teacher: tiny_sd.Teacher) -> LoadedStudent:
+    return load_student(teacher.registry, teacher.manifest)
+
+
+class Part:
+    """One component on one backend, and the same on `eager`."""
+
+    def __init__(self, loader: Loader, teacher: tiny_sd.Teacher, role: str) -> None:
+        self.graph: ComponentGraph = loader.graphs(teacher.manifest)[role]
+        self.weights = self.graph.select(load_weights(teacher.registry, teacher.manifest.components[role]))
+        self._backend = load_backend(loader.choice.backend)
+        self._profile = Profile(PROFILE.batches, loader.choice.precision, PROFILE.threads)
+        self._compiled = self._build(loader.choice)
+        self._eager = load_backend("eager")
+        self.inputs = _inputs(self.graph)
+
+    def _build(self, choice: Choice) -> Any:
+        key = (choice, self.graph.key)
+        if key not in _COMPILED:
+            _COMPILED[key] = self._backend.build(self.graph, self._profile)
+        return _COMPILED[key]
+
+    def constant(self) -> Engine:
+        compiled = self._backend.build(self.graph, dataclasses.replace(self._profile, weights="constant"))
+        return Padded(self._backend.load(compiled, self.weights), PROFILE.batches)
+
+    def load(self, weights: dict[str, Tensor]) -> Engine:
+        return Padded(self._backend.load(self._compiled, weights), PROFILE.batches)
+
+    def run(self, weights: dict[str, Tensor]) -> Tensor:
+        return _output(self.load(weights), self.inputs)
+
+    def expected(self, weights: dict[str, Tensor]) -> Tensor:
+        return _output(self._eager.load(self._eager.build(self.graph, PROFILE), weights), self.inputs)
+
+    @cached_property
+    def perturbed(self) -> dict[str, Tensor]:
+        """What `eager` answers when one weight is another, by its name. Made once: it is the same for every backend."""
+        if self.graph.key not in _PERTURBED:
+            module = self.graph.module().eval()
+            module.load(self.weights)
+            own, found = module.state_dict(), {}
+            for name, value in own.items():
+                kept = value.clone()
+                value.copy_(_perturbed(kept, name))
+                with torch.no_grad():
+                    found[name] = module(**self.inputs)
+                value.copy_(kept)
+            _PERTURBED[self.graph.key] = found
+        return _PERTURBED[self.graph.key]
+
+
+# A bias of attention keys adds the same to every score of a query, which softmax does not see.
+_NO_EFFECT = ("k_proj.bias", "to_k.bias")
+_PERTURBED: dict[str, dict[str, Tensor]] = {}
+_COMPILED: dict[tuple[Choice, str], Any] = {}
+
+
+@pytest.fixture(params=ROLES)
+def part(request: pytest.FixtureRequest, loader: Loader, teacher: tiny_sd.Teacher) -> Part:
+    return Part(loader, teacher, request.param)
+
+
+def test_every_backend_file_is_tested_here() -> None:
+    assert {choice.backend for choice in CHOICES} | {"paced"} == set(plugins.names("engines.backends"))
+
+
+def test_each_component_equals_eager(part: Part, loader: Loader) -> None:
+    assert_close(part.run(part.weights), part.expected(part.weights), loader)
+
+
+def test_weights_as_constants_are_the_same_network(part: Part, loader: Loader) -> None:
+    assert_close(_output(part.constant(), part.inputs), part.expected(part.weights), loader)
+
+
+def test_each_weight_acts_under_its_own_name(part: Part, loader: Loader) -> None:
+    """A tensor under another's name, or one that never arrived, leaves the output where it was or takes it astray."""
+    if loader.choice.backend == "eager":
+        pytest.skip("it is the one that the others are compared with")
+    base = part.expected(part.weights)
+    for name, expected in part.perturbed.items():
+        made = part.run(part.weights | {name: _perturbed(part.weights[name], name)})
+        assert_close(made, expected, loader)
+        assert not torch.equal(expected, base) or name.endswith(_NO_EFFECT), f"{name} changes nothing"
+
+
+def test_a_missing_a_surplus_and_a_misshapen_weight_are_refused(part: Part) -> None:
+    first = next(iter(part.weights))
+    with pytest.raises(GraphMismatch, match=f"1 missing .*{first}"):
+        part.load({name: value for name, value in part.weights.items() if name != first})
+    with pytest.raises(GraphMismatch, match=r"1 surplus .*stranger"):
+        part.load(part.weights | {"stranger": torch.zeros(3)})
+    with pytest.raises(GraphMismatch, match=first):
+        part.load(part.weights | {first: torch.zeros(3, 5, 7)})
+
+
+def test_an_engine_refuses_an_input_that_its_graph_lacks_and_to_run_without_one(part: Part) -> None:
+    engine = part.load(part.weights)
+    with pytest.raises(InvalidRequest, match="'w'"):
+        engine.run(**part.inputs, w=torch.zeros(3))
+    with pytest.raises(InvalidRequest, match="missing"):
+        engine.run(**dict(list(part.inputs.items())[1:]), other=torch.zeros(4))
+
+
+def test_outputs_and_inputs_stay_the_callers(part: Part) -> None:
+    engine, whole = part.load(part.weights), {name: value[[0, 1, 2, 0]] for name, value in part.inputs.items()}
+    before = {name: value.clone() for name, value in whole.items()}
+    first = _output(engine, whole)
+    kept = first.clone()
+    _output(engine, {name: torch.zeros_like(value) for name, value in whole.items()})
+    assert torch.equal(first, kept)
+    assert all(torch.equal(whole[name], before[name]) for name in before)
+
+
+def test_times_that_bfloat16_cannot_tell_apart_are_told_apart(student: LoadedStudent) -> None:
+    """1000 t is 700.5 and 701.5, which is 700 for both in bf16: the time path has to be fp32."""
+    x, cond = torch.stack([noise(1, 0, tiny_sd.LATENT)] * 2), student.family.encode(["a red circle"] * 2)
+    one, other = student.family.denoise(x, torch.tensor([0.7005, 0.7015]), cond)
+    assert not torch.equal(one, other)
+
+
+def test_two_engines_of_one_graph_do_not_share_weights(part: Part, loader: Loader) -> None:
+    name = next(name for name in part.weights if name.endswith(("conv_in.weight", "token_embedding.weight")))
+    other = part.weights | {name: _perturbed(part.weights[name], name)}
+    one, two = part.load(part.weights), part.load(other)
+    assert_close(_output(two, part.inputs), part.expected(other), loader)
+    assert_close(_output(one, part.inputs), part.expected(part.weights), loader)
+
+
+def test_pictures_equal_those_of_eager(student: LoadedStudent, reference: LoadedStudent) -> None:
+    for steps in (1, 4):
+        made, expected = (sample(who, PROMPTS, [1, 2, 3], steps) for who in (student, reference))
+        assert allowed(student).fault(made, expected) is None
+
+
+def test_a_row_alone_and_in_any_batch_is_the_same_picture(student: LoadedStudent) -> None:
+    prompts, seeds = [*PROMPTS, "white"], [5, 6, 7, 8]
+    alone = torch.cat([sample(student, [p], [s], 4) for p, s in zip(prompts, seeds, strict=True)])
+    for batch in (2, 3, 4):
+        together = sample(student, prompts, seeds, 4, batch=batch)
+        assert allowed(student).fault(together, alone) is None
+
+
+def test_guided_and_unguided_rows_share_a_batch(student: LoadedStudent) -> None:
+    family, rows = student.family, 3
+    x = torch.stack([noise(seed, 0, tiny_sd.LATENT) for seed in range(rows)])
+    t, cond = torch.tensor([0.9, 0.5, 0.2]), family.encode(PROMPTS)
+    mixed = family.denoise(x, t, cond, w=[None, 2.0, float("nan")])
+    for i, w in enumerate((None, 2.0, None)):
+        own = family.denoise(x[i : i + 1], t[i : i + 1], cond[i : i + 1], w=[w])
+        torch.testing.assert_close(mixed[i : i + 1], own, rtol=0.05, atol=RELATIVE[student.precision] * 10)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_family_is_diffusers_own_pipeline(teacher: tiny_sd.Teacher, student: LoadedStudent) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(teacher.directory, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler.init_noise_sigma = 1.0  # StableDiffusionPipeline asks for it, flow schedulers have none
+    seeds = [11, 12]
+    latents = torch.stack([noise(seed, 0, tiny_sd.LATENT) for seed in seeds])
+    times = student.manifest.schedules[4].times
+    pictures = pipeline(
+        PROMPTS[:2], height=16, width=16, latents=latents, guidance_scale=3.0, output_type="np",
+        num_inference_steps=4, sigmas=list(times[:-1]),
+    ).images  # fmt: skip
+    expected = torch.from_numpy((pictures * 255).round().astype("uint8")).permute(0, 3, 1, 2)
+    made = sample(student, PROMPTS[:2], seeds, 4, guidance=3.0)
+    assert allowed(student).fault(made, expected) is None
+
+
+def allowed(student: LoadedStudent) -> Tolerance:
+    return RANDOM_BF16 if student.precision == "bf16" else tolerance(student.backend, student.precision)
+
+
+def assert_close(made: Tensor, expected: Tensor, loader: Loader) -> None:
+    error = (made.float() - expected.float()).square().mean().sqrt()
+    allowed = RELATIVE[loader.choice.precision] * expected.float().std()
+    levels = 0.05 if expected.dtype == torch.uint8 else 0.0  # a rounded value may fall to either side
+    assert error <= allowed + levels, f"{error:.2e} instead of at most {allowed + levels:.2e}"
+
+
+def _output(engine: Engine, inputs: dict[str, Tensor]) -> Tensor:
+    (out,) = engine.run(**inputs).values()
+    return out
+
+
+def _inputs(graph: ComponentGraph) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    found = {}
+    for name, zero in graph.example(3).items():
+        drawn = torch.randn(zero.shape, generator=generator)
+        found[name] = torch.randint(3, 20, zero.shape, generator=generator) if name == "ids" else drawn
+    return found | ({"t": torch.tensor([0.701, 0.3, 0.999])} if "t" in found else {})
+
+
+def _perturbed(weight: Tensor, name: str) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(name.encode()))
+    return weight + 0.3 * torch.randn(weight.shape, generator=generator)
+
+
+def test_the_paced_engine_takes_its_time_and_no_processor(teacher: tiny_sd.Teacher) -> None:
+    student = Loader(teacher.registry, Choice("paced", "fp32"), Profile((1, 16)), teacher.graphs).load(teacher.manifest)
+    x, t = torch.stack([noise(i, 0, tiny_sd.LATENT) for i in range(16)]), torch.ones(16)
+    cond = student.family.encode(["a red circle"]).expand(16, -1, -1)
+    wall, cpu = time.perf_counter(), time.process_time()
+    pred = student.family.denoise(x, t, cond)
+    assert time.perf_counter() - wall >= 0.020 + 16 * 0.00375
+    assert time.process_time() - cpu < 0.040
+    assert torch.equal(student.family.denoise(x, t, cond), pred)
+    assert not torch.equal(pred[0], pred[1])
+    pixels = student.family.decode(x)
+    assert (pixels.shape, pixels.dtype) == ((16, 3, 16, 16), torch.uint8)
+
+
+def test_the_paced_engine_takes_at_most_16_rows(teacher: tiny_sd.Teacher) -> None:
+    student = Loader(teacher.registry, Choice("paced", "fp32"), Profile((32,)), teacher.graphs).load(teacher.manifest)
+    with pytest.raises(InvalidRequest, match="16"):
+        student.family.encode(["a red circle"] * 20)

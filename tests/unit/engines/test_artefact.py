@@ -1,0 +1,119 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from engines.artefact import export_diffusers, import_diffusers, make_student
+from engines.errors import GraphMismatch, InvalidManifest, NotBuilt
+from engines.loader import load_student, load_weights
+from engines.manifest import Guidance, Schedule
+from engines.registry.memory import MemoryRegistry
+from engines.student import sample
+from tests import tiny_sd
+
+TWO = [Schedule(times=(1.0, 0.6, 0.0), eta=1.0)]
+
+
+def test_the_same_directory_is_the_same_version_anywhere() -> None:
+    teacher, registry = tiny_sd.teacher(), MemoryRegistry()
+    again = import_diffusers(
+        teacher.directory, registry, name="tiny", schedules=tiny_sd.SCHEDULES, guidance=tiny_sd.GUIDANCE
+    )
+    assert again == teacher.version
+    assert registry.student(again).prediction == "flow"
+    assert registry.student(again).resolutions == ((16, 16),)
+
+
+def test_weights_stay_as_they_are_stored() -> None:
+    teacher = tiny_sd.teacher()
+    blob = teacher.manifest.components["denoiser"].weights
+    stored = (teacher.directory / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert teacher.registry.read_blob(blob) == stored
+
+
+def test_half_precision_weights_and_a_tiny_vae_are_imported(tmp_path: Path) -> None:
+    registry = MemoryRegistry()
+    version = import_diffusers(
+        tiny_sd.write(tmp_path, tiny_vae=True, fp16=True), registry, name="half", schedules=tiny_sd.SCHEDULES
+    )
+    manifest = registry.student(version)
+    assert {w.dtype for w in load_weights(registry, manifest.components["denoiser"]).values()} == {torch.float16}
+    pictures = sample(load_student(registry, manifest), ["a red circle"], [1], 1)
+    assert pictures.shape == (1, 3, 16, 16)
+
+
+def test_a_schedule_only_student_shares_every_component() -> None:
+    teacher = tiny_sd.teacher()
+    version = make_student(teacher.registry, teacher.version, "tiny-schedule", schedules=TWO)
+    student = teacher.registry.student(version)
+    assert (student.kind, student.base) == ("schedule", teacher.version)
+    assert student.components == teacher.manifest.components
+    assert student.golden != teacher.manifest.golden
+    assert set(student.schedules) == {2}
+
+
+def test_new_weights_are_published_with_all_else_shared() -> None:
+    teacher = tiny_sd.teacher()
+    weights = load_weights(teacher.registry, teacher.manifest.components["denoiser"])
+    version = make_student(
+        teacher.registry,
+        teacher.version,
+        "tiny-trained",
+        denoiser_weights={name: value * 1.01 for name, value in weights.items()},
+        schedules=TWO,
+        guidance=Guidance(mode="baked", default=3.0, minimum=3.0, maximum=3.0),
+    )
+    student = teacher.registry.student(version)
+    assert student.components["decoder"] == teacher.manifest.components["decoder"]
+    assert student.components["denoiser"] != teacher.manifest.components["denoiser"]
+    assert (student.kind, student.dtype, student.guidance.mode) == ("full", "fp16", "baked")
+
+
+def test_a_student_that_reads_s_begins_with_the_layer_at_zero() -> None:
+    teacher = tiny_sd.teacher()
+    version = make_student(teacher.registry, teacher.version, "tiny-s", schedules=TWO, inputs=["s"], dtype="fp32")
+    stored = load_weights(teacher.registry, teacher.registry.student(version).components["denoiser"])
+    assert not stored["second_time.weight"].any()
+    plain = make_student(teacher.registry, teacher.version, "tiny-plain", schedules=TWO)
+    one, two = (
+        sample(load_student(teacher.registry, teacher.registry.student(v)), ["a red circle"], [3], 2)
+        for v in (version, plain)
+    )
+    assert torch.equal(one, two)
+
+
+def test_weights_of_another_network_are_refused_and_nothing_is_published() -> None:
+    teacher = tiny_sd.teacher()
+    weights = load_weights(teacher.registry, teacher.manifest.components["decoder"])
+    before = teacher.registry.students()
+    with pytest.raises(GraphMismatch):
+        make_student(teacher.registry, teacher.version, "bad", denoiser_weights=weights, schedules=TWO)
+    assert teacher.registry.students() == before
+
+
+def test_an_export_is_a_directory_that_imports_to_the_same_components(tmp_path: Path) -> None:
+    teacher = tiny_sd.teacher()
+    shutil.copytree(teacher.directory / "scheduler", tmp_path / "scheduler")
+    shutil.copy(teacher.directory / "model_index.json", tmp_path)
+    export_diffusers(teacher.registry, teacher.version, tmp_path)
+    registry = MemoryRegistry()
+    again = import_diffusers(tmp_path, registry, name="again", schedules=tiny_sd.SCHEDULES)
+    assert registry.student(again).components == teacher.manifest.components
+
+
+def test_what_is_no_pipeline_of_a_known_family_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(InvalidManifest, match=r"model_index\.json"):
+        import_diffusers(tmp_path, MemoryRegistry(), name="no", schedules=TWO)
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
+    with pytest.raises(NotBuilt, match="KandinskyPipeline"):
+        import_diffusers(tmp_path, MemoryRegistry(), name="no", schedules=TWO)
+
+
+def test_a_noise_schedule_that_is_no_flow_has_to_be_named(tmp_path: Path) -> None:
+    shutil.copytree(tiny_sd.teacher().directory, tmp_path / "p")
+    config = tmp_path / "p" / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({"_class_name": "DDIMScheduler", "prediction_type": "epsilon"}))
+    with pytest.raises(NotBuilt, match="DDIMScheduler"):
+        import_diffusers(tmp_path / "p", MemoryRegistry(), name="no", schedules=TWO)

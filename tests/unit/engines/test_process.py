@@ -1,0 +1,97 @@
+"""The algebra of every process, checked against itself and against finite differences."""
+
+import math
+
+import pytest
+import torch
+
+from engines.manifest import ProcessSpec
+from engines.process import EDM, RF, TRIG, VP, Process, Shifted, make, rebase
+
+PROCESSES: dict[str, Process] = {
+    "rf": RF(),
+    "vp-cosine": VP(),
+    "vp-linear": VP(curve="linear"),
+    "edm": EDM(),
+    "trig": TRIG(sigma_data=0.7),
+    "rf-shifted": Shifted(RF(), 3.0),
+    "edm-shifted": Shifted(EDM(sigma_max=20.0), 0.5),
+}
+every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+
+
+def some_times(process: Process) -> torch.Tensor:
+    return torch.tensor([0.03, 0.2, 0.5, 0.8, 0.97], dtype=torch.float64) * min(process.t_max, 3.0)
+
+
+def a_pair() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x0, eps = (torch.randn(5, 2, 3, 3, dtype=torch.float64, generator=generator) for _ in range(2))
+    return x0, eps
+
+
+@every_process
+@pytest.mark.parametrize("kind", ["x0", "eps", "v", "flow"])
+def test_split_undoes_join_for_every_kind(process: Process, kind: str) -> None:
+    (x0, eps), t = a_pair(), some_times(process)
+    got_x0, got_eps = process.split(process.join(x0, eps, kind, t), kind, process.mix(x0, eps, t), t)
+    torch.testing.assert_close(got_x0, x0)
+    torch.testing.assert_close(got_eps, eps)
+
+
+@every_process
+def test_velocity_is_the_time_derivative_of_mix(process: Process) -> None:
+    (x0, eps), t, h = a_pair(), some_times(process), 1e-6
+    measured = (process.mix(x0, eps, t + h) - process.mix(x0, eps, t - h)) / (2 * h)
+    torch.testing.assert_close(process.velocity(x0, eps, t), measured, atol=1e-7, rtol=1e-6)
+
+
+@every_process
+def test_t_of_angle_undoes_angle(process: Process) -> None:
+    t = some_times(process)
+    torch.testing.assert_close(process.t_of_angle(process.angle(t)), t)
+
+
+@every_process
+def test_time_zero_is_data_and_time_rises_towards_noise(process: Process) -> None:
+    angles = process.angle(torch.linspace(0, process.t_max, 20, dtype=torch.float64))
+    assert angles[0] == pytest.approx(0, abs=1e-9)
+    assert (angles.diff() > 0).all()
+    assert angles[-1] > 1.38  # at most a fifth of the end is signal
+
+
+@pytest.mark.parametrize("src", PROCESSES.values(), ids=PROCESSES)
+@pytest.mark.parametrize("dst", [RF(), VP(curve="linear"), EDM(), TRIG()], ids=["rf", "vp", "edm", "trig"])
+def test_rebase_is_mix_at_the_other_process(src: Process, dst: Process) -> None:
+    (x0, eps), t = a_pair(), some_times(src)
+    x, t_dst = rebase(src.mix(x0, eps, t), t, src, dst)
+    torch.testing.assert_close(x, dst.mix(x0, eps, t_dst))
+
+
+def test_a_shift_moves_time_towards_noise_and_keeps_the_networks_own_time() -> None:
+    t = torch.tensor([0.0, 0.5, 1.0])
+    torch.testing.assert_close(Shifted(RF(), 3.0).sigma(t), torch.tensor([0.0, 0.75, 1.0]))
+    torch.testing.assert_close(Shifted(RF(), 3.0).network_time(t), torch.tensor([0.0, 0.75, 1.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_process
+@pytest.mark.parametrize("kind", ["x0", "eps", "v", "flow"])
+def test_the_very_ends_stay_finite(process: Process, kind: str, dtype: torch.dtype) -> None:
+    t = torch.tensor([0.0, 1e-5, process.t_max * (1 - 1e-5), process.t_max], dtype=dtype)
+    x0, eps = (part[:4].to(dtype) for part in a_pair())
+    x = process.mix(x0, eps, t)
+    for part in process.split(process.join(x0, eps, kind, t), kind, x, t):
+        assert part.isfinite().all()
+
+
+def test_score_is_minus_eps_over_sigma() -> None:
+    x0, eps = a_pair()
+    t = torch.full((5,), 0.5, dtype=torch.float64)
+    torch.testing.assert_close(VP().score(x0, eps, t), -eps / math.sin(math.pi / 4))
+
+
+def test_a_manifest_names_its_process() -> None:
+    assert make(ProcessSpec()) == RF()
+    assert make(ProcessSpec(kind="rf", shift=3.0)) == Shifted(RF(), 3.0)
+    assert make(ProcessSpec(kind="trig", sigma_data=0.5)) == TRIG(sigma_data=0.5)

@@ -1,0 +1,213 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from engines.artefact import make_student
+from engines.backends.base import Choice, Profile
+from engines.errors import Conflict, CorruptBlob, GoldenMismatch, GraphMismatch, StudentNotFound
+from engines.loader import Loader
+from engines.manifest import Component, Schedule, StudentManifest
+from engines.registry.files import FilesRegistry
+from engines.slot import EngineSlot, Staging
+from engines.student import sample
+from tests import tiny_sd
+
+PHASES = ["staged", "building", "warming", "verifying", "ready"]
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> FilesRegistry:
+    """One of its own with the tiny teacher in it."""
+    teacher, own = tiny_sd.teacher(), FilesRegistry(tmp_path)
+    for sha in teacher.manifest.blobs:
+        own.put_blob(teacher.registry.read_blob(sha))
+    own.publish(teacher.manifest)
+    return own
+
+
+@pytest.fixture
+def slot(registry: FilesRegistry) -> EngineSlot:
+    return EngineSlot(Loader(registry, Choice("eager", "fp32"), Profile((1, 4)), tiny_sd.teacher().graphs))
+
+
+@pytest.fixture
+def teacher() -> str:
+    return tiny_sd.teacher().version
+
+
+def student(registry: FilesRegistry, scale: float = 1.02) -> str:
+    base = tiny_sd.teacher().manifest
+    weights = load(registry.read_blob(base.components["denoiser"].weights))
+    scaled = {name: value * scale for name, value in weights.items()}
+    schedules = [Schedule(times=(1.0, 0.5, 0.0))]
+    return make_student(registry, base.version, "student", denoiser_weights=scaled, schedules=schedules)
+
+
+def with_denoiser(registry: FilesRegistry, version: str, blob: bytes) -> str:
+    """The same student, golden samples and all, over other bytes."""
+    manifest = registry.student(version)
+    part = Component(weights=registry.put_blob(blob), files=manifest.components["denoiser"].files)
+    data = manifest.model_dump() | {"components": manifest.components | {"denoiser": part}}
+    return registry.publish(StudentManifest.model_validate(data))
+
+
+def phases(staging: Staging) -> Iterator[str]:
+    for piece in staging:
+        yield piece.phase
+        piece.call()
+    yield staging.phase
+
+
+def test_a_new_graph_goes_through_every_phase_and_is_warmed_at_every_size(slot: EngineSlot, teacher: str) -> None:
+    staging = slot.stage([teacher])
+    seen = list(phases(staging))
+    assert list(dict.fromkeys(seen)) == PHASES
+    assert seen.count("warming") == 3 * 2
+    key = slot.cost_key(slot.family(teacher), "denoiser")
+    assert slot.cost.seconds(key, 1)
+    assert slot.cost.seconds(key, 4)
+    assert set(staging.seconds) == set(PHASES) - {"ready"}
+
+
+def test_of_a_known_graph_only_weights_are_set(slot: EngineSlot, registry: FilesRegistry, teacher: str) -> None:
+    slot.stage([teacher]).run()
+    version = student(registry)
+    seen = list(phases(slot.stage([version])))
+    assert seen.count("building") == 1
+    assert "warming" not in seen
+    made, known = (slot.cost_key(slot.family(v), "denoiser") for v in (version, teacher))
+    assert made != known
+    assert slot.cost.predict(made, 4) == slot.cost.predict(known, 4)
+
+
+def test_components_with_the_same_weights_are_one_engine(
+    slot: EngineSlot, registry: FilesRegistry, teacher: str
+) -> None:
+    version = student(registry)
+    slot.stage([teacher, version]).run()
+    one, two = slot.family(teacher).family, slot.family(version).family
+    assert one.encoder is two.encoder  # type: ignore[attr-defined]
+    assert one.decoder is two.decoder  # type: ignore[attr-defined]
+    assert one.denoisers["denoiser"] is not two.denoisers["denoiser"]  # type: ignore[attr-defined]
+
+
+def test_what_serves_is_not_touched_before_the_switch(slot: EngineSlot, registry: FilesRegistry, teacher: str) -> None:
+    slot.stage([teacher]).run()
+    slot.switch([teacher])
+    before = sample(slot.family(teacher), ["a red circle"], [1], 1)
+    version = student(registry)
+    for piece in slot.stage([version]):
+        assert slot.serving == {teacher}
+        with pytest.raises(StudentNotFound):
+            slot.family(version)
+        piece.call()
+        assert torch.equal(sample(slot.family(teacher), ["a red circle"], [1], 1), before)
+    slot.switch([version])
+    assert (slot.serving, slot.draining) == ({version}, {teacher})
+    assert torch.equal(sample(slot.family(teacher), ["a red circle"], [1], 1), before)
+
+
+def test_a_rollback_stages_nothing(slot: EngineSlot, registry: FilesRegistry, teacher: str) -> None:
+    slot.stage([teacher]).run()
+    version = student(registry)
+    slot.stage([version]).run()
+    slot.switch([version])
+    assert slot.stage([teacher]).versions == ()
+    slot.stage([teacher]).run()
+    slot.switch([teacher])
+    assert slot.serving == {teacher}
+
+
+def test_a_retired_version_is_gone_and_what_it_shared_stays(
+    slot: EngineSlot, registry: FilesRegistry, teacher: str
+) -> None:
+    version = student(registry)
+    slot.stage([teacher, version]).run()
+    slot.switch([version])
+    slot.retire(teacher)
+    with pytest.raises(StudentNotFound):
+        slot.family(teacher)
+    assert sample(slot.family(version), ["a red circle"], [1], 2).shape == (1, 3, 16, 16)
+    assert slot.draining == frozenset()
+
+
+def test_what_is_served_cannot_be_retired_nor_what_is_not_ready_be_served(slot: EngineSlot, teacher: str) -> None:
+    with pytest.raises(StudentNotFound):
+        slot.switch([teacher])
+    slot.stage([teacher]).run()
+    slot.switch([teacher])
+    with pytest.raises(Conflict):
+        slot.retire(teacher)
+
+
+def test_a_flipped_byte_is_rejected_at_staged(slot: EngineSlot, registry: FilesRegistry, teacher: str) -> None:
+    slot.stage([teacher]).run()
+    version = student(registry)
+    sha = registry.student(version).components["denoiser"].weights
+    path = registry.blob_path(sha)
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
+    staging = slot.stage([version])
+    with pytest.raises(CorruptBlob):
+        staging.run()
+    assert staging.phase == "rejected"
+    assert (staging.reason or "").startswith("corrupt_blob: ")
+    assert list(staging.seconds) == ["staged"]
+    assert slot.versions == {teacher}
+
+
+def test_a_permuted_weight_map_is_rejected_at_verifying(
+    slot: EngineSlot, registry: FilesRegistry, teacher: str
+) -> None:
+    slot.stage([teacher]).run()
+    version = student(registry)
+    weights = load(registry.read_blob(registry.student(version).components["denoiser"].weights))
+    one, two = "down_blocks.0.resnets.0.conv1.weight", "down_blocks.0.resnets.0.conv2.weight"
+    weights[one], weights[two] = weights[two], weights[one]
+    staging = slot.stage([with_denoiser(registry, version, save(weights))])
+    with pytest.raises(GoldenMismatch):
+        staging.run()
+    assert (staging.phase, list(staging.seconds)) == ("rejected", ["staged", "building", "verifying"])
+    assert slot.versions == {teacher}
+
+
+def test_weights_of_another_shape_are_rejected_at_building_and_leave_nothing_behind(
+    slot: EngineSlot, registry: FilesRegistry, teacher: str
+) -> None:
+    slot.stage([teacher]).run()
+    engines = set(slot.loader._engines)
+    weights = load(registry.read_blob(registry.student(teacher).components["denoiser"].weights))
+    weights.pop("conv_in.bias")
+    staging = slot.stage([with_denoiser(registry, teacher, save(weights))])
+    with pytest.raises(GraphMismatch, match=r"conv_in\.bias"):
+        staging.run()
+    assert set(staging.seconds) == {"staged", "building"}
+    assert set(slot.loader._engines) == engines
+
+
+def test_a_student_without_golden_samples_never_serves(slot: EngineSlot, registry: FilesRegistry) -> None:
+    bare = StudentManifest.model_validate(tiny_sd.teacher().manifest.model_dump() | {"golden": None})
+    with pytest.raises(GoldenMismatch, match="no golden samples"):
+        slot.stage([registry.publish(bare)]).run()
+
+
+def test_engine_calls_and_heavy_work_are_told_apart(slot: EngineSlot, teacher: str) -> None:
+    """Aside runs in another thread and hands over what it raises."""
+    places = {}
+    for piece in slot.stage([teacher]):
+        places.setdefault(piece.phase, piece.on_engine)
+        piece.call() if piece.on_engine else piece.aside().result(60)
+    assert places == {"staged": False, "building": False, "warming": True, "verifying": True}
+    assert slot.family(teacher)
+
+
+def test_an_error_aside_is_the_caller_s(slot: EngineSlot, registry: FilesRegistry) -> None:
+    bare = StudentManifest.model_validate(tiny_sd.teacher().manifest.model_dump() | {"golden": None})
+    staging = slot.stage([registry.publish(bare)])
+    with pytest.raises(GoldenMismatch):
+        next(iter(staging)).aside().result(60)
