@@ -1,0 +1,143 @@
+"""What leaves a worker: pictures as PNG, WebP or JPEG, the one answer of each request, and progress on the way.
+
+Pictures are encoded in a few threads, one hop per batch and not per picture. Answers that are ready together go to
+the broker together, and those that it cannot take now are kept until it can.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from engines import images
+from engines.errors import FewstepError
+from server.brokers.base import Broker, Emitted, Finished
+from server.messages import StepEvent
+from server.tickets import LatentRow, PictureRow
+
+log = logging.getLogger(__name__)
+_RETRY_S = 0.2
+_MIN_SHARE = 4  # pictures for which a second thread pays
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An encoded row."""
+
+    row: LatentRow
+    data: bytes
+    seconds: float
+
+
+class Answers:
+    """Belongs to the worker's event loop; `encode` alone may be called from any thread."""
+
+    def __init__(
+        self,
+        broker: Broker,
+        *,
+        threads: int,
+        ready: Callable[[Sequence[Picture]], None],
+        died: Callable[[BaseException], None],
+    ) -> None:
+        """In the event loop, `ready` hears of each batch of encoded pictures, `died` of what nobody foresaw."""
+        self._broker, self._ready, self._died = broker, ready, died
+        self._loop = asyncio.get_running_loop()
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="image")
+        self._answers: list[Finished] = []
+        self._events: deque[Emitted] = deque()
+        self._answered, self._evented = asyncio.Event(), asyncio.Event()
+        self._sending = 0
+
+    @property
+    def pending(self) -> int:
+        """Answers that the broker has not taken yet."""
+        return len(self._answers) + self._sending
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    # --- pictures --------------------------------------------------------------------------------
+
+    def encode(self, rows: Sequence[LatentRow], pixels: Any) -> None:
+        """pixels uint8 [B, 3, H, W], kept until they are encoded."""
+        parts = min(self._threads, max(1, len(rows) // _MIN_SHARE))
+        for part in range(parts):
+            self._pool.submit(self._encode, rows[part::parts], pixels[part::parts])
+
+    def _encode(self, rows: Sequence[LatentRow], pixels: Any) -> None:
+        try:
+            made = [_picture(row, pixels[i]) for i, row in enumerate(rows)]
+        except BaseException as error:
+            self._loop.call_soon_threadsafe(self._died, error)
+        else:
+            self._loop.call_soon_threadsafe(self._ready, made)
+
+    # --- answers ---------------------------------------------------------------------------------
+
+    def add(self, answer: Finished) -> None:
+        self._answers.append(answer)
+        self._answered.set()
+
+    async def send(self, sent: Callable[[Finished, bool], None]) -> None:
+        """Sends answers for ever; `sent` hears of each and whether it was the one that ended its request."""
+        while True:
+            await self._answered.wait()
+            self._answered.clear()
+            batch, self._answers = self._answers, []
+            self._sending = len(batch)
+            try:
+                won = await self._broker.finish_many(batch)
+            except FewstepError as error:
+                log.warning("answers wait for the broker", extra={"answers": len(batch), "error": str(error)})
+                self._answers, self._sending = batch + self._answers, 0
+                self._answered.set()
+                await asyncio.sleep(_RETRY_S)
+                continue
+            self._sending = 0
+            for answer, mine in zip(batch, won, strict=True):
+                sent(answer, mine)
+
+    # --- progress --------------------------------------------------------------------------------
+
+    def progress(self, event: StepEvent, data: bytes | None = None) -> None:
+        self._events.append(Emitted(event, data))
+        self._evented.set()
+
+    async def emit(self) -> None:
+        """Sends progress for ever, in its order."""
+        while True:
+            await self._evented.wait()
+            self._evented.clear()
+            while self._events:
+                emitted = self._events.popleft()
+                await self._broker.emit(emitted.event, emitted.data)
+
+
+def _picture(row: LatentRow, pixels: Any) -> Picture:
+    begun = time.perf_counter()
+    request = row.ticket.claim.request
+    data = images.encode(pixels, request.output_format, request.compression)
+    return Picture(row, data, time.perf_counter() - begun)
+
+
+def collect(picture: Picture) -> bool:
+    """Puts a picture into its ticket; whether that was the last one."""
+    ticket = picture.row.ticket
+    ticket.images[picture.row.index] = picture.data
+    ticket.image_s += picture.seconds
+    return all(image is not None for image in ticket.images)
+
+
+def event(row: PictureRow | LatentRow, kind: Literal["step", "partial_image"]) -> StepEvent:
+    """What is said of a row after a step."""
+    partial_index = row.partial_index or 0 if isinstance(row, LatentRow) else 0
+    total = len(row.ticket.plan)
+    return StepEvent(
+        id=row.request_id, kind=kind, step=row.step, total=total, image_index=row.index, partial_index=partial_index
+    )

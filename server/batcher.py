@@ -1,0 +1,153 @@
+"""Step-level batching: which rows the engine evaluates next, as plain data.
+
+A lane holds the rows that could share one engine call: those of one stage, one engine and one shape, never of
+one step count, tier or guidance. Work-conserving: whenever a row waits, `next_batch` has an answer, and there is
+no batching timer. Time is an argument, so a test needs no clock.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Generic, Literal, TypeVar
+
+Stage = Literal["encode", "denoise", "decode"]
+
+
+@dataclass(frozen=True, slots=True)
+class LaneKey:
+    """What rows must agree on to be one engine call. `engine` names a component's weights, `shape` one row."""
+
+    stage: Stage
+    engine: str
+    shape: tuple[int, ...] = ()
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Row:
+    """One picture of one request, between two engine calls.
+
+    `due_s` orders rows (see `due`), `deadline_s` ends them. `network_rows` is what the next call weighs: a guided
+    step is two. `alone` rows share no batch with other requests. `feeds` is the lane that an encoded row joins.
+    """
+
+    request_id: str
+    lane: LaneKey
+    due_s: float
+    deadline_s: float
+    network_rows: int = 1
+    alone: bool = False
+    feeds: LaneKey | None = None
+
+
+R = TypeVar("R", bound=Row)
+CostOf = Callable[[LaneKey, int], float | None]
+"""Measured seconds of one call of a lane at a warmed size; None where nothing was measured."""
+
+
+def due(
+    *, arrived_s: float, deadline_s: float, cost_s: float, priority: int, ageing_s: float, stretch: float = 8.0
+) -> float:
+    """When a row should be done: `stretch` times its own cost after it came, at the latest at its deadline.
+
+    Cheap requests so pass dear ones, by as much as they are cheaper. A unit of priority is worth `ageing_s`. No row
+    starves: everything that arrives after its due time (give or take 20 priorities) comes behind it.
+    """
+    return min(deadline_s, arrived_s + stretch * cost_s) - priority * ageing_s
+
+
+@dataclass(slots=True)
+class Batcher(Generic[R]):
+    """Rows waiting for their next engine call. `sizes` are the warmed batch sizes, in network rows."""
+
+    sizes: tuple[int, ...]
+    cost_of: CostOf = lambda _lane, _size: None
+    _lanes: dict[LaneKey, list[R]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._lanes.values()))
+
+    def add(self, row: R) -> None:
+        self._lanes.setdefault(row.lane, []).append(row)
+
+    def remove(self, request_ids: Iterable[str]) -> list[R]:
+        """Removes and returns the waiting rows of these requests."""
+        gone = frozenset(request_ids)
+        return self._take(lambda row: row.request_id in gone)
+
+    def expire(self, now_s: float) -> list[R]:
+        """Removes and returns the rows whose deadline has passed."""
+        return self._take(lambda row: row.deadline_s <= now_s)
+
+    def next_batch(self) -> list[R]:
+        """Removes and returns the rows to evaluate now: the most urgent row and those that may go with it.
+
+        Rows that wait to be encoded go first if the step that they would join has room for them.
+        """
+        if not self._lanes:
+            return []
+        first = min((row for lane in self._lanes.values() for row in lane), key=_due)
+        batch = self._batch(first)
+        if first.lane.stage == "denoise" and not first.alone and _weight(batch) < self.sizes[-1]:
+            joining = [row for row in self._waiting("encode") if row.feeds == first.lane and not row.alone]
+            if joining:
+                batch = self._batch(min(joining, key=_due))
+        self._remove(batch)
+        return batch
+
+    def _batch(self, first: R) -> list[R]:
+        lane = sorted(self._lanes[first.lane], key=_due)
+        if first.alone:
+            rows = [row for row in lane if row.request_id == first.request_id]
+        else:
+            rows = [first, *(row for row in lane if row is not first and not row.alone)]
+        return _fill(rows, self._size(first.lane, rows))
+
+    def _size(self, key: LaneKey, rows: list[R]) -> int:
+        """The warmed size with the most rows a second; without measurements the one that takes the most rows."""
+        best, best_rate = self.sizes[-1], 0.0
+        for size in self.sizes:
+            batch = _fill(rows, size)
+            rate = _weight(batch) / (self.cost_of(key, size) or float("inf"))
+            if rate >= best_rate and rate > 0:
+                best, best_rate = size, rate
+        return best
+
+    def _waiting(self, stage: Stage) -> list[R]:
+        return [row for key, lane in self._lanes.items() if key.stage == stage for row in lane]
+
+    def _remove(self, batch: list[R]) -> None:
+        gone = set(map(id, batch))
+        key = batch[0].lane
+        self._keep(key, [row for row in self._lanes[key] if id(row) not in gone])
+
+    def _take(self, which: Callable[[R], bool]) -> list[R]:
+        taken: list[R] = []
+        for key, lane in list(self._lanes.items()):
+            mine = [row for row in lane if which(row)]
+            if mine:
+                taken += mine
+                self._keep(key, [row for row in lane if not which(row)])
+        return taken
+
+    def _keep(self, key: LaneKey, rows: list[R]) -> None:
+        if rows:
+            self._lanes[key] = rows
+        else:
+            del self._lanes[key]
+
+
+def _due(row: Row) -> float:
+    return row.due_s
+
+
+def _weight(rows: Iterable[Row]) -> int:
+    return sum(row.network_rows for row in rows)
+
+
+def _fill(rows: list[R], size: int) -> list[R]:
+    """The first row in any case, then in their order those that still fit."""
+    batch, room = [rows[0]], size - rows[0].network_rows
+    for row in rows[1:]:
+        if row.network_rows <= room:
+            batch.append(row)
+            room -= row.network_rows
+    return batch

@@ -1,0 +1,91 @@
+"""Keeps a worker's lease alive from a thread of its own, however long the event loop is busy."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import msgspec
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from server.brokers._redis_link import BROKEN, Link
+
+_RENEWALS_PER_LEASE = 4
+_PAUSE_S = 0.2
+logger = logging.getLogger(__name__)
+
+
+class LeaseKeeper(AbstractContextManager[None]):
+    """Renews while the context is open. A server that is away is tried again until it is back.
+
+    `renewed` hears until when (monotonic seconds) the lease is good and what was said; it runs in the thread.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        link: Link,
+        identity: str,
+        *,
+        lease_ms: int,
+        info: Callable[[], Mapping[str, Any]],
+        renewed: Callable[[float, Mapping[str, Any]], None],
+    ) -> None:
+        self._link = link
+        self._identity = identity
+        self._lease_ms = lease_ms
+        self._info = info
+        self._renewed = renewed
+        self._client: Any = redis.Redis.from_url(
+            url, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=lease_ms / 1000, socket_connect_timeout=1.0
+        )
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"lease-{identity}", daemon=True)
+
+    def __enter__(self) -> None:
+        self._renew()
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        try:
+            with self._client.pipeline(transaction=False) as pipe:
+                pipe.execute_command("DEL", self._link.key("worker", self._identity))
+                pipe.execute_command("ZREM", self._link.key("workers"), self._identity)
+                pipe.execute()
+        except BROKEN as error:
+            logger.warning("lease_not_released", extra={"error": str(error)})
+        self._renewed(float("-inf"), {})
+        self._client.close()
+
+    def _run(self) -> None:
+        pause_s = self._lease_ms / 1000 / _RENEWALS_PER_LEASE
+        while not self._stop.wait(pause_s):
+            try:
+                self._renew()
+                pause_s = self._lease_ms / 1000 / _RENEWALS_PER_LEASE
+            except (*BROKEN, redis.ResponseError) as error:
+                logger.warning("lease_not_renewed", extra={"error": str(error)})
+                pause_s = min(_PAUSE_S, pause_s)
+
+    def _renew(self) -> None:
+        said = self._info()
+        renewed_s = time.monotonic()
+        with self._client.pipeline(transaction=False) as pipe:
+            for command in lease_commands(self._link, self._identity, said, self._lease_ms):
+                pipe.execute_command(*command)
+            pipe.execute()
+        self._renewed(renewed_s + self._lease_ms / 1000, said)
+
+
+def lease_commands(link: Link, identity: str, info: Mapping[str, Any], lease_ms: int) -> list[tuple[Any, ...]]:
+    """Renew the lease and the place in the list of workers."""
+    return [
+        ("SET", link.key("worker", identity), msgspec.msgpack.encode(info), "PX", lease_ms),
+        ("ZADD", link.key("workers"), link.now_ms(), identity),
+    ]

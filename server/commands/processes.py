@@ -1,0 +1,105 @@
+"""The programs of a system: gateway, worker, distiller and the seeding of a new registry.
+
+`fewstep up` starts them all; a cluster runs each alone. This is where serving and distillation are put together.
+"""
+
+import asyncio
+import contextlib
+import signal
+import threading
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+import typer
+
+from engines.registry.base import open_registry
+from server import logs
+from server.settings import GatewaySettings, WorkerSettings, load
+
+_GRACE_S = 30
+
+
+def gateway() -> None:
+    """Run the HTTP gateway. It is told by GATEWAY_* variables: GATEWAY_REDIS_URL, GATEWAY_REGISTRY_URL …"""
+    import uvicorn
+
+    settings = load(GatewaySettings)
+    logs.configure("gateway", settings.log_level)
+    logs.log_settings(settings)
+    config = uvicorn.Config(
+        _gateway_app(settings),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_GRACE_S,
+    )
+    uvicorn.Server(config).run()
+
+
+def _gateway_app(settings: GatewaySettings) -> Any:
+    from distill_jobs import api
+    from distill_jobs.queue import JobQueue, connect
+    from distill_jobs.records import JobRecords
+    from server.app import create_app
+    from server.brokers.base import new_identity, open_broker
+
+    redis_url = settings.redis_url
+    registry = open_registry(settings.registry_url)
+    broker = open_broker(redis_url, new_identity(settings.id or "gateway"), result_ttl_s=settings.result_ttl_s)
+    app = create_app(settings, broker, registry)
+    app.include_router(api.router(JobQueue(connect(redis_url), JobRecords(registry)), app.state.gateway.authorise))
+    serving = app.router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def lifespan(application: Any) -> AsyncIterator[None]:
+        await broker.start()
+        try:
+            async with serving(application):
+                yield
+        finally:
+            await broker.close()
+
+    app.router.lifespan_context = lifespan
+    return app
+
+
+def worker() -> None:
+    """Run one worker. It is told by WORKER_* variables: WORKER_REDIS_URL, WORKER_REGISTRY_URL, WORKER_BACKEND …"""
+    from server.worker import run
+
+    settings = load(WorkerSettings)
+    logs.configure("worker", settings.log_level)
+    logs.log_settings(settings)
+    asyncio.run(run(settings))
+
+
+def distiller() -> None:
+    """Run one distiller: it takes a job at a time. It is told by DISTILLER_* variables."""
+    from distill_jobs.queue import JobQueue, connect
+    from distill_jobs.records import JobRecords
+    from distill_jobs.service import Service
+    from distill_jobs.settings import DistillerSettings
+
+    settings = load(DistillerSettings)
+    logs.configure("distiller", settings.log_level)
+    logs.log_settings(settings)
+    registry = open_registry(settings.registry_url)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    Service(settings, registry, JobQueue(connect(settings.redis_url), JobRecords(registry))).run_forever(stop)
+
+
+def seed(
+    registry_url: Annotated[str, typer.Option(help="A folder or fsspec URL.")],
+    deployment: Annotated[str, typer.Option(help="The deployment that the embedded teacher serves.")] = "shapes",
+) -> None:
+    """Publish the embedded teacher in a new registry; does nothing where the deployment exists."""
+    registry = open_registry(registry_url)
+    if deployment in registry.deployments():
+        return
+    from distill_jobs.teachers.shapes.publish import publish
+
+    publish(registry, deployment)

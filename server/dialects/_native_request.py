@@ -1,0 +1,125 @@
+"""Reading a request of the native dialect: its body, what its headers prefer, and the intent these make."""
+
+from functools import lru_cache
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from engines.errors import ContradictoryFields, InvalidRequest
+from server.dialects.base import MIME
+from server.intent import ImageFormat, Intent
+from server.router import Wanted
+
+Pixels = Annotated[int, Meta(ge=1, le=16384)]
+MAX_PROMPT_CHARS = 8192
+
+
+class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What to make, how well, and how to answer."""
+
+    prompt: Annotated[str, Meta(max_length=MAX_PROMPT_CHARS)]
+    model: Annotated[str, Meta(max_length=256)] | None = None
+    negative_prompt: Annotated[str, Meta(max_length=MAX_PROMPT_CHARS)] | None = None
+    n: Annotated[int, Meta(ge=1, le=10)] = 1
+    width: Pixels | None = None
+    height: Pixels | None = None
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    tier: Annotated[str, Meta(max_length=64)] | None = None
+    steps: Annotated[int, Meta(ge=1, le=1000)] | None = None
+    max_latency_ms: Annotated[int, Meta(ge=1, le=2**31)] | None = None
+    guidance_scale: Annotated[float, Meta(ge=0, le=1000)] | None = None
+    output_format: ImageFormat | None = None
+    output_compression: Annotated[int, Meta(ge=0, le=100)] | None = None
+    priority: Annotated[int, Meta(ge=-10, le=10)] = 0
+    timeout_ms: Annotated[int, Meta(ge=1, le=2**31)] | None = None
+    partial_images: Annotated[int, Meta(ge=0, le=3)] = 0
+    stream: bool = False
+    store: bool = True
+    on_disconnect: Literal["cancel", "finish"] | None = None
+
+
+class Preference(msgspec.Struct, frozen=True):
+    """What `Prefer` says: answer at once (`later`), or after that many seconds at most."""
+
+    later: bool = False
+    wait_s: int | None = None
+
+
+def bytes_format(body: GenerationRequest, accepted: ImageFormat | None) -> ImageFormat | None:
+    """The format to answer in bytes, None for JSON or events."""
+    if (body.width is None) != (body.height is None):
+        raise InvalidRequest("width and height go together: send both, or neither", param="width")
+    if accepted is None or body.stream:
+        return None
+    if body.output_format not in (None, accepted):
+        raise ContradictoryFields(
+            f"Accept says {MIME[accepted]} and output_format={body.output_format}: leave one of the two out",
+            param="output_format",
+        )
+    if body.n > 1:
+        raise InvalidRequest(
+            f"n={body.n} pictures do not fit into one {MIME[accepted]} answer: send 'Accept: application/json'",
+            param="n",
+        )
+    return accepted
+
+
+def intent_of(body: GenerationRequest, accepted: ImageFormat | None, traceparent: str | None) -> Intent:
+    size = (body.width, body.height) if body.width is not None and body.height is not None else None
+    return Intent(
+        wanted=Wanted(
+            model=body.model or "",
+            tier=body.tier,
+            steps=body.steps,
+            max_latency_ms=body.max_latency_ms,
+            guidance=body.guidance_scale,
+            size=size,
+        ),
+        prompt=body.prompt,
+        negative_prompt=body.negative_prompt,
+        n=body.n,
+        seed=body.seed,
+        output_format=body.output_format or accepted or "png",
+        compression=body.output_compression,
+        priority=body.priority,
+        timeout_ms=body.timeout_ms,
+        partial_images=body.partial_images,
+        events=body.stream or body.partial_images > 0,
+        traceparent=traceparent,
+    )
+
+
+def cancels(body: GenerationRequest, *, default: bool) -> bool:
+    return default if body.on_disconnect is None else body.on_disconnect == "cancel"
+
+
+@lru_cache(maxsize=256)
+def accepted_format(accept: str) -> ImageFormat | None:
+    """The picture type that an `Accept` header prefers over JSON, if any."""
+    weights: dict[str, float] = {}
+    for part in accept.lower().split(","):
+        kind, *parameters = (piece.strip() for piece in part.split(";"))
+        weight = next((piece[2:] for piece in parameters if piece.startswith("q=")), "1")
+        weights[kind] = _weight(weight)
+    asked = {kind: weights.get(mime, 0.0) for kind, mime in MIME.items()}
+    if "image/*" in weights:
+        asked["png"] = max(asked["png"], weights["image/*"])
+    best = max(asked, key=lambda kind: asked[kind])
+    return best if asked[best] > max(weights.get("application/json", 0.0), 0.0) else None
+
+
+def _weight(text: str) -> float:
+    try:
+        return min(1.0, max(0.0, float(text)))
+    except ValueError:
+        return 0.0
+
+
+@lru_cache(maxsize=256)
+def preference(header: str) -> Preference:
+    """`Prefer: respond-async, wait=5` (RFC 7240). What it does not understand it ignores, as the RFC asks."""
+    parts = [part.strip().lower() for part in header.split(",")]
+    waits = [part[5:].strip() for part in parts if part.startswith("wait=")]
+    wait_s = int(waits[0]) if waits and waits[0].isascii() and waits[0].isdigit() and len(waits[0]) < 6 else None
+    return Preference(later="respond-async" in parts and wait_s is None, wait_s=wait_s)

@@ -1,0 +1,109 @@
+"""What can be asked for here: per model its sizes, tiers, step counts, guidance and measured latencies."""
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from engines.manifest import shown
+from engines.registry.base import TierTarget
+from server.catalog import Deployment
+from server.dialects import base
+from server.dialects._native_request import MAX_PROMPT_CHARS
+from server.gateway import Gateway
+
+
+class GuidanceRange(msgspec.Struct, frozen=True, kw_only=True):
+    mode: str
+    default: float
+    minimum: float
+    maximum: float
+
+
+class TierCapability(msgspec.Struct, frozen=True, kw_only=True):
+    """`p50_ms` and `p95_ms` are of this gateway's last answers, `alone_ms` is predicted from the engines' costs."""
+
+    model_version: str
+    steps: int
+    allowed_steps: list[int]
+    guidance: GuidanceRange
+    alone_ms: float | None
+    p50_ms: float | None
+    p95_ms: float | None
+
+
+class LimitRecord(msgspec.Struct, frozen=True, kw_only=True):
+    n: int
+    prompt_chars: int
+    timeout_ms: int
+    body_bytes: int
+
+
+class Capability(msgspec.Struct, frozen=True, kw_only=True):
+    model: str
+    sizes: list[str]
+    output_formats: list[str]
+    default_tier: str
+    tiers: dict[str, TierCapability]
+    workers: int
+    limits: LimitRecord
+
+
+class CapabilityList(msgspec.Struct, frozen=True, kw_only=True):
+    object: str = "list"
+    data: list[Capability]
+
+
+class Capabilities:
+    busy = False
+    schemas = (CapabilityList,)
+
+    def router(self, gateway: Gateway) -> APIRouter:
+        routes = base.new_router("generations")
+
+        async def read(request: Request) -> Response:
+            gateway.authorise(request.headers.get("authorization"), "generate")
+            deployments = sorted(gateway.catalog.view.deployments.items())
+            return base.respond(CapabilityList(data=[_capability(gateway, one) for _, one in deployments]))
+
+        listed = {200: {"description": "Per model", "content": base.json_of(CapabilityList)}}
+        routes.get("/v1/capabilities", summary="What can be asked for", responses=base.responses(listed))(read)
+        return routes
+
+
+DIALECT = Capabilities()
+
+
+def _capability(gateway: Gateway, deployment: Deployment) -> Capability:
+    revision, settings = deployment.current, gateway.settings
+    manifest = deployment.manifests[revision.tiers[revision.default_tier].student]
+    return Capability(
+        model=deployment.name,
+        sizes=[f"{width}x{height}" for width, height in manifest.resolutions],
+        output_formats=list(base.MIME),
+        default_tier=revision.default_tier,
+        tiers={tier: _tier(gateway, deployment, tier, target) for tier, target in revision.tiers.items()},
+        workers=gateway.catalog.num_workers(deployment.name),
+        limits=LimitRecord(
+            n=10,
+            prompt_chars=MAX_PROMPT_CHARS,
+            timeout_ms=settings.max_timeout_ms,
+            body_bytes=settings.max_body_bytes,
+        ),
+    )
+
+
+def _tier(gateway: Gateway, deployment: Deployment, tier: str, target: TierTarget) -> TierCapability:
+    guidance = deployment.manifests[target.student].guidance
+    seen = gateway.latencies.quantiles(deployment.name, tier)
+    return TierCapability(
+        model_version=shown(target.student),
+        steps=target.steps,
+        allowed_steps=sorted(deployment.current.allowed.get(target.student, ())),
+        guidance=GuidanceRange(
+            mode=guidance.mode, default=guidance.default, minimum=guidance.minimum, maximum=guidance.maximum
+        ),
+        alone_ms=gateway.catalog.latency_ms(target, deployment.name),
+        p50_ms=seen.p50_ms if seen else None,
+        p95_ms=seen.p95_ms if seen else None,
+    )

@@ -1,0 +1,268 @@
+"""One deployment on one worker: loads what is current, tries candidates beside it, switches, and unloads what is left.
+
+Everything it acts on is read anew from registry and broker each time it looks, so that a lost announcement, a
+restarted Redis or a dead coordinator delay a swap and never break one. Whichever worker holds the lease
+`swap:<deployment>` also coordinates: it decides by the rules of `server.swaps` and is the only one that writes.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from engines.errors import FewstepError
+from engines.manifest import shown
+from engines.registry.base import Candidate, Registry, Revision
+from server import swaps
+from server.brokers.base import Broker
+from server.coordinator import Coordinator
+from server.metrics import Metrics
+from server.settings import WorkerSettings
+from server.stall import StallMeter
+
+log = logging.getLogger(__name__)
+_FAST_S = 0.05  # how often it looks while a swap is under way
+
+
+class Residents(Protocol):
+    """The students of one deployment whose engines are on this worker."""
+
+    @property
+    def backend(self) -> str: ...
+
+    @property
+    def held(self) -> frozenset[str]:
+        """Versions that can serve now."""
+
+    def serve(self, versions: Iterable[str]) -> None:
+        """From now on these are served: one assignment, between two steps."""
+
+    async def load(self, versions: Sequence[str], phase: Callable[[str], Awaitable[None]] | None = None) -> None:
+        """Builds, warms and verifies versions beside live traffic, saying when each phase begins.
+
+        Raises:
+            FewstepError: one of them may not serve here; what was loaded of the others stays.
+        """
+
+    async def unload(self, version: str) -> bool:
+        """Frees a version; False if a request here still needs it."""
+
+
+@dataclass(slots=True)
+class Swap:
+    """A candidate on this worker: its phase, since when, and the seconds in those before."""
+
+    candidate: Candidate
+    seen_ms: int
+    phase: str = ""
+    reason: str | None = None
+    since_s: float = field(default_factory=time.monotonic)
+    seconds: dict[str, float] = field(default_factory=dict)
+    task: "asyncio.Task[None] | None" = None
+
+
+class Follower:
+    """`look` does one round; `run` repeats it. All in one event loop."""
+
+    def __init__(
+        self,
+        deployment: str,
+        *,
+        broker: Broker,
+        registry: Registry,
+        residents: Residents,
+        settings: WorkerSettings,
+        metrics: Metrics,
+        meter: StallMeter,
+        changed: Callable[[], Awaitable[None]],
+    ) -> None:
+        """`changed` is called when what this worker can say of the deployment is no longer what it said."""
+        self.deployment = deployment
+        self.current: Revision | None = None
+        self.previous: Revision | None = None
+        self.joined = False
+        self._broker, self._registry, self._residents = broker, registry, residents
+        self._settings, self._metrics, self._meter, self._changed = settings, metrics, meter, changed
+        self._current_since_s = float("-inf")  # monotonic
+        self._coordinator = Coordinator(deployment, broker, registry, metrics, timeout_s=settings.swap_timeout_s)
+        self._swaps: dict[str, Swap] = {}
+        self._leaving: Swap | None = None  # the swap whose old version is still pinned
+        self.wake = asyncio.Event()
+
+    async def run(self) -> None:
+        try:
+            while True:
+                try:
+                    await self.look()
+                except (FewstepError, OSError) as error:
+                    log.warning("cannot look", extra={"deployment": self.deployment, "error": str(error)})
+                self.wake.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.wake.wait(), _FAST_S if self._busy() else self._settings.poll_s)
+        finally:
+            for swap in self._swaps.values():
+                if swap.task:
+                    swap.task.cancel()
+
+    async def look(self) -> None:
+        """One round: follow the current revision, try the newest candidate, coordinate, unload."""
+        current = await asyncio.to_thread(self._registry.current, self.deployment)
+        if current is not None and (self.current is None or current.number != self.current.number):
+            await self._follow(current)
+            self.joined = True
+            await self._changed()
+        elif not self.joined:
+            self.joined = True
+            await self._changed()
+        pending = await asyncio.to_thread(self._registry.pending, self.deployment)
+        for swap_id in [known for known in self._swaps if known not in {each.swap_id for each in pending}]:
+            self._end(self._swaps.pop(swap_id))
+        candidate = pending[-1] if pending else None
+        if candidate is not None:
+            await self._try(candidate)
+        await self._watch_leaving()
+        await self._tidy(candidate)
+
+    # --- following -------------------------------------------------------------------------------
+
+    async def _follow(self, revision: Revision) -> None:
+        """Makes a revision the one served. Its students are loaded first where they were not staged."""
+        if missing := self._missing(revision.versions):
+            log.info("loading", extra={"deployment": self.deployment, "versions": [shown(v) for v in missing]})
+            await self._residents.load(missing)
+        self.previous = self.current or await self._before(revision)
+        self._residents.serve(revision.versions)
+        self.current, self._current_since_s = revision, time.monotonic()
+        swap = self._swaps.pop(revision.swap_id or "", None)
+        log.info("live", extra={"deployment": self.deployment, "revision": revision.number})
+        if swap is not None:
+            await self._advance(swap, "live")
+            await self._advance(swap, "draining")
+            if self._leaving is not None:
+                self._close(self._leaving)
+            self._leaving = swap
+        for version in revision.versions:
+            self._metrics.model_info.labels(self.deployment, shown(version), self._residents.backend).set(1)
+
+    async def _before(self, revision: Revision) -> Revision | None:
+        """The revision before, for a worker that joins. It is not loaded: nobody here serves it yet."""
+        numbers = await asyncio.to_thread(self._registry.history, self.deployment)
+        earlier = [number for number in numbers if number < revision.number]
+        if not earlier:
+            return None
+        return await asyncio.to_thread(self._registry.revision, self.deployment, earlier[-1])
+
+    # --- trying ----------------------------------------------------------------------------------
+
+    async def _try(self, candidate: Candidate) -> None:
+        swap = self._swaps.get(candidate.swap_id)
+        if swap is None:
+            for older in list(self._swaps):
+                self._end(self._swaps.pop(older))
+            swap = self._swaps[candidate.swap_id] = Swap(candidate, self._broker.now_ms())
+            log.info("trying", extra={"swap_id": candidate.swap_id, "tiers": swaps.describe(candidate)})
+            self._meter.open(candidate.swap_id, self._broker.now_ms() / 1000)
+            swap.task = asyncio.create_task(self._stage(swap))
+        else:
+            await self._report(swap)  # again: Redis may have lost it
+        if await self._coordinator.coordinate(candidate, swap.seen_ms):
+            self.wake.set()
+
+    async def _stage(self, swap: Swap) -> None:
+        """Takes a candidate through its phases; whatever goes wrong with it is its rejection, never our death."""
+
+        async def phase(name: str) -> None:
+            await self._advance(swap, name)
+
+        try:
+            await phase("staged")
+            await self._residents.load(self._missing(swap.candidate.versions), phase)
+            await phase("ready")
+        except (FewstepError, OSError, ValueError, RuntimeError) as error:
+            log.warning("rejected", extra={"swap_id": swap.candidate.swap_id, "error": str(error)})
+            code = error.code if isinstance(error, FewstepError) else type(error).__name__
+            at = swap.phase
+            await self._advance(swap, "rejected", f"{code} at {at}: {error}")
+        self.wake.set()
+
+    async def _advance(self, swap: Swap, phase: str, reason: str | None = None) -> None:
+        if swap.phase == phase:
+            return
+        now_s = time.monotonic()
+        if swap.phase:
+            seconds = now_s - swap.since_s
+            swap.seconds[swap.phase] = swap.seconds.get(swap.phase, 0.0) + seconds
+            self._metrics.swap_seconds.labels(self.deployment, swap.phase).observe(seconds)
+        swap.phase, swap.reason, swap.since_s = phase, reason, now_s
+        at_s = self._broker.now_ms() / 1000
+        self._meter.note(swap=swap.candidate.swap_id, deployment=self.deployment, phase=phase, at_s=at_s)
+        await self._report(swap)
+
+    async def _report(self, swap: Swap) -> None:
+        """Best effort: it is said again at the next look."""
+        if swap.phase:
+            with contextlib.suppress(FewstepError):
+                await self._broker.report_phase(
+                    swap.candidate.swap_id, self._broker.identity, swap.phase, swap.reason, seconds=swap.seconds
+                )
+
+    def _end(self, swap: Swap) -> None:
+        """Forgets a candidate that ended otherwise than by becoming current."""
+        if swap.task:
+            swap.task.cancel()
+        self._close(swap)
+
+    # --- leaving ---------------------------------------------------------------------------------
+
+    async def _watch_leaving(self) -> None:
+        """Closes the window of a swap as soon as no request pins what was served before."""
+        swap, current = self._leaving, self.current
+        if swap is None or current is None:
+            return
+        pins = await self._broker.pins(self.deployment)
+        if not set(pins) - current.versions:
+            self._leaving = None
+            await self._advance(swap, "drained")
+            self._close(swap)
+
+    def _close(self, swap: Swap) -> None:
+        with contextlib.suppress(KeyError):
+            stall_s = self._meter.close(swap.candidate.swap_id, self._broker.now_ms() / 1000)
+            if swap.phase == "drained":
+                self._metrics.swap_stall_seconds.labels(self.deployment).observe(stall_s)
+        self._meter.flush()
+
+    async def _tidy(self, candidate: Candidate | None) -> None:
+        """Retires versions that nothing needs, and unloads those that are retired and not in use here."""
+        if self.current is None:
+            return
+        servable = await self._broker.servable(self.deployment)
+        if servable is None or not self.current.versions <= servable:
+            await self._coordinator.open(self.current.versions | (servable or frozenset()))
+            return
+        holdings = swaps.Holdings(
+            held=self._residents.held | servable,
+            current=self.current.versions,
+            previous=self.previous.versions if self.previous else frozenset(),
+            candidate=candidate.versions if candidate else frozenset(),
+            since_s=time.monotonic() - self._current_since_s,
+        )
+        for version in swaps.retirable(holdings, self._settings.keep_previous_s):
+            if version not in servable or await self._coordinator.retire(version):
+                await self._unload(version)
+
+    async def _unload(self, version: str) -> None:
+        if version in self._residents.held and await self._residents.unload(version):
+            log.info("retired", extra={"deployment": self.deployment, "version": shown(version)})
+            self._metrics.forget_version(self.deployment, shown(version))
+
+    # --- small things ----------------------------------------------------------------------------
+
+    def _busy(self) -> bool:
+        return bool(self._swaps) or self._leaving is not None
+
+    def _missing(self, versions: Iterable[str]) -> list[str]:
+        return sorted(set(versions) - self._residents.held)

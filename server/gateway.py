@@ -1,0 +1,278 @@
+"""The gateway: authorise → resolve version and plan → admit → publish → await. HTTP is in `dialects/`.
+
+A request is pinned to one version before it is queued, so that no swap can split it. Every accepted
+request is answered: where no worker ends it in time, the gateway does.
+"""
+
+import asyncio
+import logging
+import os
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
+from typing import Any
+
+from engines.errors import DeadlineExceeded, FewstepError, Gone, NotFound, Unavailable
+from engines.manifest import shown
+from engines.registry.base import Registry
+from server import admission, leases
+from server.auth import Keys, Principal, Scope
+from server.brokers.base import Broker, Emitted, StaleVersion, Status
+from server.catalog import Catalog, View
+from server.idempotency import Idempotency, remember
+from server.intent import Answer, Intent, Ticket
+from server.latencies import Latencies
+from server.messages import CLASSES, GenerateRequest, GenerateResult, class_of
+from server.metrics import Metrics, quality
+from server.router import Choice, Wanted
+from server.settings import GatewaySettings
+from server.signing import Signer
+
+_logger = logging.getLogger(__name__)
+_ATTEMPTS = 3  # a swap may retire a version between our look and the publish; three in a row do not happen
+_ANSWER_GRACE_S = 1.0  # workers end what is late; only then the gateway does
+_MAX_SEED = 2**63 - 1
+_ID = re.compile(r"^gen_([0-9a-f]{8})[0-9a-f]{20}$")  # the first eight digits are its Unix seconds
+
+
+class Gateway:
+    """One per process. `start` it inside the event loop that serves, `stop` it there too."""
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        broker: Broker,
+        registry: Registry,
+        metrics: Metrics,
+        *,
+        clock_s: Callable[[], float] = time.monotonic,
+        now_s: Callable[[], float] = time.time,
+    ) -> None:
+        self.settings, self.broker, self.registry, self.metrics = settings, broker, registry, metrics
+        self.catalog = Catalog(broker, registry, poll_s=settings.poll_s, clock_s=clock_s, changed=self._looked)
+        self.latencies = Latencies()
+        self.keys = Keys(settings.keys)
+        secret = settings.url_secret.get_secret_value().encode() if settings.url_secret else os.urandom(32)
+        self.signer = Signer(secret, settings.base_url, settings.url_ttl_s, now_s=now_s)
+        self.draining = False
+        self._limits = admission.Limits(settings.max_wait_s, settings.worker_grace_s)
+        self._clock_s, self._now_s = clock_s, now_s
+        self._background: set[asyncio.Task[Any]] = set()
+
+    async def start(self) -> None:
+        if self.settings.url_secret is None:
+            _logger.info("url_secret is not set: result urls are valid at this gateway and for its lifetime only")
+        await self.catalog.start()
+
+    async def stop(self) -> None:
+        self.draining = True
+        await self.catalog.stop()
+        await asyncio.gather(*self._background, return_exceptions=True)
+
+    def authorise(self, authorization: str | None, scope: Scope) -> Principal:
+        """Raises `AuthenticationFailed` or `PermissionDenied`."""
+        return self.keys.authorise(authorization, scope)
+
+    # --- one request -----------------------------------------------------------------------------
+
+    async def submit(self, intent: Intent, principal: Principal, idempotency: Idempotency | None = None) -> Ticket:
+        """Queues a request, or finds the one that the idempotency key stands for.
+
+        Raises:
+            InvalidRequest and below: it cannot be served as asked.
+            Overloaded, Unavailable: not now.
+        """
+        started_s = self._clock_s()
+        if self.draining:
+            raise Unavailable("this gateway is stopping: ask again, another one answers", retry_after_s=1.0)
+        timeout_ms = min(intent.timeout_ms or self.settings.default_timeout_ms, self.settings.max_timeout_ms)
+        request_id = f"gen_{int(self._now_s()):08x}{secrets.token_hex(10)}"
+        if idempotency is not None:
+            earlier = await remember(
+                self.broker, idempotency, request_id, self.settings.idempotency_ttl_s, owner=principal.owner
+            )
+            if earlier is not None:
+                request_id = earlier
+                status = await self.broker.status(request_id)
+                if status is not None:
+                    return Ticket(request_id, status.deployment, timeout_ms / 1000, started_s, None)
+        choice = await self._publish(intent, principal, request_id, timeout_ms)
+        return Ticket(request_id, choice.deployment, timeout_ms / 1000, started_s, choice)
+
+    async def answer(self, ticket: Ticket) -> Answer:
+        """Waits for the end of a request.
+
+        Raises:
+            FewstepError: what it ended with, in its own class; `Gone` when the pictures have expired.
+        """
+        result = await self.broker.wait(ticket.id, ticket.budget_s + _ANSWER_GRACE_S)
+        if result is None:
+            result = await self._give_up(ticket)
+        self.count(ticket, result)
+        if result.error is not None:
+            raise result.error.exception()
+        found = await self.broker.images(ticket.id, result.num_images)
+        images = [image for image in found if image is not None]
+        if len(images) < len(found):
+            raise Gone(f"the pictures of {ticket.id} have expired: generate them again with their seeds")
+        return Answer(result, images)
+
+    async def wait(self, ticket: Ticket, timeout_s: float) -> bool:
+        """Whether the request ended within `timeout_s`."""
+        return await self.broker.wait(ticket.id, timeout_s) is not None
+
+    async def status(self, request_id: str, principal: Principal) -> Status:
+        """
+        Raises:
+            NotFound: unknown, or somebody else's.
+            Gone: an id of ours from so long ago that its answer has expired.
+        """
+        status = await self.broker.status(request_id, with_position=True)
+        if status is None and self._forgotten(request_id):
+            raise Gone(f"generation {request_id} has expired: make it again, with the same seed for the same picture")
+        if status is None or not principal.sees(status.owner):
+            raise NotFound(f"there is no generation {request_id!r}: it never was, or it is not yours")
+        return status
+
+    async def cancel(self, request_id: str) -> bool:
+        """Whether this ended the request."""
+        won = await self.broker.cancel(request_id)
+        if won:
+            self.metrics.cancelled.labels("gateway").inc()
+        return won
+
+    def cancel_soon(self, request_id: str) -> None:
+        """`cancel` by a task of its own: whoever asks is being torn down."""
+        self._spawn(self.cancel(request_id))
+
+    def events(self, request_id: str, after: int = 0) -> AsyncIterator[Emitted]:
+        return self.broker.events(request_id, after=after)
+
+    def expire_later(self, ticket: Ticket) -> None:
+        """Ends a request that nobody waits for, should no worker do so in time."""
+
+        def late() -> None:
+            self._spawn(self.broker.expire(ticket.id))
+
+        asyncio.get_running_loop().call_later(ticket.budget_s + _ANSWER_GRACE_S, late)
+
+    def _forgotten(self, request_id: str) -> bool:
+        made = _ID.match(request_id)
+        return made is not None and int(made.group(1), 16) < self._now_s() - self.settings.result_ttl_s
+
+    # --- inside ----------------------------------------------------------------------------------
+
+    async def _publish(self, intent: Intent, principal: Principal, request_id: str, timeout_ms: int) -> Choice:
+        seed = intent.seed if intent.seed is not None else secrets.randbelow(_MAX_SEED)
+        for _ in range(_ATTEMPTS):
+            choice = self._choose(intent.wanted)
+            cost_s = self._admit(intent, choice, timeout_ms / 1000)
+            request = GenerateRequest(
+                id=request_id,
+                model=choice.deployment,
+                version=choice.version,
+                tier=choice.tier,
+                steps=choice.steps,
+                guidance=intent.wanted.guidance,
+                prompt=intent.prompt,
+                negative_prompt=intent.negative_prompt,
+                n=intent.n,
+                width=choice.width,
+                height=choice.height,
+                seed=seed,
+                output_format=intent.output_format,
+                compression=intent.compression,
+                priority=intent.priority,
+                budget_ms=timeout_ms,
+                partial_images=intent.partial_images,
+                events=intent.events,
+                reply_to=self.broker.identity,
+                owner=principal.owner,
+                created_at=self._now_s(),
+                traceparent=intent.traceparent,
+                cost_s=cost_s,
+            )
+            try:
+                await self.broker.publish(request)
+            except StaleVersion:
+                await self.catalog.refresh()
+                continue
+            self.catalog.published(choice.deployment, request.request_class, cost_s)
+            if choice.downgraded_from is not None:
+                self.metrics.tier_downgraded.labels(choice.downgraded_from, choice.tier).inc()
+            return choice
+        raise Unavailable(f"{intent.wanted.model} is being replaced just now: try again in a second", retry_after_s=1.0)
+
+    def _choose(self, wanted: Wanted) -> Choice:
+        if not wanted.model:
+            wanted = replace(wanted, model=self.catalog.default_model())
+        return self.catalog.choose(wanted)
+
+    def _admit(self, intent: Intent, choice: Choice, budget_s: float) -> float:
+        """The predicted engine seconds of all rows of a request that may join."""
+        catalog = self.catalog
+        evaluations = catalog.evaluations(choice, intent.wanted.guidance)
+        costs = catalog.costs(choice.version)
+        load = admission.Load(
+            num_workers=catalog.num_workers(choice.deployment),
+            waiting_s=catalog.waiting_s(choice.deployment, class_of(intent.priority)),
+            service_s=leases.alone_s(costs, evaluations) or 0.0,
+            worker_seen_s_ago=catalog.worker_seen_s_ago(choice.deployment),
+        )
+        try:
+            admission.admit(load, self._limits, budget_s=budget_s)
+        except FewstepError as error:
+            self.metrics.shed.labels(error.code).inc()
+            raise
+        return intent.n * leases.queued_s(costs, evaluations)
+
+    async def _give_up(self, ticket: Ticket) -> GenerateResult:
+        """Ends a request that nobody ended in time, and says how it ended."""
+        await self.broker.expire(ticket.id)
+        result = await self.broker.result(ticket.id)
+        if result is None:
+            raise DeadlineExceeded(
+                f"{ticket.id} was not answered within {ticket.budget_s:g} s: allow more with timeout_ms, or try later"
+            )
+        return result
+
+    def count(self, ticket: Ticket, result: GenerateResult) -> None:
+        """Counts the end of a request; `answer` does so itself."""
+        seconds = self._clock_s() - ticket.started_s
+        self.metrics.requests.labels(ticket.model, result.tier, result.status).inc()
+        if result.status == "expired":
+            self.metrics.deadline_missed.labels(ticket.model).inc()
+        if result.status == "succeeded" and ticket.choice is not None:
+            self.metrics.request_seconds.labels(ticket.model, result.tier).observe(seconds)
+            self.latencies.add(ticket.model, result.tier, seconds * 1000)
+
+    def _looked(self, before: View, now: View) -> None:
+        """Sets the gauges that belong to what is deployed, and removes those of what no longer is."""
+        for name, queue in now.queues.items():
+            for request_class in CLASSES:
+                self.metrics.waiting.labels(name, request_class).set(queue.waiting.get(request_class, 0))
+        for name, deployment in now.deployments.items():
+            earlier = before.deployments.get(name)
+            if earlier is deployment:
+                continue
+            for version in (set(earlier.manifests) if earlier else set()) - set(deployment.manifests):
+                self.metrics.forget_version(name, shown(version))
+            self._spawn(self._show_quality(name, list(deployment.manifests)))
+
+    async def _show_quality(self, deployment: str, versions: list[str]) -> None:
+        for version in versions:
+            report = await asyncio.to_thread(self.registry.report, version)
+            for metric, value in quality(report or {}).items():
+                self.metrics.student_quality.labels(deployment, shown(version), metric).set(value)
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _logger.warning("work beside requests failed", extra={"error": str(error)})

@@ -1,0 +1,46 @@
+"""What passes between a dialect and the gateway: a request in no dialect, its ticket, its answer."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from server.messages import GenerateResult
+from server.router import Choice, Wanted
+
+ImageFormat = Literal["png", "webp", "jpeg"]
+
+
+@dataclass(frozen=True, slots=True)
+class Intent:
+    """What a client asked for, in no dialect."""
+
+    wanted: Wanted
+    prompt: str
+    negative_prompt: str | None = None
+    n: int = 1
+    seed: int | None = None
+    output_format: ImageFormat = "png"
+    compression: int | None = None
+    priority: int = 0
+    timeout_ms: int | None = None
+    partial_images: int = 0
+    events: bool = False
+    traceparent: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """An accepted request. `choice` is None for a repeat under an idempotency key."""
+
+    id: str
+    model: str
+    budget_s: float
+    started_s: float
+    choice: Choice | None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A succeeded request with its encoded pictures."""
+
+    result: GenerateResult
+    images: list[bytes]

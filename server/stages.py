@@ -1,0 +1,204 @@
+"""The three stages of a batch on its engines: encode, one step, decode. Runs in the engine thread and decides nothing.
+
+Rows of different requests, students and step counts come in one batch as long as the same weights answer them;
+what follows an evaluation is done once per plan and step, not once per row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engines.manifest import Step
+from engines.noise import noise
+from engines.solvers import Solver, State
+from engines.student import LoadedStudent
+from server.prompt_cache import Embedding, PromptCache, PromptKey
+from server.tickets import LatentRow, PictureRow, PromptRow
+
+_MAX_PLANS = 512
+
+
+class Plans:
+    """Plans and solvers by version, step count and guidance, so that equal requests share theirs."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[str, int, float | None], Solver] = {}
+
+    def solver(self, student: LoadedStudent, steps: int, guidance: float | None) -> Solver:
+        """Its `plan` is the request's.
+
+        Raises:
+            StepsNotAllowed, InvalidRequest, InvalidManifest, UnknownPlugin: the student does not allow this.
+        """
+        key = (student.version, steps, guidance)
+        if key not in self._made:
+            rule = student.solver(steps, guidance)
+            if len(self._made) >= _MAX_PLANS:
+                self._made.clear()
+            self._made[key] = rule
+        return self._made[key]
+
+
+@dataclass(frozen=True, slots=True)
+class _Evaluated:
+    """A batch after its evaluation: x and pred [B, C, H, W], states before and, being filled in, after."""
+
+    states: Sequence[State]
+    x: Tensor
+    pred: Tensor
+    after: list[State]
+
+
+class Stages:
+    """Rows in, rows changed. `device` is where states and embeddings live."""
+
+    def __init__(self, cache: PromptCache, device: str = "cpu") -> None:
+        self.cache = cache
+        self.device = device
+
+    def recall(self, row: PromptRow) -> bool:
+        """Gives a row's ticket its embedding if that is known."""
+        found = self.cache.get(PromptKey(row.lane.engine, row.prompt))
+        if found is not None:
+            give(row, found)
+        return found is not None
+
+    @torch.inference_mode()
+    def encode(self, rows: Sequence[PromptRow]) -> None:
+        """Gives each row's ticket its embedding; a prompt that several rows share is encoded once."""
+        encoder = rows[0].lane.engine
+        found = {row.prompt: self.cache.get(PromptKey(encoder, row.prompt)) for row in rows}
+        new = [prompt for prompt, embedding in found.items() if embedding is None]
+        if new:
+            family = rows[0].ticket.student.family
+            tokens = family.tokenize(new)
+            cond = family.encode(new)
+            for i, prompt in enumerate(new):
+                made = Embedding(cond[i].clone(), tokens.ignored_words[i], tokens.counts[i])
+                found[prompt] = made
+                self.cache.put(PromptKey(encoder, prompt), made)
+        for row in rows:
+            give(row, found[row.prompt])
+
+    @torch.inference_mode()
+    def denoise(self, rows: Sequence[PictureRow]) -> dict[int, Tensor]:
+        """One step of every row. Returns the clean estimates [C, H, W] of rows (by place) that will show one."""
+        states = [self._state(row) for row in rows]
+        steps = [row.ticket.plan[state.i] for row, state in zip(rows, states, strict=True)]
+        groups = _groups(rows, states)
+        t, s = self._times(rows, states, groups)
+        x = torch.stack([state.x for state in states])
+        pred = rows[0].ticket.student.family.denoise(
+            x,
+            t,
+            torch.stack([_cond(row.ticket.prompt) for row in rows]),
+            s,
+            [step.w for step in steps],
+            negative=self._negative(rows, steps),
+            net=steps[0].net,
+        )
+        after, estimates = list(states), dict[int, Tensor]()
+        for group in groups:
+            estimates |= self._advance(rows, group, _Evaluated(states, x, pred, after))
+        for row, state in zip(rows, after, strict=True):  # all at once: a batch that fails may be run again
+            row.state = state
+        return estimates
+
+    @torch.inference_mode()
+    def decode(self, rows: Sequence[LatentRow]) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
+        """Pictures, uint8 [B, 3, H, W], in the host's memory."""
+        pixels = rows[0].ticket.student.family.decode(torch.stack([row.latents for row in rows]))
+        return np.ascontiguousarray(pixels.cpu().numpy())
+
+    def _state(self, row: PictureRow) -> State:
+        if row.state is None:
+            ticket = row.ticket
+            first = noise(ticket.seed(row.index), 0, row.lane.shape)
+            row.state = ticket.solver.start(first.to(self.device))
+        return row.state
+
+    def _times(
+        self, rows: Sequence[PictureRow], states: Sequence[State], groups: Sequence[list[int]]
+    ) -> tuple[Tensor, Tensor]:
+        """What the network is told, t and s [B] fp32."""
+        t, s = [0.0] * len(rows), [0.0] * len(rows)
+        for group in groups:
+            ticket = rows[group[0]].ticket
+            times = ticket.student.times(ticket.solver, states[group[0]])
+            for k in group:
+                t[k], s[k] = times.t, times.s
+        made = torch.tensor([t, s], dtype=torch.float32, device=self.device)
+        return made[0], made[1]
+
+    def _negative(self, rows: Sequence[PictureRow], steps: Sequence[Step]) -> Tensor | None:
+        """What guided rows are guided away from; None where all of that is the empty prompt, which families know."""
+        guided = [row for row, step in zip(rows, steps, strict=True) if step.w is not None]
+        if not any(row.ticket.claim.request.negative_prompt for row in guided):
+            return None
+        return torch.stack([_cond(row.ticket.negative or row.ticket.prompt) for row in rows])
+
+    def _advance(self, rows: Sequence[PictureRow], group: list[int], batch: "_Evaluated") -> dict[int, Tensor]:
+        solver, i = rows[group[0]].ticket.solver, batch.states[group[0]].i
+        whole = len(group) == len(rows)
+        histories = (batch.states[k].history for k in group)
+        state = State(
+            x=batch.x if whole else batch.x[group],
+            i=i,
+            history=tuple(torch.stack(parts) for parts in zip(*histories, strict=True)),
+        )
+        mine = batch.pred if whole else batch.pred[group]
+        shown = [k for k in group if shows_partial(rows[k])]
+        clean = solver.x0(state, mine) if shown else None
+        after = solver.advance(state, mine, self._fresh(solver, state, [rows[k] for k in group]))
+        for place, k in enumerate(group):
+            batch.after[k] = State(after.x[place], after.i, tuple(part[place] for part in after.history))
+        return {} if clean is None else {k: clean[group.index(k)] for k in shown}
+
+    def _fresh(self, solver: Solver, state: State, rows: Sequence[PictureRow]) -> Tensor | None:
+        """The noise of a step with eta: draw i + 1 of each row's own seed, the first being the start."""
+        if not solver.needs_noise(state):
+            return None
+        draws = [noise(row.ticket.seed(row.index), state.i + 1, row.lane.shape) for row in rows]
+        return torch.stack(draws).to(self.device)
+
+
+def give(row: PromptRow, embedding: Embedding | None) -> None:
+    """Puts a prompt's embedding where its ticket looks for it."""
+    if row.is_negative:
+        row.ticket.negative = embedding
+    else:
+        row.ticket.prompt = embedding
+    row.ticket.missing -= 1
+
+
+def partial_steps(total: int, wanted: int) -> tuple[int, ...]:
+    """After which of `total` steps partial pictures are shown: spread evenly, never after the last."""
+    count = min(wanted, total - 1)
+    return tuple(round(total * (k + 1) / (count + 1)) for k in range(count))
+
+
+def shows_partial(row: PictureRow) -> bool:
+    """Whether the step that runs now ends with a partial picture."""
+    wanted = row.ticket.claim.request.partial_images
+    return wanted > 0 and row.step + 1 in partial_steps(len(row.ticket.plan), wanted)
+
+
+def partial_index(row: PictureRow) -> int:
+    """Which of its partial pictures a row shows after the step that has just run."""
+    return partial_steps(len(row.ticket.plan), row.ticket.claim.request.partial_images).index(row.step)
+
+
+def _cond(embedding: Embedding | None) -> Tensor:
+    assert embedding is not None, "a row steps only after its prompt is encoded"
+    return embedding.cond
+
+
+def _groups(rows: Sequence[PictureRow], states: Sequence[State]) -> list[list[int]]:
+    """Places of rows that follow one plan and stand at one step of it."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for place, (row, state) in enumerate(zip(rows, states, strict=True)):
+        groups.setdefault((id(row.ticket.solver), state.i), []).append(place)
+    return list(groups.values())

@@ -1,0 +1,172 @@
+"""Everything that a worker can serve: its deployments, each followed by itself, and what their calls cost."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from engines.backends.base import fitting
+from engines.cost import CostKey, CostModel
+from engines.errors import FewstepError, NotFound
+from engines.loader import Loader
+from engines.registry.base import Registry
+from engines.slot import EngineSlot
+from engines.student import LoadedStudent
+from server.batcher import LaneKey
+from server.brokers.base import Broker
+from server.engine_loop import EngineLoop
+from server.follower import Follower
+from server.leases import StageCost, VersionCost, WorkerLease, num_evaluations, write
+from server.metrics import Metrics
+from server.residents import Residents
+from server.settings import WorkerSettings
+
+log = logging.getLogger(__name__)
+
+
+class Students:
+    """One event loop, but for `lease`, `observe` and `call_s`, which other threads call."""
+
+    def __init__(
+        self, settings: WorkerSettings, broker: Broker, registry: Registry, loader: Loader, metrics: Metrics
+    ) -> None:
+        self._settings, self._broker, self._registry = settings, broker, registry
+        self._loader, self._metrics = loader, metrics
+        self.cost = CostModel()
+        self._batches = tuple(sorted(settings.batch_sizes))
+        self._followers: dict[str, Follower] = {}
+        self._residents: dict[str, Residents] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    @property
+    def backend(self) -> str:
+        return self._loader.choice.backend
+
+    def serving(self) -> list[str]:
+        """Deployments that may be claimed for: their current revision is loaded."""
+        return [name for name, follower in self._followers.items() if follower.joined and follower.current]
+
+    def loaded(self, deployment: str, version: str) -> LoadedStudent | None:
+        residents = self._residents.get(deployment)
+        return residents.student(version) if residents else None
+
+    async def fetch(self, deployment: str, version: str) -> LoadedStudent:
+        """Loads a version that a request pins and that is not here.
+
+        Raises:
+            FewstepError: it cannot be had.
+        """
+        residents = self._residents[deployment]
+        await residents.load([version])
+        student = residents.student(version)
+        if student is None:
+            raise NotFound(f"{version} was unloaded while it was being loaded: try again")
+        return student
+
+    # --- following -------------------------------------------------------------------------------
+
+    async def run(self, engine: EngineLoop, uses: Callable[[str], bool]) -> None:
+        """Follows every deployment that there is, or those of the settings, for ever."""
+        listening = asyncio.create_task(self._listen())
+        try:
+            while True:
+                for name in await self._names():
+                    if name not in self._followers:
+                        self._follow(name, engine, uses)
+                for task in (*self._tasks.values(), listening):
+                    if task.done():
+                        task.result()
+                await asyncio.sleep(self._settings.poll_s)
+        finally:
+            tasks = [listening, *self._tasks.values()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _names(self) -> Sequence[str]:
+        return self._settings.deployments or await asyncio.to_thread(self._registry.deployments)
+
+    def _follow(self, name: str, engine: EngineLoop, uses: Callable[[str], bool]) -> None:
+        residents = Residents(EngineSlot(self._loader, self.cost), engine, uses)
+        follower = Follower(
+            name,
+            broker=self._broker,
+            registry=self._registry,
+            residents=residents,
+            settings=self._settings,
+            metrics=self._metrics,
+            meter=engine.meter,
+            changed=self._renew,
+        )
+        self._residents = {**self._residents, name: residents}
+        self._followers = {**self._followers, name: follower}
+        self._tasks[name] = asyncio.create_task(follower.run())
+
+    async def _renew(self) -> None:
+        """The lease is renewed by its own thread; what is new in it should not wait for that."""
+        await self._broker.renew_lease(write(self.lease()))
+
+    async def _listen(self) -> None:
+        while True:
+            with contextlib.suppress(FewstepError, OSError):
+                async for _ in self._broker.announcements():
+                    for follower in self._followers.values():
+                        follower.wake.set()
+            await asyncio.sleep(self._settings.poll_s)
+
+    # --- costs -----------------------------------------------------------------------------------
+
+    def observe(self, rows: Sequence[Any], seconds: float) -> None:
+        """A live call took this long."""
+        lane: LaneKey = rows[0].lane
+        weight = len({row.prompt for row in rows}) if lane.stage == "encode" else sum(row.network_rows for row in rows)
+        if weight <= self._batches[-1]:
+            self.cost.observe(_key(lane), fitting(weight, self._batches), seconds)
+
+    def call_s(self, lane: LaneKey, size: int) -> float | None:
+        """What one call of a lane takes at a warmed size, measured."""
+        return self.cost.seconds(_key(lane), size)
+
+    def cost_s(self, student: LoadedStudent, steps: int, guidance: float | None = None) -> float:
+        """Engine seconds of one picture alone; 0 where nothing was measured."""
+        cost = self._version_cost(student)
+        return (
+            cost.encode.alone_s
+            + num_evaluations(student.manifest, steps, guidance) * cost.step.alone_s
+            + cost.decode.alone_s
+        )
+
+    def lease(self) -> WorkerLease:
+        """What this worker says of itself."""
+        held = {name: sorted(self._residents[name].held) for name, one in self._followers.items() if one.joined}
+        costs = {
+            version: self._version_cost(student)
+            for name, versions in held.items()
+            for version in versions
+            if (student := self.loaded(name, version))
+        }
+        return WorkerLease(
+            deployments=held,
+            revisions={name: one.current.number for name, one in self._followers.items() if one.current},
+            backend=self.backend,
+            precision=self._loader.choice.precision,
+            costs=costs,
+        )
+
+    def _version_cost(self, student: LoadedStudent) -> VersionCost:
+        parts, shape = student.manifest.components, student.latent_shape
+        return VersionCost(
+            encode=self._stage_cost(CostKey("encode", parts["encoder"].weights, ())),
+            step=self._stage_cost(CostKey("denoise", parts["denoiser"].weights, shape)),
+            decode=self._stage_cost(CostKey("decode", parts["decoder"].weights, shape)),
+        )
+
+    def _stage_cost(self, key: CostKey) -> StageCost:
+        alone, full = self.cost.seconds(key, self._batches[0]), self.cost.seconds(key, self._batches[-1])
+        return StageCost(alone_s=alone or 0.0, row_s=(full or 0.0) / self._batches[-1])
+
+
+def _key(lane: LaneKey) -> CostKey:
+    """A lane's engine is a blob and, for denoisers, the inputs that it reads."""
+    return CostKey(lane.stage, lane.engine.partition(":")[0], lane.shape)

@@ -1,0 +1,226 @@
+"""A claimed request inside a worker, and its rows between engine calls."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from engines.manifest import Step, shown
+from engines.solvers import Solver, State
+from engines.student import LoadedStudent
+from server.batcher import LaneKey, Row
+from server.brokers.base import Claim
+from server.messages import ErrorBody, GenerateResult, Timing
+from server.metrics import Metrics
+from server.prompt_cache import Embedding
+
+_SEEDS = 2**63
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One claim: what it needs, what is done of it, and where its time went (seconds)."""
+
+    claim: Claim
+    student: LoadedStudent
+    plan: tuple[Step, ...]
+    solver: Solver
+    due_s: float
+    deadline_s: float
+    missing: int = 0  # prompts that are not encoded yet
+    prompt: Embedding | None = None
+    negative: Embedding | None = None  # of guided requests
+    images: list[bytes | None] = field(default_factory=list)
+    rows_left: int = 0  # rows with an engine step after the one that runs now
+    begun_s: float | None = None  # broker's clock, first engine call
+    encode_s: float = 0.0
+    denoise_s: float = 0.0
+    decode_s: float = 0.0
+    image_s: float = 0.0
+    over: bool = False  # answered, or given up: what still runs of it is dropped
+
+    def __post_init__(self) -> None:
+        self.images = [None] * self.claim.request.n
+        self.rows_left = self.claim.request.n
+
+    @property
+    def id(self) -> str:
+        return self.claim.request.id
+
+    @property
+    def guided(self) -> bool:
+        return any(step.w is not None for step in self.plan)
+
+    def lane(self, step: Step) -> LaneKey:
+        """Rows share a call if the same weights answer them: never the step count, tier or guidance."""
+        request, manifest = self.claim.request, self.student.manifest
+        engine = ":".join((manifest.components[step.net].weights, *sorted(manifest.inputs)))
+        return LaneKey("denoise", engine, manifest.latent_shape(request.width, request.height))
+
+    def seed(self, index: int) -> int:
+        return (self.claim.request.seed + index) % _SEEDS
+
+    def begin(self, now_s: float) -> None:
+        if self.begun_s is None:
+            self.begun_s = now_s
+
+    def result(self, *, worker: str, now_s: float) -> GenerateResult:
+        """The answer of a request whose pictures are all there."""
+        request, prompt = self.claim.request, self.prompt
+        return GenerateResult(
+            id=request.id,
+            status="succeeded",
+            version=request.version,
+            tier=request.tier,
+            steps=request.steps,
+            backend=self.student.backend,
+            worker=worker,
+            seeds=[self.seed(index) for index in range(request.n)],
+            timing=self.timing(now_s),
+            ignored_words=list(prompt.ignored_words) if prompt else [],
+            text_tokens=prompt.tokens if prompt else 0,
+            num_images=request.n,
+        )
+
+    def failure(self, body: ErrorBody, *, worker: str, now_s: float) -> GenerateResult:
+        """The answer of a request that this worker cannot serve."""
+        request = self.claim.request
+        return GenerateResult(
+            id=request.id,
+            status="failed",
+            error=body,
+            version=request.version,
+            tier=request.tier,
+            steps=request.steps,
+            backend=self.student.backend,
+            worker=worker,
+            timing=self.timing(now_s),
+        )
+
+    def timing(self, now_s: float) -> Timing:
+        queued_s = self.claim.enqueued_ms / 1000
+        return Timing(
+            queue_ms=_ms((self.begun_s or now_s) - queued_s),
+            encode_ms=_ms(self.encode_s),
+            denoise_ms=_ms(self.denoise_s),
+            decode_ms=_ms(self.decode_s),
+            image_ms=_ms(self.image_s),
+            total_ms=_ms(now_s - queued_s),
+        )
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class PromptRow(Row):
+    """A prompt to encode for one ticket."""
+
+    ticket: Ticket
+    prompt: str
+    is_negative: bool = False
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class PictureRow(Row):
+    """One picture on its way through the denoiser. `state` is None until its first step."""
+
+    ticket: Ticket
+    index: int
+    state: State | None = None
+    leaving: bool = False  # its last step has begun
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.state.i if self.state else 0
+
+    @property
+    def done(self) -> bool:
+        return self.step >= len(self.ticket.plan)
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class LatentRow(Row):
+    """Latents [C, H, W] to decode: a finished picture, or with `partial_index` the estimate after a step."""
+
+    ticket: Ticket
+    index: int
+    latents: Tensor
+    step: int
+    partial_index: int | None = None
+
+
+LiveRow = PromptRow | PictureRow | LatentRow
+
+
+def rows_of(ticket: Ticket) -> list[PictureRow]:
+    """The pictures of a request, before their first step."""
+    step = ticket.plan[0]
+    weight = ticket.student.family.network_rows(step.w)
+    return [
+        PictureRow(
+            request_id=ticket.id,
+            lane=ticket.lane(step),
+            due_s=ticket.due_s,
+            deadline_s=ticket.deadline_s,
+            network_rows=weight,
+            alone=ticket.claim.returned,
+            ticket=ticket,
+            index=index,
+        )
+        for index in range(ticket.claim.request.n)
+    ]
+
+
+def prompts_of(ticket: Ticket) -> list[PromptRow]:
+    """What has to be encoded for a request: its prompt and, where it is guided, what it is guided away from."""
+    request, manifest = ticket.claim.request, ticket.student.manifest
+    texts = [(request.prompt, False)]
+    if ticket.guided:
+        texts.append((request.negative_prompt or "", True))
+    return [
+        PromptRow(
+            request_id=ticket.id,
+            lane=LaneKey("encode", manifest.components["encoder"].weights),
+            due_s=ticket.due_s,
+            deadline_s=ticket.deadline_s,
+            alone=ticket.claim.returned,
+            feeds=ticket.lane(ticket.plan[0]),
+            ticket=ticket,
+            prompt=text,
+            is_negative=is_negative,
+        )
+        for text, is_negative in texts
+    ]
+
+
+def latent_row(row: PictureRow, latents: Tensor, partial_index: int | None = None) -> LatentRow:
+    """What is decoded of a picture after a step."""
+    manifest = row.ticket.student.manifest
+    return LatentRow(
+        request_id=row.request_id,
+        lane=LaneKey("decode", manifest.components["decoder"].weights, tuple(latents.shape)),
+        due_s=row.due_s,
+        deadline_s=row.deadline_s,
+        alone=row.alone,
+        ticket=row.ticket,
+        index=row.index,
+        latents=latents,
+        step=row.step,
+        partial_index=partial_index,
+    )
+
+
+def count_call(metrics: Metrics, rows: Sequence[LiveRow], seconds: float, backend: str) -> None:
+    """Counts a live engine call of rows that share a stage."""
+    stage, weight = rows[0].lane.stage, sum(row.network_rows for row in rows)
+    served = [(row.ticket.claim.request.model, shown(row.ticket.student.version)) for row in rows]
+    for model in {model for model, _ in served}:
+        metrics.stage_seconds.labels(model, stage).observe(seconds)
+        if stage == "denoise":
+            metrics.batch_rows.labels(model).observe(weight)
+    for model, version in set(served) if stage == "denoise" else ():
+        metrics.step_seconds.labels(model, version, backend).observe(seconds)
+        metrics.steps.labels(model, version).inc(served.count((model, version)))
+
+
+def _ms(seconds: float) -> float:
+    return round(max(0.0, seconds) * 1000, 3)

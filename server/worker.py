@@ -1,0 +1,300 @@
+"""A worker: what it claims goes to its engine thread, and each request gets its one answer.
+
+The event loop talks to the broker (`intake`, `answers`), one thread calls engines (`engine_loop`), a few encode
+pictures, and the lease is renewed by a thread of its own. Nothing here waits for a batch to fill. Whatever nobody
+foresaw ends `run` with its error: the process ends, its lease goes, and its claims return to the others.
+"""
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any
+
+from engines.errors import DeadlineExceeded, FewstepError
+from server import leases
+from server.answers import Answers, Picture, collect, event
+from server.batcher import Batcher, due
+from server.brokers.base import Broker, Claim, Finished
+from server.engine_loop import EngineLoop
+from server.intake import Intake, Room, room
+from server.messages import ErrorBody, ended_by
+from server.metrics import Metrics
+from server.prompt_cache import PromptCache
+from server.settings import WorkerSettings
+from server.stages import Plans, Stages
+from server.stall import StallMeter
+from server.students import Students
+from server.tickets import LatentRow, PictureRow, Ticket, count_call
+
+log = logging.getLogger(__name__)
+_JOIN_S = 5.0
+_TICK_S = 0.05
+
+
+async def run(settings: WorkerSettings) -> None:
+    """One worker process until SIGTERM or SIGINT.
+
+    Raises:
+        Exception: what nobody foresaw; the process should end with it.
+    """
+    from server.worker_process import serve
+
+    await serve(settings)
+
+
+class Worker:
+    """Make it inside the event loop that will run it."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        broker: Broker,
+        students: Students,
+        metrics: Metrics,
+        meter: StallMeter | None = None,
+    ) -> None:
+        self._settings, self._broker, self._students, self._metrics = settings, broker, students, metrics
+        self._loop = asyncio.get_running_loop()
+        self._tickets: dict[str, Ticket] = {}
+        self._later: set[str] = set()  # ids of claims that wait for their version
+        self._death: asyncio.Future[None] = self._loop.create_future()
+        self._side: set[asyncio.Task[None]] = set()
+        self._plans = Plans()
+        self._answers = Answers(broker, threads=settings.image_threads, ready=self._pictures, died=self._die)
+        self._intake = Intake(
+            broker,
+            deployments=students.serving,
+            room=self._room,
+            admit=self._admit,
+            forget=self._forget,
+            poll_s=settings.poll_s,
+        )
+        self.engine = EngineLoop(
+            Stages(PromptCache(settings.prompt_cache_bytes), settings.device),
+            Batcher(tuple(sorted(settings.batch_sizes)), students.call_s),
+            self,
+            now_s=self._now_s,
+            meter=meter,
+        )
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serves until `stop` is set, then finishes what is claimed, for at most `drain_s`.
+
+        Raises:
+            Exception: whatever ended the engine thread or a task; the process should end with it.
+        """
+        thread = threading.Thread(target=self.engine.run, name="engine", daemon=True)
+        with self._broker.keep_lease(self._lease):
+            thread.start()
+            tasks = [asyncio.create_task(work) for work in self._works()]
+            stopping = asyncio.create_task(stop.wait())
+            ends: list[asyncio.Future[Any]] = [stopping, self._death, *tasks]
+            try:
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                self._check(tasks)
+                await self._drain(tasks)
+            finally:
+                await self._end([stopping, *tasks])
+                self.engine.stop()
+                await asyncio.to_thread(thread.join, _JOIN_S)
+                self._answers.close()
+                self.engine.meter.flush()
+
+    def _works(self) -> Sequence[Coroutine[Any, Any, None]]:
+        return (
+            self._intake.claim(),
+            self._intake.reclaim(),
+            self._intake.hear_cancels(),
+            self._answers.send(self._sent),
+            self._answers.emit(),
+            self._students.run(self.engine, self._uses),
+        )
+
+    async def _drain(self, tasks: "Sequence[asyncio.Task[None]]") -> None:
+        """Takes nothing new and finishes what is here; what is left after `drain_s` goes to the others."""
+        log.info("draining", extra={"requests": len(self._tickets)})
+        self._intake.stop()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.drain_s):
+                await tasks[0]
+                while self._tickets or self._later or self._answers.pending:
+                    self._check(tasks[1:])
+                    await asyncio.sleep(_TICK_S)
+
+    def _check(self, tasks: "Sequence[asyncio.Task[None]]") -> None:
+        """Raises what ended the engine thread or a task."""
+        if self._death.done():
+            self._death.result()
+        for task in tasks:
+            if task.done():
+                task.result()
+
+    async def _end(self, tasks: "Sequence[asyncio.Task[Any]]") -> None:
+        for task in (*tasks, *self._side):
+            task.cancel()
+        await asyncio.gather(*tasks, *self._side, return_exceptions=True)
+        self._death.cancel()
+
+    # --- requests --------------------------------------------------------------------------------
+
+    def _room(self) -> Room:
+        held = {True: 0, False: 0}
+        for ticket in self._tickets.values():
+            held[ticket.claim.request.request_class == "high"] += ticket.rows_left
+        return room(2 * max(self._settings.batch_sizes), held_high=held[True], held_below=held[False])
+
+    def _admit(self, claims: Sequence[Claim]) -> None:
+        """Hands claims to the engine at once; whether they are still wanted is asked meanwhile."""
+        tickets = [ticket for claim in claims if (ticket := self._ticket(claim))]
+        for ticket in tickets:
+            self._tickets[ticket.id] = ticket
+            self._metrics.running.labels(ticket.claim.request.model).inc(ticket.claim.request.n)
+        if tickets:
+            self.engine.submit(tickets)
+            self._aside(self._mark_running([ticket.claim for ticket in tickets]))
+
+    def _ticket(self, claim: Claim) -> Ticket | None:
+        """None where the claim is here already, was answered, or waits for its version."""
+        request = claim.request
+        if request.id in self._tickets or request.id in self._later:
+            return None
+        student = self._students.loaded(request.model, request.version)
+        if student is None:
+            self._later.add(request.id)
+            self._aside(self._admit_later(claim))
+            return None
+        try:
+            solver = self._plans.solver(student, request.steps, request.guidance)
+        except FewstepError as error:
+            self._answer_failed(claim, error)
+            return None
+        deadline_s = claim.deadline_ms / 1000
+        urgency = due(
+            arrived_s=claim.enqueued_ms / 1000,
+            deadline_s=deadline_s,
+            cost_s=request.cost_s or request.n * self._students.cost_s(student, len(solver.plan)),
+            priority=request.priority,
+            ageing_s=self._settings.ageing_s,
+        )
+        return Ticket(claim, student, solver.plan, solver, due_s=urgency, deadline_s=deadline_s)
+
+    async def _admit_later(self, claim: Claim) -> None:
+        """A request pinned to a version that is not here, such as one that a dead worker had."""
+        try:
+            await self._students.fetch(claim.request.model, claim.request.version)
+        except FewstepError as error:
+            self._later.discard(claim.request.id)
+            self._answer_failed(claim, error)
+        else:
+            self._later.discard(claim.request.id)
+            self._admit([claim])
+
+    async def _mark_running(self, claims: Sequence[Claim]) -> None:
+        try:
+            wanted = {claim.request.id for claim in await self._broker.running(claims)}
+        except FewstepError as error:
+            log.warning("cannot mark as running", extra={"error": str(error)})
+        else:
+            self._forget([claim.request.id for claim in claims if claim.request.id not in wanted])
+
+    def _forget(self, request_ids: Sequence[str]) -> None:
+        """Somebody else has ended these requests."""
+        known = [request_id for request_id in request_ids if request_id in self._tickets]
+        if known:
+            self.engine.drop(known)
+            for request_id in known:
+                self._release(request_id)
+                self._metrics.cancelled.labels("worker").inc()
+
+    def _release(self, request_id: str) -> None:
+        ticket = self._tickets.pop(request_id, None)
+        if ticket is not None:
+            self._metrics.running.labels(ticket.claim.request.model).dec(ticket.claim.request.n)
+            self._intake.moved()
+
+    def _uses(self, version: str) -> bool:
+        """Whether a request here still needs the engines of a version."""
+        return any(ticket.student.version == version for ticket in self._tickets.values())
+
+    # --- answers ---------------------------------------------------------------------------------
+
+    def _pictures(self, pictures: Sequence[Picture]) -> None:
+        for picture in pictures:
+            row, ticket = picture.row, picture.row.ticket
+            if ticket.over or row.request_id not in self._tickets:
+                continue
+            if row.partial_index is not None:
+                self._answers.progress(event(row, "partial_image"), picture.data)
+            elif collect(picture):
+                self._answer(ticket)
+
+    def _answer(self, ticket: Ticket) -> None:
+        result = ticket.result(worker=self._broker.identity, now_s=self._now_s())
+        self._metrics.queue_seconds.labels(ticket.claim.request.model).observe(result.timing.queue_ms / 1000)
+        self._answers.add(Finished(ticket.claim, result, [image for image in ticket.images if image is not None]))
+
+    def _answer_failed(self, claim: Claim, error: FewstepError) -> None:
+        log.warning("request failed", extra={"request_id": claim.request.id, "code": error.code, "error": str(error)})
+        self._answers.add(Finished(claim, ended_by(claim.request.id, "failed", error, claim.request)))
+
+    def _sent(self, answer: Finished, mine: bool) -> None:
+        if not mine:
+            log.info("request had ended", extra={"request_id": answer.claim.request.id})
+        self._release(answer.claim.request.id)
+
+    # --- the sink of the engine thread -----------------------------------------------------------
+
+    def moved(self) -> None:
+        self._loop.call_soon_threadsafe(self._intake.moved)
+
+    def recalled(self, known: bool) -> None:
+        self._metrics.embedding_cache.labels("hit" if known else "miss").inc()
+
+    def ran(self, rows: Sequence[Any], seconds: float) -> None:
+        self._students.observe(rows, seconds)
+        count_call(self._metrics, rows, seconds, self._students.backend)
+
+    def stepped(self, rows: Sequence[PictureRow]) -> None:
+        for row in rows:
+            if row.ticket.claim.request.events:
+                self._loop.call_soon_threadsafe(self._answers.progress, event(row, "step"))
+
+    def decoded(self, rows: Sequence[LatentRow], pixels: Any) -> None:
+        self._answers.encode(rows, pixels)
+
+    def failed(self, ticket: Ticket, error: FewstepError) -> None:
+        result = ticket.failure(ErrorBody.of(error), worker=self._broker.identity, now_s=self._now_s())
+        self._loop.call_soon_threadsafe(self._answers.add, Finished(ticket.claim, result))
+
+    def expired(self, ticket: Ticket) -> None:
+        request = ticket.claim.request
+        error = DeadlineExceeded(f"not done within its {request.budget_ms} ms: raise timeout_ms or try again later")
+        answer = Finished(ticket.claim, ended_by(request.id, "expired", error, request))
+        self._loop.call_soon_threadsafe(self._answers.add, answer)
+
+    def died(self, error: BaseException) -> None:
+        self._loop.call_soon_threadsafe(self._die, error)
+
+    # --- small things ----------------------------------------------------------------------------
+
+    def _die(self, error: BaseException) -> None:
+        if not self._death.done():
+            self._death.set_exception(error)
+
+    def _now_s(self) -> float:
+        return self._broker.now_ms() / 1000
+
+    def _lease(self) -> Mapping[str, Any]:
+        return leases.write(self._students.lease())
+
+    def _aside(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._side.add(task)
+        task.add_done_callback(self._aside_done)
+
+    def _aside_done(self, task: "asyncio.Task[None]") -> None:
+        self._side.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            self._die(error)

@@ -1,0 +1,83 @@
+"""Puts a worker together from its settings: broker, registry, engines, metrics port, signals."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+
+import torch
+from prometheus_client import start_http_server
+
+from engines.backends.base import Profile, choose
+from engines.cache import DiskCache
+from engines.graph import GraphStore
+from engines.loader import Loader
+from engines.registry.base import Registry, open_registry
+from server import metrics
+from server.brokers.base import new_identity, open_broker
+from server.settings import WorkerSettings
+from server.stall import StallMeter
+from server.students import Students
+from server.worker import Worker
+
+log = logging.getLogger(__name__)
+SWITCH_S = 0.001
+"""Threads hand over the GIL this often: the engine thread must not wait five milliseconds after each call."""
+
+
+async def serve(settings: WorkerSettings) -> None:
+    """Runs until SIGTERM or SIGINT, then drains."""
+    sys.setswitchinterval(SWITCH_S)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    registry = open_registry(settings.registry_url)
+    measured = metrics.make()
+    broker = open_broker(
+        settings.redis_url,
+        new_identity(settings.id or "worker"),
+        lease_s=settings.lease_s,
+        result_ttl_s=settings.result_ttl_s,
+    )
+    with _metrics_port(settings, measured), _meter(settings) as meter:
+        await broker.start()
+        try:
+            loader = await asyncio.to_thread(make_loader, settings, registry)
+            students = Students(settings, broker, registry, loader, measured)
+            await Worker(settings, broker, students, measured, meter).run(stop)
+        finally:
+            await broker.close()
+
+
+def make_loader(settings: WorkerSettings, registry: Registry) -> Loader:
+    """Graphs are exported in another process, so that live requests keep the GIL."""
+    threads = settings.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    choice = choose(settings.backend, settings.precision)
+    log.info("engine", extra={"backend": choice.backend, "precision": choice.precision, "threads": threads})
+    profile = Profile(batches=tuple(sorted(settings.batch_sizes)), precision=choice.precision, threads=threads)
+    return Loader(registry, choice, profile, GraphStore(DiskCache(settings.cache_dir), in_process=False))
+
+
+@contextlib.contextmanager
+def _metrics_port(settings: WorkerSettings, measured: metrics.Metrics) -> Iterator[None]:
+    if not settings.metrics_port:
+        yield
+        return
+    server, thread = start_http_server(settings.metrics_port, settings.metrics_host, registry=measured.registry)
+    try:
+        yield
+    finally:
+        server.shutdown()
+        thread.join()
+
+
+@contextlib.contextmanager
+def _meter(settings: WorkerSettings) -> Iterator[StallMeter]:
+    with contextlib.ExitStack() as stack:
+        log_file = stack.enter_context(settings.steps_log.open("a")) if settings.steps_log else None
+        yield StallMeter(log_file)

@@ -1,0 +1,139 @@
+"""What leaves a worker: pictures encoded beside the loop, answers in batches, and none lost while Redis is away."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engines.errors import Unavailable
+from server.answers import Answers, Picture, collect
+from server.brokers.base import Finished
+from server.brokers.memory import MemoryBroker, MemoryServer
+from server.messages import StepEvent, ended_by
+from server.stages import Plans
+from server.tickets import Ticket, latent_row, rows_of
+from tests.eventually import aeventually
+from tests.unit.server import toy
+
+
+class Flaky(MemoryBroker):
+    """Takes answers only when told so, and remembers in which batches they came."""
+
+    here = True
+    batches: list[int]
+
+    async def finish_many(self, answers: Sequence[Finished]) -> list[bool]:
+        if not self.here:
+            raise Unavailable("Redis is away")
+        self.batches.append(len(answers))
+        return await super().finish_many(answers)
+
+
+class Desk:
+    def __init__(self) -> None:
+        self.broker = Flaky(MemoryServer(), "worker")
+        self.broker.batches = []
+        self.pictures: list[Picture] = []
+        self.deaths: list[BaseException] = []
+        self.sent: list[tuple[str, bool]] = []
+        self.answers = Answers(self.broker, threads=2, ready=self.pictures.extend, died=self.deaths.append)
+
+    def ticket(self, name: str, **given: Any) -> Ticket:
+        student = toy.student()
+        solver = Plans().solver(student, 1, None)
+        return Ticket(toy.claim(student, name, **given), student, solver.plan, solver, due_s=0, deadline_s=60)
+
+    def said(self, answer: Finished, mine: bool) -> None:
+        self.sent.append((answer.claim.request.id, mine))
+
+
+@pytest.fixture
+async def desk() -> AsyncIterator[Desk]:
+    made = Desk()
+    tasks = [asyncio.create_task(made.answers.send(made.said)), asyncio.create_task(made.answers.emit())]
+    yield made
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    made.answers.close()
+
+
+async def until(desk: Desk, count: int) -> None:
+    async def check() -> bool:
+        return len(desk.sent) == count
+
+    await aeventually(check)
+
+
+async def test_a_request_is_whole_with_its_last_picture(desk: Desk) -> None:
+    ticket = desk.ticket("r", n=5)
+    rows = [latent_row(row, torch.zeros(3, 4, 4)) for row in rows_of(ticket)]
+    pixels = np.arange(5 * 3 * 16, dtype=np.uint8).reshape(5, 3, 4, 4)
+    desk.answers.encode(rows, pixels)
+
+    async def encoded() -> bool:
+        return len(desk.pictures) == 5
+
+    await aeventually(encoded)
+    whole = [collect(picture) for picture in desk.pictures]
+    assert whole == [False] * 4 + [True]
+    assert [image is not None and image.startswith(b"\x89PNG") for image in ticket.images] == [True] * 5
+    assert len(set(ticket.images)) == 5
+    assert ticket.image_s > 0
+
+
+async def test_pixels_that_cannot_be_encoded_end_the_worker(desk: Desk) -> None:
+    rows = [latent_row(row, torch.zeros(3, 4, 4)) for row in rows_of(desk.ticket("r"))]
+    desk.answers.encode(rows, np.zeros((1, 7, 4, 4), np.uint8))
+
+    async def died() -> bool:
+        return len(desk.deaths) == 1
+
+    await aeventually(died)
+
+
+async def answer(desk: Desk, name: str) -> Finished:
+    request = toy.request(toy.student(), name)
+    await desk.broker.publish(request)
+    claim = toy.claim(toy.student(), name)
+    return Finished(claim, ended_by(name, "failed", Unavailable("x"), request))
+
+
+async def test_answers_that_are_ready_together_go_together(desk: Desk) -> None:
+    for finished in [await answer(desk, name) for name in ("a", "b", "c")]:
+        desk.answers.add(finished)
+    await until(desk, 3)
+    assert desk.broker.batches == [3]
+    assert desk.sent == [("a", True), ("b", True), ("c", True)]
+    assert desk.answers.pending == 0
+
+
+async def test_answers_wait_for_a_broker_that_is_away(desk: Desk) -> None:
+    desk.broker.here = False
+    desk.answers.add(await answer(desk, "a"))
+    await asyncio.sleep(0)
+    desk.answers.add(await answer(desk, "b"))
+    assert desk.answers.pending == 2
+    desk.broker.here = True
+    await until(desk, 2)
+    assert [name for name, _ in desk.sent] == ["a", "b"]
+
+
+async def test_whoever_ended_a_request_first_is_told_from_the_others(desk: Desk) -> None:
+    finished = await answer(desk, "a")
+    await desk.broker.cancel("a")
+    desk.answers.add(finished)
+    await until(desk, 1)
+    assert desk.sent == [("a", False)]
+
+
+async def test_progress_keeps_its_order(desk: Desk) -> None:
+    await desk.broker.publish(toy.request(toy.student(), "a", events=True))
+    for step in (1, 2, 3):
+        desk.answers.progress(StepEvent(id="a", kind="step", step=step))
+    await desk.broker.cancel("a")
+    seen = [emitted.event.step async for emitted in desk.broker.events("a") if emitted.event.kind == "step"]
+    assert sorted(seen) == seen

@@ -1,0 +1,82 @@
+import msgspec
+import pytest
+
+from engines import plugins
+from engines.errors import ContradictoryFields, InvalidRequest
+from server.dialects import base
+from server.dialects._native_request import (
+    GenerationRequest,
+    Preference,
+    accepted_format,
+    bytes_format,
+    intent_of,
+    preference,
+)
+
+
+@pytest.mark.parametrize(
+    ("accept", "image_format"),
+    [
+        ("*/*", None),
+        ("application/json", None),
+        ("", None),
+        ("image/png", "png"),
+        ("image/webp;q=0.9, image/png;q=0.5", "webp"),
+        ("application/json, image/png;q=0.5", None),
+        ("image/*", "png"),
+        ("IMAGE/JPEG", "jpeg"),
+        ("image/png;q=0", None),
+        ("image/png;q=x", None),
+        ("text/html", None),
+    ],
+)
+def test_accept_prefers_bytes_or_json(accept: str, image_format: str | None) -> None:
+    assert accepted_format(accept) == image_format
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        ("", Preference()),
+        ("respond-async", Preference(later=True)),
+        ("Respond-Async, wait=10", Preference(wait_s=10)),
+        ("wait=5", Preference(wait_s=5)),
+        ("wait=soon, handling=lenient", Preference()),
+    ],
+)
+def test_prefer_is_read_as_its_rfc_says(header: str, expected: Preference) -> None:
+    assert preference(header) == expected
+
+
+def test_a_request_becomes_an_intent_without_a_loss() -> None:
+    body = GenerationRequest(prompt="x", model="m", steps=2, width=64, height=48, guidance_scale=2.5, n=2, seed=3)
+    intent = intent_of(body, None, "00-trace")
+    assert (intent.wanted.model, intent.wanted.steps, intent.wanted.guidance) == ("m", 2, 2.5)
+    assert (intent.wanted.size, intent.n, intent.seed, intent.traceparent) == ((64, 48), 2, 3, "00-trace")
+
+
+def test_the_format_is_the_body_s_or_the_accepted_or_png() -> None:
+    assert intent_of(GenerationRequest(prompt="x", output_format="webp"), None, None).output_format == "webp"
+    assert intent_of(GenerationRequest(prompt="x"), "jpeg", None).output_format == "jpeg"
+    assert intent_of(GenerationRequest(prompt="x"), None, None).output_format == "png"
+
+
+def test_bytes_are_of_one_picture_in_the_accepted_format() -> None:
+    assert bytes_format(GenerationRequest(prompt="x"), "png") == "png"
+    assert bytes_format(GenerationRequest(prompt="x", stream=True), "png") is None
+    with pytest.raises(ContradictoryFields):
+        bytes_format(GenerationRequest(prompt="x", output_format="webp"), "png")
+    with pytest.raises(InvalidRequest):
+        bytes_format(GenerationRequest(prompt="x", n=2), "png")
+
+
+def test_an_event_says_its_name_beside_its_data() -> None:
+    assert base.Event("step", b"{}", "3").encode() == b"id: 3\nevent: step\ndata: {}\n\n"
+    assert base.Event(None, b"[DONE]").encode() == b"data: [DONE]\n\n"
+
+
+def test_every_dialect_documents_the_records_it_names() -> None:
+    for name in plugins.names("server.dialects"):
+        dialect: base.Dialect = plugins.load("server.dialects", name, "DIALECT")
+        _, schemas = msgspec.json.schema_components(dialect.schemas, ref_template="{name}")
+        assert {record.__name__ for record in dialect.schemas} <= set(schemas)

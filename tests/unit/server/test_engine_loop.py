@@ -1,0 +1,248 @@
+"""The engine thread: nothing is lost, one bad row fails alone, and live rows go before everything else."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from engines.errors import FewstepError, InternalError, InvalidRequest
+from engines.student import LoadedStudent, sample
+from server.batcher import Batcher
+from server.engine_loop import EngineLoop
+from server.prompt_cache import PromptCache
+from server.stages import Plans, Stages
+from server.tickets import LatentRow, PictureRow, Ticket
+from tests.eventually import eventually
+from tests.unit.server import toy
+
+
+@dataclass
+class Recorder:
+    """A sink that remembers."""
+
+    pictures: dict[tuple[str, int], Any] = field(default_factory=dict)
+    partials: list[tuple[str, int]] = field(default_factory=list)
+    errors: dict[str, FewstepError] = field(default_factory=dict)
+    late: list[str] = field(default_factory=list)
+    steps: list[tuple[str, int]] = field(default_factory=list)
+    room: list[int] = field(default_factory=list)
+    death: BaseException | None = None
+    on_step: Callable[[], None] = lambda: None
+
+    def moved(self) -> None:
+        self.room.append(1)
+
+    def recalled(self, known: bool) -> None: ...
+    def ran(self, rows: Sequence[Any], seconds: float) -> None: ...
+
+    def stepped(self, rows: Sequence[PictureRow]) -> None:
+        self.steps += [(row.request_id, row.step) for row in rows]
+        self.on_step()
+
+    def decoded(self, rows: Sequence[LatentRow], pixels: Any) -> None:
+        for row, picture in zip(rows, pixels, strict=True):
+            if row.partial_index is None:
+                self.pictures[row.request_id, row.index] = torch.from_numpy(picture)
+            else:
+                self.partials.append((row.request_id, row.partial_index))
+
+    def failed(self, ticket: Ticket, error: FewstepError) -> None:
+        self.errors[ticket.id] = error
+
+    def expired(self, ticket: Ticket) -> None:
+        self.late.append(ticket.id)
+
+    def died(self, error: BaseException) -> None:
+        self.death = error
+
+
+class Bench:
+    """An engine loop and what it said. Its clock stands unless told."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.sink = Recorder()
+        self.loop = EngineLoop(Stages(PromptCache(1 << 20)), Batcher((1, 2, 4)), self.sink, now_s=lambda: self.now_s)
+
+    def ticket(self, student: LoadedStudent, request_id: str, *, deadline_s: float = 60.0, **given: Any) -> Ticket:
+        claimed = toy.claim(student, request_id, **given)
+        solver = Plans().solver(student, claimed.request.steps, claimed.request.guidance)
+        return Ticket(claimed, student, solver.plan, solver, due_s=0.0, deadline_s=deadline_s)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        thread = threading.Thread(target=self.loop.run)
+        thread.start()
+        try:
+            yield
+        finally:
+            self.loop.stop()
+            thread.join(5)
+            assert not thread.is_alive()
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def test_every_picture_of_every_request_comes_and_is_right(bench: Bench) -> None:
+    student = toy.student()
+    tickets = [bench.ticket(student, f"r{i}", n=1 + i % 3, steps=(1, 2, 4)[i % 3], seed=i) for i in range(9)]
+    with bench.running():
+        bench.loop.submit(tickets)
+        eventually(lambda: len(bench.sink.pictures) == 18)
+    for i, ticket in enumerate(tickets):
+        n, steps = ticket.claim.request.n, ticket.claim.request.steps
+        alone = sample(student, ["a red circle"] * n, range(i, i + n), steps)
+        assert all(torch.equal(bench.sink.pictures[ticket.id, k], alone[k]) for k in range(n))
+
+
+def test_a_row_joins_those_that_are_under_way(bench: Bench) -> None:
+    family = toy.ToyFamily()
+    student = toy.student(family)
+    late = bench.ticket(student, "late", steps=1)
+    bench.sink.on_step = lambda: bench.loop.submit([late]) if len(bench.sink.steps) == 1 else None
+    with bench.running():
+        bench.loop.submit([bench.ticket(student, "early", steps=4)])
+        eventually(lambda: len(bench.sink.pictures) == 2)
+    assert [rows for stage, rows in family.calls if stage == "denoise"] == [1, 2, 1, 1]
+    assert list(bench.sink.pictures) == [("late", 0), ("early", 0)]
+
+
+def test_a_canceled_request_takes_no_further_step(bench: Bench) -> None:
+    student = toy.student()
+    bench.sink.on_step = lambda: bench.loop.drop(["gone"])
+    with bench.running():
+        bench.loop.submit([bench.ticket(student, "gone", steps=4, n=2), bench.ticket(student, "kept", steps=4)])
+        eventually(lambda: len(bench.sink.pictures) == 1)
+    assert [step for name, step in bench.sink.steps if name == "gone"] == [1, 1]
+    assert list(bench.sink.pictures) == [("kept", 0)]
+
+
+def test_a_request_past_its_deadline_leaves_between_two_steps(bench: Bench) -> None:
+    def tick() -> None:
+        bench.now_s += 1.0
+
+    bench.sink.on_step = tick
+    with bench.running():
+        bench.loop.submit(
+            [bench.ticket(toy.student(), "late", steps=4, deadline_s=2.0), bench.ticket(toy.student(), "ok", steps=4)]
+        )
+        eventually(lambda: bench.sink.pictures)
+    assert bench.sink.late == ["late"]
+    assert max(step for name, step in bench.sink.steps if name == "late") == 2
+
+
+def test_a_row_that_fails_fails_its_request_alone(bench: Bench) -> None:
+    family = toy.ToyFamily(faults={"denoise": [InvalidRequest("in the batch"), InvalidRequest("alone")]})
+    student = toy.student(family)
+    with bench.running():
+        bench.loop.submit([bench.ticket(student, name) for name in ("bad", "good", "fine")])
+        eventually(lambda: len(bench.sink.pictures) == 2)
+    assert {name: error.message for name, error in bench.sink.errors.items()} == {"bad": "alone"}
+    assert {name for name, _ in bench.sink.pictures} == {"good", "fine"}
+
+
+def test_a_picture_that_is_not_finite_fails_its_request_alone(bench: Bench) -> None:
+    class Broken(toy.ToyFamily):
+        def denoise(self, x: Any, *args: Any, **named: Any) -> Any:
+            pred = super().denoise(x, *args, **named)
+            pred[0] = float("nan")
+            return pred
+
+    student = toy.student(Broken())
+    with bench.running():
+        bench.loop.submit([bench.ticket(student, "bad"), bench.ticket(student, "good")])
+        eventually(lambda: bench.sink.pictures)
+    assert list(bench.sink.errors) == ["bad"]
+    assert isinstance(bench.sink.errors["bad"], InternalError)
+    assert list(bench.sink.pictures) == [("good", 0)]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_batch_too_large_for_the_memory_is_split(bench: Bench, error: BaseException) -> None:
+    family = toy.ToyFamily(faults={"denoise": [error, error]})
+    student = toy.student(family)
+    tickets = [bench.ticket(student, name) for name in "abcd"]
+    with bench.running():
+        bench.loop.submit(tickets)
+        eventually(lambda: len(bench.sink.pictures) == 4)
+    assert [ticket.rows_left for ticket in tickets] == [0, 0, 0, 0]
+    assert [rows for stage, rows in family.calls if stage == "denoise"] == [4, 2, 1, 1, 2]
+    assert bench.sink.errors == {}
+
+
+def test_a_single_row_too_large_for_the_memory_is_answered(bench: Bench) -> None:
+    student = toy.student(toy.ToyFamily(faults={"decode": [MemoryError()]}))
+    with bench.running():
+        bench.loop.submit([bench.ticket(student, "big")])
+        eventually(lambda: bench.sink.errors)
+    assert "memory" in bench.sink.errors["big"].message
+
+
+def test_an_error_that_nobody_foresaw_ends_the_thread_and_says_so(bench: Bench) -> None:
+    student = toy.student(toy.ToyFamily(faults={"denoise": [ZeroDivisionError()]}))
+    with bench.running():
+        bench.loop.submit([bench.ticket(student, "a")])
+        eventually(lambda: bench.sink.death)
+    assert isinstance(bench.sink.death, ZeroDivisionError)
+
+
+def test_work_behind_waits_for_live_rows_and_its_errors_go_to_whoever_asked(bench: Bench) -> None:
+    student, order = toy.student(), list[str]()
+    bench.sink.on_step = lambda: order.append("step")
+    bench.loop.submit([bench.ticket(student, "a", steps=4)])
+    done = bench.loop.background(lambda: order.append("behind"))
+    failed = bench.loop.background(lambda: 1 / 0)
+    with bench.running():
+        done.result(5)
+        with pytest.raises(ZeroDivisionError):
+            failed.result(5)
+    assert order == ["step"] * 4 + ["behind"]
+    assert bench.sink.death is None
+
+
+def test_work_behind_is_not_starved_by_endless_traffic(bench: Bench) -> None:
+    student, count = toy.student(), iter(range(10**6))
+
+    def more() -> None:
+        bench.loop.submit([bench.ticket(student, f"r{next(count)}")])
+
+    bench.sink.on_step = more
+    with bench.running():
+        more()
+        assert bench.loop.background(lambda: "done").result(5) == "done"
+        bench.sink.on_step = lambda: None
+
+
+def test_a_row_in_its_last_step_makes_room_before_it_ends(bench: Bench) -> None:
+    seen = list[int]()
+    ticket = bench.ticket(toy.student(), "a", steps=2, n=2)
+    bench.sink.on_step = lambda: seen.append(ticket.rows_left)
+    assert ticket.rows_left == 2
+    with bench.running():
+        bench.loop.submit([ticket])
+        eventually(lambda: len(bench.sink.pictures) == 2)
+    assert seen == [2, 0]
+    assert len(bench.sink.room) == 1
+
+
+def test_partial_pictures_are_decoded_on_the_way(bench: Bench) -> None:
+    with bench.running():
+        bench.loop.submit([bench.ticket(toy.student(), "a", steps=4, partial_images=2)])
+        eventually(lambda: bench.sink.pictures)
+    assert bench.sink.partials == [("a", 0), ("a", 1)]
+
+
+def test_the_time_of_each_stage_is_in_the_ticket(bench: Bench) -> None:
+    ticket = bench.ticket(toy.student(), "a", steps=4)
+    with bench.running():
+        bench.loop.submit([ticket])
+        eventually(lambda: bench.sink.pictures)
+    assert min(ticket.encode_s, ticket.denoise_s, ticket.decode_s) > 0
+    assert ticket.begun_s == 0.0

@@ -1,0 +1,149 @@
+"""The stages give every row what it would have had alone, whoever shares its batch."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from engines.errors import InternalError
+from engines.noise import noise
+from engines.student import LoadedStudent, sample
+from server.prompt_cache import PromptCache
+from server.stages import Plans, Stages, partial_steps
+from server.tickets import LatentRow, PictureRow, Ticket, latent_row, prompts_of, rows_of
+from tests.unit.server import toy
+
+
+@pytest.fixture
+def stages() -> Stages:
+    return Stages(PromptCache(1 << 20))
+
+
+def ticket(student: LoadedStudent, request_id: str = "r", **given: object) -> Ticket:
+    claimed = toy.claim(student, request_id, **given)  # type: ignore[arg-type]
+    solver = Plans().solver(student, claimed.request.steps, claimed.request.guidance)
+    return Ticket(claimed, student, solver.plan, solver, due_s=0.0, deadline_s=60.0)
+
+
+def encoded(stages: Stages, *tickets: Ticket) -> list[PictureRow]:
+    for one in tickets:
+        prompts = prompts_of(one)
+        one.missing = len(prompts)
+        stages.encode(prompts)
+    return [row for one in tickets for row in rows_of(one)]
+
+
+def run(stages: Stages, rows: Sequence[PictureRow]) -> dict[str, Tensor]:
+    """Every row until it is done, always all that are left in one batch; pictures by request and index."""
+    left, latents = list(rows), list[LatentRow]()
+    while left:
+        stages.denoise(left)
+        latents += [latent_row(row, row.state.x) for row in left if row.done and row.state]
+        left = [row for row in left if not row.done]
+    pixels = torch.from_numpy(stages.decode(latents))
+    return {f"{row.request_id}{row.index}": pixels[i] for i, row in enumerate(latents)}
+
+
+def test_a_picture_is_the_one_that_the_student_samples_by_itself(stages: Stages) -> None:
+    student = toy.student(counts=(1, 2, 4))
+    rows = encoded(stages, ticket(student, "a", steps=4, n=2), ticket(student, "b", steps=1, prompt="two squares"))
+    pictures = run(stages, rows)
+    assert torch.equal(torch.stack([pictures["a0"], pictures["a1"]]), sample(student, ["a red circle"] * 2, [7, 8], 4))
+    assert torch.equal(pictures["b0"], sample(student, ["two squares"], [7], 1)[0])
+
+
+def test_rows_of_different_step_counts_share_calls(stages: Stages) -> None:
+    family = toy.ToyFamily()
+    student = toy.student(family)
+    run(stages, encoded(stages, ticket(student, "a", steps=4), ticket(student, "b", steps=1)))
+    assert [rows for stage, rows in family.calls if stage == "denoise"] == [2, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("solver", "eta"), [("ddim", 1.0), ("ddim", 0.3), ("ab2", 0.0), ("unipc", 0.0)])
+def test_solver_state_and_fresh_noise_belong_to_the_row(stages: Stages, solver: str, eta: float) -> None:
+    student = toy.student(solver=solver, eta=eta)
+    together = run(stages, encoded(stages, ticket(student, "a", steps=4, n=2), ticket(student, "b", steps=2, seed=99)))
+    assert torch.equal(together["a1"], sample(student, ["a red circle"], [8], 4)[0])
+    assert torch.equal(together["b0"], sample(student, ["a red circle"], [99], 2)[0])
+
+
+def test_each_row_has_its_own_guidance_and_negative_prompt(stages: Stages) -> None:
+    student = toy.student(guided=True)
+    rows = encoded(
+        stages,
+        ticket(student, "a", steps=2),
+        ticket(student, "b", steps=2, guidance=5.0, negative_prompt="blur"),
+        ticket(student, "c", steps=2, guidance=1.0),
+    )
+    pictures = run(stages, rows)
+    for name, guidance, negative in (("a0", None, ""), ("b0", 5.0, "blur"), ("c0", 1.0, "")):
+        alone = sample(student, ["a red circle"], [7], 2, guidance=guidance, negative=[negative])
+        assert torch.equal(pictures[name], alone[0]), name
+    assert [row.network_rows for row in rows] == [2, 2, 1]
+
+
+def test_the_empty_negative_prompt_is_left_to_the_family(stages: Stages) -> None:
+    family = toy.ToyFamily()
+    run(stages, encoded(stages, ticket(toy.student(family, guided=True), steps=2)))
+    assert family.negatives == [None, None]
+
+
+def test_a_known_prompt_is_not_encoded_again_and_equal_ones_are_encoded_once(stages: Stages) -> None:
+    family = toy.ToyFamily()
+    student = toy.student(family)
+    first, second, third = (ticket(student, name, prompt="xyz circle") for name in "abc")
+    prompts = [row for one in (first, second) for row in prompts_of(one)]
+    stages.encode(prompts)
+    assert stages.recall(prompts_of(third)[0])
+    assert family.calls == [("encode", 1)]
+    assert third.prompt is not None
+    assert (third.prompt.ignored_words, third.prompt.tokens) == (("xyz",), 2)
+
+
+def test_students_with_the_same_denoiser_share_a_lane_and_others_do_not() -> None:
+    steps = {"counts": (1, 2, 4)}
+    lanes = [
+        rows_of(ticket(toy.student(name=name, weights=weights, **steps)))[0].lane  # type: ignore[arg-type]
+        for name, weights in (("teacher", "w"), ("schedule", "w"), ("trained", "v"))
+    ]
+    assert lanes[0] == lanes[1] != lanes[2]
+
+
+def test_a_batch_that_failed_half_way_can_run_again(stages: Stages) -> None:
+    family = toy.ToyFamily(faults={"denoise": [None, InternalError("once")]})
+    student = toy.student(family)
+    rows = encoded(stages, ticket(student, "a", steps=2), ticket(student, "b", steps=4))
+    stages.denoise(rows)
+    with pytest.raises(InternalError):
+        stages.denoise(rows)
+    assert [row.step for row in rows] == [1, 1]
+    pictures = run(stages, rows)
+    assert torch.equal(pictures["b0"], sample(toy.student(), ["a red circle"], [7], 4)[0])
+
+
+def test_a_partial_picture_is_the_estimate_after_its_step(stages: Stages) -> None:
+    student = toy.student()
+    [row] = encoded(stages, ticket(student, steps=4, partial_images=1))
+    shown = [stages.denoise([row]) for _ in range(4)]
+    assert [list(estimates) for estimates in shown] == [[], [0], [], []]
+    solver = student.solver(4)
+    state = solver.start(noise(7, 0, (3, 4, 4)))
+    cond = student.family.encode(["a red circle"])
+    for _ in range(2):
+        times = student.times(solver, state)
+        pred = student.family.denoise(state.x[None], torch.tensor([times.t]), cond, torch.tensor([times.s]), [None])[0]
+        estimate, state = solver.x0(state, pred), solver.advance(state, pred)
+    assert torch.allclose(shown[1][0], estimate)
+
+
+@pytest.mark.parametrize(
+    ("total", "wanted", "after"), [(4, 1, (2,)), (4, 3, (1, 2, 3)), (2, 3, (1,)), (1, 3, ()), (32, 3, (8, 16, 24))]
+)
+def test_partial_pictures_are_spread_and_never_the_last(total: int, wanted: int, after: tuple[int, ...]) -> None:
+    assert partial_steps(total, wanted) == after
+
+
+def test_a_seed_wraps_where_generators_end() -> None:
+    one = ticket(toy.student(), n=2, seed=2**63 - 1)
+    assert [one.seed(0), one.seed(1)] == [2**63 - 1, 0]

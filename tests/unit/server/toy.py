@@ -1,0 +1,130 @@
+"""A student small enough to compute by hand: its network is a line, its pictures are 4×4."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engines import process
+from engines.families.base import Tokens
+from engines.manifest import Component, Guidance, Schedule, StudentManifest
+from engines.student import LoadedStudent
+from server.brokers.base import Claim
+from server.messages import GenerateRequest
+
+SIZE = 4
+
+
+def sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass
+class ToyFamily:
+    """pred = slope x + mean(cond) (1 + s); `calls` are the batches it saw. `fault` is raised by the next calls."""
+
+    slope: float = 0.5
+    calls: list[tuple[str, int]] = field(default_factory=list)
+    weights: list[list[float | None]] = field(default_factory=list)
+    negatives: list[Tensor | None] = field(default_factory=list)
+    faults: dict[str, list[BaseException | None]] = field(default_factory=dict)
+
+    def _called(self, stage: str, rows: int) -> None:
+        self.calls.append((stage, rows))
+        faults = self.faults.get(stage)
+        fault = faults.pop(0) if faults else None
+        if fault is not None:
+            raise fault
+
+    def tokenize(self, prompts: Sequence[str]) -> Tokens:
+        ignored = tuple(tuple(w for w in prompt.split() if w.startswith("x")) for prompt in prompts)
+        return Tokens(torch.zeros(len(prompts), 2, dtype=torch.int64), ignored, tuple(len(p.split()) for p in prompts))
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        self._called("encode", len(prompts))
+        return torch.stack([torch.full((2, 3), (int(sha(p)[:4], 16) % 100) / 100) for p in prompts])
+
+    def denoise(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Tensor,
+        s: Tensor | None = None,
+        w: Any = None,
+        *,
+        negative: Tensor | None = None,
+        net: str = "denoiser",
+    ) -> Tensor:
+        self._called("denoise", len(x))
+        self.weights.append(list(w))
+        self.negatives.append(negative)
+        assert s is not None
+        null = self._mean(torch.zeros_like(cond) if negative is None else negative, s)
+        mean = self._mean(cond, s)
+        scale = torch.tensor([1.0 if value is None else value for value in w]).view(-1, 1, 1, 1)
+        pred: Tensor = self.slope * x + null + scale * (mean - null)
+        return pred
+
+    def decode(self, latents: Tensor) -> Tensor:
+        self._called("decode", len(latents))
+        return (latents[:, :3] * 32 + 128).clamp(0, 255).to(torch.uint8)
+
+    def network_rows(self, w: float | None) -> int:
+        return 1 if w is None else 2
+
+    def _mean(self, cond: Tensor, s: Tensor) -> Tensor:
+        return (cond.mean(dim=(1, 2)) * (1 + s)).view(-1, 1, 1, 1)
+
+
+def manifest(
+    name: str = "toy",
+    *,
+    counts: Sequence[int] = (1, 2, 4),
+    eta: float = 0.0,
+    solver: str = "ddim",
+    weights: str = "w",
+    guided: bool = False,
+) -> StudentManifest:
+    parts = {role: Component(weights=sha(role + weights), files={}) for role in ("denoiser",)}
+    parts |= {role: Component(weights=sha(role), files={}) for role in ("encoder", "decoder")}
+    times = {k: (*(1 - i / k for i in range(k)), 0.0) for k in counts}
+    return StudentManifest(
+        name=name,
+        family="sd",
+        kind="full",
+        components=parts,
+        schedules={k: Schedule(times=times[k], eta=eta) for k in counts},
+        solver=solver,
+        guidance=Guidance(mode="cfg", default=2.0, maximum=8.0) if guided else Guidance(),
+        resolutions=((SIZE, SIZE),),
+        latent_channels=3,
+        downscale=1,
+    )
+
+
+def student(family: ToyFamily | None = None, **options: Any) -> LoadedStudent:
+    made = manifest(**options)
+    return LoadedStudent(made, family or ToyFamily(), process.make(made.process), "toy", "fp32")
+
+
+def request(student: LoadedStudent, request_id: str = "r", **given: Any) -> GenerateRequest:
+    fields: dict[str, Any] = {
+        "model": "toys",
+        "version": student.version,
+        "tier": "medium",
+        "steps": 1,
+        "prompt": "a red circle",
+        "width": SIZE,
+        "height": SIZE,
+        "seed": 7,
+        "budget_ms": 60_000,
+        "reply_to": "gateway",
+    }
+    return GenerateRequest(id=request_id, **(fields | given))
+
+
+def claim(student: LoadedStudent, request_id: str = "r", *, deliveries: int = 1, at_ms: int = 0, **given: Any) -> Claim:
+    return Claim(request(student, request_id, **given), "stream", "1-0", at_ms, deliveries)
