@@ -1,0 +1,231 @@
+"""What the gate is told: a student and its teacher, asked the same questions on the engine that will serve.
+
+Judging the network in training would judge another picture than the one people get. Teachers' answers are kept by
+version, steps, guidance and number, because a teacher never changes.
+"""
+
+import hashlib
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from distill_jobs.evaluate.pixels import Pixels
+from distill_jobs.evaluate.questions import questions
+from distill_jobs.evaluate.reference import Reference, teacher_path
+from distill_jobs.evaluate.report import Metrics, Sampler, evaluate, sheet, teacher_metrics, teacher_reference
+from engines.backends.base import Choice, Profile, choose
+from engines.cache import DiskCache
+from engines.graph import GraphStore
+from engines.loader import Loader
+from engines.manifest import StudentManifest, shown
+from engines.registry.base import Registry
+from engines.student import LoadedStudent, sample
+
+SHIPPED = Path(__file__).parent / "teachers" / "shapes" / "answers"
+"""Answers of the embedded teacher that come with its weights."""
+BATCH = 8
+_REPEATS = 15
+_SHEET_COLUMNS = 8
+SEED = 0
+
+
+def sampler_of(student: LoadedStudent, *, guidance: float | None = None, batch: int = BATCH) -> Sampler:
+    """The evaluation's seam over a loaded student: what the server would answer for these seeds."""
+
+    def draw(captions: Sequence[str], seeds: Sequence[int], steps: int) -> Pixels:
+        made: Pixels = sample(student, captions, seeds, steps, guidance=guidance, batch=batch).numpy()
+        return made
+
+    return draw
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Of one picture alone, in milliseconds, and of full batches."""
+
+    latency_ms_p50: float
+    latency_ms_p95: float
+    images_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherAs:
+    """The teacher as a job means it."""
+
+    version: str
+    digest: str
+    steps: int
+    guidance: float
+
+    @classmethod
+    def of(cls, manifest: StudentManifest, *, steps: int | None = None, guidance: float | None = None) -> "TeacherAs":
+        """Its most steps and its own guidance, where the job says none.
+
+        Raises:
+            StepsNotAllowed, InvalidRequest: the teacher was not made for these.
+        """
+        own_steps = max(manifest.schedules) if steps is None else steps
+        own_guidance = manifest.guidance.default if guidance is None else guidance
+        manifest.plan(own_steps, own_guidance)
+        return cls(manifest.version, answers_digest(manifest), own_steps, own_guidance)
+
+
+def answers_digest(manifest: StudentManifest) -> str:
+    """Names what a version answers. Golden pictures are no part of it: another processor may round one otherwise,
+    and answers that were shipped with the weights are still those of these weights."""
+    return hashlib.sha256(manifest.model_copy(update={"golden": None}).canonical()).hexdigest()
+
+
+class Assessor:
+    """Loads versions on one engine and asks them. `check` is called between batches and may raise to stop the work.
+
+    `features` are folders with teachers' answers, the last one writable.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        choice: Choice,
+        cache: Path,
+        features: Sequence[Path],
+        threads: int = 1,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.choice = choice
+        self._registry = registry
+        self._features = tuple(features)
+        self._check = check
+        profile = Profile(batches=(1, BATCH), precision=choice.precision, threads=threads)
+        self._loader = Loader(registry, choice, profile, GraphStore(DiskCache(cache)))
+
+    def reference(self, teacher: TeacherAs, n: int) -> Reference:
+        """What students are compared with; the teacher is asked 2 n times where nobody has yet."""
+        self.features_file(teacher, n)
+        bare = Reference.load()
+        return teacher_reference(
+            lambda *_: _never(), **self._named(teacher), n=n, reference=bare, folder=self._folder_of(teacher, n)
+        )
+
+    def features_file(self, teacher: TeacherAs, n: int) -> Path:
+        """Where the teacher's answers are, made if missing."""
+        folder = self._folder_of(teacher, n)
+        path = teacher_path(folder, teacher.digest, steps=teacher.steps, guidance=teacher.guidance, n=n)
+        if not path.exists():
+            loaded = self._loader.load(self._registry.student(teacher.version))
+            teacher_reference(
+                sampler_of(loaded, guidance=teacher.guidance),
+                **self._named(teacher),
+                n=n,
+                reference=Reference.load(),
+                folder=folder,
+                progress=lambda done, total: self._check(),
+            )
+            self._loader.release(loaded)
+        return path
+
+    def metrics(
+        self,
+        version: str,
+        n: int,
+        reference: Reference,
+        counts: Sequence[int],
+        *,
+        guidance: float | None = None,
+    ) -> dict[int, Metrics]:
+        """The version's figures at each step count, with its own guidance unless another is given."""
+        student = self._loader.load(self._registry.student(version))
+        try:
+            ask = sampler_of(student, guidance=guidance)
+            return {k: self._asked(ask, n, k, reference) for k in sorted(counts)}
+        finally:
+            self._loader.release(student)
+
+    def teacher_metrics(self, n: int, reference: Reference) -> Metrics:
+        return teacher_metrics(n, SEED, reference)
+
+    def speeds(self, version: str, teacher: TeacherAs, counts: Sequence[int]) -> dict[str, Speed]:
+        """Of the student by steps and of the `teacher`, measured in turn, so that both meet the same neighbours."""
+        student = self._loader.load(self._registry.student(version))
+        other = self._loader.load(self._registry.student(teacher.version))
+        try:
+            runs: dict[str, Callable[[int], Pixels]] = {str(k): _rows(sampler_of(student), k) for k in sorted(counts)}
+            runs["teacher"] = _rows(sampler_of(other, guidance=teacher.guidance), teacher.steps)
+            return self._timed(runs)
+        finally:
+            self._loader.release(student)
+            self._loader.release(other)
+
+    def sheet(self, version: str, teacher: TeacherAs, counts: Sequence[int]) -> bytes:
+        """PNG: the teacher and the student at each count, the same captions and seeds."""
+        asked = questions(2 * _SHEET_COLUMNS, SEED)
+        captions, seeds = asked.captions[::2], asked.seeds[::2]
+        rows: list[tuple[str, Pixels]] = []
+        for name, steps, guidance in (
+            (teacher.version, [teacher.steps], teacher.guidance),
+            (version, sorted(counts, reverse=True), None),
+        ):
+            loaded = self._loader.load(self._registry.student(name))
+            ask = sampler_of(loaded, guidance=guidance)
+            rows += [(f"{shown(name)} {k} steps", ask(captions, seeds, k)) for k in steps]
+            self._loader.release(loaded)
+        return sheet(rows, captions)
+
+    def _asked(self, ask: Sampler, n: int, steps: int, reference: Reference) -> Metrics:
+        return evaluate(
+            ask, n=n, seed=SEED, steps=steps, reference=reference, progress=lambda done, total: self._check()
+        )
+
+    def _timed(self, runs: dict[str, Callable[[int], Pixels]]) -> dict[str, Speed]:
+        singles: dict[str, list[float]] = {name: [] for name in runs}
+        batches: dict[str, list[float]] = {name: [] for name in runs}
+        for repeat in range(_REPEATS):
+            for name, run in runs.items():
+                self._check()
+                singles[name].append(_seconds(run, 1))
+                if repeat % 5 == 0:
+                    batches[name].append(_seconds(run, BATCH))
+        return {
+            name: Speed(
+                latency_ms_p50=1000 * statistics.median(values),
+                latency_ms_p95=1000 * sorted(values)[int(0.95 * (len(values) - 1))],
+                images_per_s=BATCH / statistics.median(batches[name]),
+            )
+            for name, values in singles.items()
+        }
+
+    def _named(self, teacher: TeacherAs) -> dict[str, Any]:
+        return {"digest": teacher.digest, "steps": teacher.steps, "guidance": teacher.guidance, "seed": SEED}
+
+    def _folder_of(self, teacher: TeacherAs, n: int) -> Path:
+        """The folder that has the teacher's answers, else the writable one."""
+        name = {"steps": teacher.steps, "guidance": teacher.guidance, "n": n}
+        found = (folder for folder in self._features if teacher_path(folder, teacher.digest, **name).exists())  # type: ignore[arg-type]
+        return next(found, self._features[-1])
+
+
+def chosen(backend: str, precision: str) -> Choice:
+    """The engine of the settings' words: the same choice that a worker makes."""
+    return choose(backend, precision)
+
+
+def as_json(metrics: Metrics, speed: Speed | None = None) -> dict[str, Any]:
+    return metrics.model_dump(mode="json") | (asdict(speed) if speed else {})
+
+
+def _rows(ask: Sampler, steps: int) -> Callable[[int], Pixels]:
+    asked = questions(BATCH, SEED)
+    return lambda rows: ask(asked.captions[:rows], asked.seeds[:rows], steps)
+
+
+def _seconds(run: Callable[[int], Pixels], rows: int) -> float:
+    started = time.perf_counter()
+    run(rows)
+    return time.perf_counter() - started
+
+
+def _never() -> Pixels:
+    raise AssertionError("the teacher's answers are on disk")

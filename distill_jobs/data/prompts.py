@@ -1,0 +1,71 @@
+"""Prompts as training rows: texts from a named source or from the job itself, encoded once and kept.
+
+Training never runs the text encoder: its output for every prompt is computed before the first update and found
+again after a death, under the hash of teacher and texts.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from distill_jobs.batches import TensorSource
+from distill_jobs.teachers.diffusers import Teacher
+from engines.errors import InvalidRequest
+
+COUNT = 4096
+_DEFAULT = "shapes"
+
+
+def texts(source: str | Sequence[str] | None, *, count: int = COUNT, seed: int = 0) -> list[str]:
+    """The prompts of a job: its own list, or `count` of a named source.
+
+    Raises:
+        InvalidRequest: no source has this name.
+    """
+    if source is not None and not isinstance(source, str):
+        return list(source)
+    name = source or _DEFAULT
+    if name not in _SOURCES:
+        raise InvalidRequest(
+            f"data.prompts={name!r} is no source: choose from {', '.join(_SOURCES)}, or list the prompts",
+            param="data.prompts",
+        )
+    return _SOURCES[name](count, seed)
+
+
+def _shapes(count: int, seed: int) -> list[str]:
+    from distill_jobs.teachers.shapes.data import captions
+
+    return captions(count, seed)
+
+
+_SOURCES: dict[str, Callable[[int, int], list[str]]] = {"shapes": _shapes}
+
+
+class PromptSource(TensorSource):
+    """Encoded prompts as training rows, with their texts."""
+
+    def __init__(self, prompts: Sequence[str], cond: Tensor, shape: tuple[int, int, int], seed: int = 0) -> None:
+        super().__init__(cond, shape, seed=seed)
+        self.prompts = tuple(prompts)
+
+    def captions(self, position: int, count: int) -> list[str]:
+        """The texts of `rows(position, count)`."""
+        return [self.prompts[self._row(position * count + i)] for i in range(count)]
+
+
+def encoded(teacher: Teacher, prompts: Sequence[str], cache: Path, *, seed: int = 0) -> PromptSource:
+    """The source of these prompts; from `cache` if they were encoded before."""
+    asked = json.dumps([teacher.manifest.components["encoder"].weights, *prompts]).encode()
+    path = cache / f"prompts-{hashlib.sha256(asked).hexdigest()[:32]}.safetensors"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        save_file({"cond": teacher.encode(prompts).contiguous()}, partial)
+        partial.replace(path)
+    return PromptSource(prompts, load_file(path)["cond"], teacher.shape, seed)

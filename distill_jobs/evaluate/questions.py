@@ -1,0 +1,82 @@
+"""What an evaluation asks: captions, seeds and what the captions state, the same for every generator.
+
+Every caption is asked twice with different seeds, so that diversity needs no pictures of its own; one caption in eight
+shows an attribute combination that no training picture had. The first n questions of a seed are the first n of any
+longer list, so that a short evaluation can be compared with part of a long one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from distill_jobs.teachers.shapes import data
+
+SEEDS_PER_CAPTION = 2
+HELD_OUT_EVERY = 8
+_BLOCK_CAPTIONS = 40
+_PICTURE_SEEDS = 2_000_000_000  # far from what training draws
+_SCENE_SEEDS = 4_000_000_000
+_REAL_SET_SEEDS = 5_000_000_000
+_OTHER_SEEDS = 500_000
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """Row i of every field belongs to picture i."""
+
+    seed: int
+    scenes: list[data.Scene]
+    seeds: list[int]  # of the noise; two rows of one caption differ in nothing else
+    other_seeds: list[int]  # for a second sample of the same generator
+    attributes: npt.NDArray[np.int64]  # [N, A], ABSENT where the caption is silent
+    heldout: npt.NDArray[np.bool_]  # [N]
+    groups: npt.NDArray[np.int64]  # [N], which caption
+
+    @property
+    def n(self) -> int:
+        return len(self.scenes)
+
+    @property
+    def captions(self) -> list[str]:
+        return [scene.caption for scene in self.scenes]
+
+    def draw(self, again: int, size: int) -> npt.NDArray[np.uint8]:
+        """Real pictures of the captions: the answers of a perfect generator. Another `again` draws new ones."""
+        return data.draw(self.scenes, _SCENE_SEEDS + self.seed * 1000 + again, size=size).pixels
+
+
+def questions(n: int, seed: int = 0) -> Questions:
+    num_captions = -(-n // SEEDS_PER_CAPTION)
+    asked = _scenes(num_captions, _SCENE_SEEDS + seed * 1_000_000)
+    rows = [scene for scene in asked for _ in range(SEEDS_PER_CAPTION)][:n]
+    first = _PICTURE_SEEDS + seed * 1_000_000
+    return Questions(
+        seed=seed,
+        scenes=rows,
+        seeds=list(range(first, first + n)),
+        other_seeds=list(range(first + _OTHER_SEEDS, first + _OTHER_SEEDS + n)),
+        attributes=np.array([scene.attributes() for scene in rows], dtype=np.int64),
+        heldout=np.array([scene.heldout for scene in rows], dtype=np.bool_),
+        groups=np.arange(n) // SEEDS_PER_CAPTION,
+    )
+
+
+def real_set(n: int, size: int) -> npt.NDArray[np.uint8]:
+    """The fixed real pictures that `fd` is measured to: other captions, with the same share of unseen combinations."""
+    return data.draw(_scenes(n, _REAL_SET_SEEDS), _REAL_SET_SEEDS, size=size).pixels
+
+
+def _scenes(num: int, seed: int) -> list[data.Scene]:
+    """Drawn in blocks, each with its share of held-out combinations: a longer list starts like a shorter one."""
+    unseen = _BLOCK_CAPTIONS // HELD_OUT_EVERY
+    found: list[data.Scene] = []
+    for block in range(-(-num // _BLOCK_CAPTIONS)):
+        common = data.scenes(_BLOCK_CAPTIONS - unseen, seed + 2 * block, "train")
+        rare = data.scenes(unseen, seed + 2 * block + 1, "heldout")
+        for i, scene in enumerate(rare):
+            common.insert(i * HELD_OUT_EVERY, scene)
+        found += common
+    return found[:num]

@@ -1,0 +1,157 @@
+"""What every evaluation is compared with: real pictures and the teacher.
+
+The real set is committed as mean and covariance of its features, with what real pictures of the evaluation's own
+captions score (the floor). The teacher's sample is made once for each (version, steps, guidance, N) and kept.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from distill_jobs.evaluate import alignment, diversity, features, frechet, sample
+from distill_jobs.evaluate.features import FeatureNetwork
+from distill_jobs.evaluate.frechet import Gaussian
+from distill_jobs.evaluate.questions import Questions, questions, real_set
+from distill_jobs.evaluate.sample import Sample
+from engines.errors import ArtefactRejected
+
+REAL = Path(__file__).parent / "weights" / "real.safetensors"
+REAL_SET_PICTURES = 20_000
+COMMITTED_N = (500, 1000, 2000, 10_000)
+
+
+class Baseline(BaseModel):
+    """What real pictures of the asked captions score: the best that any generator can."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    n: int
+    seed: int
+    floor: float  # Fréchet distance to the real set
+    spread: float  # mean feature distance between two pictures of one caption
+    alignment: float
+    grain: float
+    saturation: float
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherSample:
+    """A teacher's answers to `questions(n, seed)` and, as `other`, to the same captions with other seeds."""
+
+    digest: str
+    steps: int
+    guidance: float
+    seed: int
+    sample: Sample
+    other: Gaussian
+
+
+class Reference:
+    """Network, real set, baselines and (where there is one) the teacher's sample."""
+
+    def __init__(
+        self, network: FeatureNetwork, real: Gaussian, size: int, teacher: TeacherSample | None = None
+    ) -> None:
+        self.network = network
+        self.real = real
+        self.size = size
+        self.teacher = teacher
+        self._baselines: dict[tuple[int, int], Baseline] = {}
+
+    @classmethod
+    def load(cls, teacher: Path | None = None, *, real: Path = REAL, weights: Path = features.WEIGHTS) -> Reference:
+        """The committed reference, with a teacher's sample from `save_teacher` if its file is given.
+
+        Raises:
+            ArtefactRejected: a file was made with another feature network.
+        """
+        network = features.load(weights)
+        with safe_open(real, framework="numpy") as file:
+            metadata = _checked(file.metadata(), real, network)
+            gaussian = _gaussian(file.get_tensor("mean"), file.get_tensor("covariance"))
+        found = cls(network, gaussian, int(metadata["size"]), load_teacher(teacher, network) if teacher else None)
+        for row in json.loads(metadata["baselines"]):
+            baseline = Baseline.model_validate(row)
+            found._baselines[baseline.n, baseline.seed] = baseline
+        return found
+
+    def with_teacher(self, teacher: TeacherSample) -> Reference:
+        copy = Reference(self.network, self.real, self.size, teacher)
+        copy._baselines = self._baselines
+        return copy
+
+    def baseline(self, asked: Questions) -> Baseline:
+        """Committed for the usual N; else drawn and measured now, once."""
+        key = (asked.n, asked.seed)
+        if key not in self._baselines:
+            self._baselines[key] = self._measure(asked)
+        return self._baselines[key]
+
+    def _measure(self, asked: Questions) -> Baseline:
+        seen = sample.of(asked.draw(0, self.size), self.network)
+        return Baseline(
+            n=asked.n,
+            seed=asked.seed,
+            floor=frechet.distance(frechet.fit(seen.features), self.real),
+            spread=diversity.spread(seen.features, asked.groups),
+            alignment=alignment.accuracy(seen.attributes, asked.attributes) or 0.0,
+            grain=seen.grain,
+            saturation=seen.saturation,
+        )
+
+
+def make_real(path: Path, size: int, network: FeatureNetwork) -> list[Baseline]:
+    """Draws the real set and writes its statistics; to be done again whenever the feature network changes."""
+    gaussian = frechet.fit(network.observe(real_set(REAL_SET_PICTURES, size)).features)
+    made = Reference(network, gaussian, size)
+    baselines = [made.baseline(questions(n)) for n in COMMITTED_N]
+    tensors = {"mean": gaussian.mean.astype(np.float32), "covariance": gaussian.covariance.astype(np.float32)}
+    rows = json.dumps([baseline.model_dump() for baseline in baselines])
+    metadata = {"network": network.digest, "size": str(size), "baselines": rows}
+    save_file(tensors, path, metadata=metadata)
+    return baselines
+
+
+def teacher_path(folder: Path, digest: str, *, steps: int, guidance: float, n: int) -> Path:
+    return folder / f"features-{digest[:12]}-{steps}-{guidance:g}-{n}.safetensors"
+
+
+def save_teacher(path: Path, teacher: TeacherSample, network: FeatureNetwork) -> None:
+    tensors = {
+        "features": teacher.sample.features.astype(np.float16),
+        "attributes": teacher.sample.attributes.astype(np.int8),
+        "other_mean": teacher.other.mean.astype(np.float32),
+        "other_covariance": teacher.other.covariance.astype(np.float32),
+    }
+    fields = {name: getattr(teacher, name) for name in ("digest", "steps", "guidance", "seed")}
+    pixels = {"grain": teacher.sample.grain, "saturation": teacher.sample.saturation}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"network": network.digest, "teacher": json.dumps(fields | pixels)})
+    partial.replace(path)
+
+
+def load_teacher(path: Path, network: FeatureNetwork) -> TeacherSample:
+    with safe_open(path, framework="numpy") as file:
+        fields = json.loads(_checked(file.metadata(), path, network)["teacher"])
+        other = _gaussian(file.get_tensor("other_mean"), file.get_tensor("other_covariance"))
+        seen = file.get_tensor("features").astype(np.float32)
+        found = Sample(seen, file.get_tensor("attributes").astype(np.int64), fields["grain"], fields["saturation"])
+    return TeacherSample(fields["digest"], fields["steps"], fields["guidance"], fields["seed"], found, other)
+
+
+def _gaussian(mean: features.Floats, covariance: features.Floats) -> Gaussian:
+    return Gaussian(mean.astype(np.float64), covariance.astype(np.float64))
+
+
+def _checked(metadata: dict[str, str], path: Path, network: FeatureNetwork) -> dict[str, str]:
+    if metadata["network"] != network.digest:
+        raise ArtefactRejected(f"{path.name} was made with another feature network; make it again with the present one")
+    return metadata

@@ -1,0 +1,195 @@
+"""Judges a sampler: asks it the evaluation's questions and compares its pictures with real ones and the teacher's.
+
+`fd_ratio` and the other ratios are to the guided teacher's answers to the same captions with the same seeds; they are
+None where the reference has no teacher, as when the teacher itself is judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from distill_jobs.evaluate import alignment, diversity, frechet, grain
+from distill_jobs.evaluate.pixels import Pixels
+from distill_jobs.evaluate.questions import Questions, questions
+from distill_jobs.evaluate.reference import Reference, TeacherSample, load_teacher, save_teacher, teacher_path
+from distill_jobs.evaluate.sample import Sample, Tally
+from distill_jobs.evaluate.sheet import sheet as sheet
+from engines.errors import InvalidRequest
+
+Sampler = Callable[[Sequence[str], Sequence[int], int], Pixels]
+"""(captions, seeds, steps) -> pictures [N, 3, H, W], uint8 or better float32 in levels 0..255: rounding makes grain."""
+Progress = Callable[[int, int], None]
+"""Called with (pictures done, pictures in all)."""
+
+BATCH = 64
+ROUNDS = 100  # of the bootstrap; each costs two 118 × 118 eigenvalue problems
+
+
+class Metrics(BaseModel):
+    """One sampler's figures at one step count. `…_ratio` is to the teacher; `diversity` is to real pictures."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    n: int
+    seed: int
+    steps: int
+    fd: float
+    fd_ci: tuple[float, float] | None
+    fd_floor: float
+    alignment: float
+    alignment_heldout: float | None
+    alignment_real: float
+    diversity: float
+    grain: float
+    saturation: float
+    fd_to_teacher: float | None = None
+    fd_ratio: float | None = None
+    fd_ratio_ci: tuple[float, float] | None = None
+    alignment_ratio: float | None = None
+    diversity_ratio: float | None = None
+    grain_ratio: float | None = None
+    saturation_ratio: float | None = None
+
+
+def evaluate(
+    sampler: Sampler,
+    *,
+    n: int,
+    seed: int,
+    steps: int,
+    reference: Reference,
+    batch: int = BATCH,
+    rounds: int = ROUNDS,
+    progress: Progress | None = None,
+) -> Metrics:
+    """Asks `sampler` for n pictures and measures them; `rounds` 0 leaves the intervals out.
+
+    Raises:
+        Diverged: the sampler made values that are no numbers.
+    """
+    asked = questions(n, seed)
+    seen = _ask(sampler, asked, asked.seeds, steps, reference, batch=batch, progress=progress)
+    return measure(seen, asked, steps=steps, reference=reference, rounds=rounds)
+
+
+def measure(seen: Sample, asked: Questions, *, steps: int, reference: Reference, rounds: int = ROUNDS) -> Metrics:
+    """Figures of what was seen in the answers to `asked`."""
+    own = _measure_alone(seen, asked, steps, reference, rounds)
+    return own if reference.teacher is None else own.model_copy(update=_compared(own, seen, asked, reference, rounds))
+
+
+def teacher_metrics(n: int, seed: int, reference: Reference) -> Metrics:
+    """The figures of the reference's own teacher at n, without ratios."""
+    if reference.teacher is None:
+        raise InvalidRequest("the reference has no teacher; load it with a teacher's features")
+    asked = questions(n, seed)
+    return _measure_alone(_part(reference.teacher, asked), asked, reference.teacher.steps, reference, ROUNDS)
+
+
+def teacher_reference(
+    sampler: Sampler,
+    *,
+    digest: str,
+    steps: int,
+    guidance: float,
+    n: int,
+    reference: Reference,
+    folder: Path,
+    seed: int = 0,
+    batch: int = BATCH,
+    progress: Progress | None = None,
+) -> Reference:
+    """`reference` with the teacher's sample, read from `folder` or asked of `sampler` (2 n pictures) and kept."""
+    path = teacher_path(folder, digest, steps=steps, guidance=guidance, n=n)
+    if path.exists():
+        return reference.with_teacher(load_teacher(path, reference.network))
+    asked = questions(n, seed)
+    first, second = (
+        _ask(sampler, asked, seeds, steps, reference, batch=batch, progress=_shifted(progress, i * n, 2 * n))
+        for i, seeds in enumerate((asked.seeds, asked.other_seeds))
+    )
+    teacher = TeacherSample(digest, steps, guidance, seed, first, frechet.fit(second.features))
+    save_teacher(path, teacher, reference.network)
+    return reference.with_teacher(teacher)
+
+
+def _ask(
+    sampler: Sampler,
+    asked: Questions,
+    seeds: list[int],
+    steps: int,
+    reference: Reference,
+    *,
+    batch: int,
+    progress: Progress | None,
+) -> Sample:
+    captions, tally = asked.captions, Tally(reference.network)
+    for start in range(0, asked.n, batch):
+        part = slice(start, min(start + batch, asked.n))
+        pictures = sampler(captions[part], seeds[part], steps)
+        if len(pictures) != len(captions[part]):
+            raise InvalidRequest(f"the sampler made {len(pictures)} pictures for {len(captions[part])} captions")
+        tally.add(pictures)
+        if progress is not None:
+            progress(part.stop, asked.n)
+    return tally.sample()
+
+
+def _shifted(progress: Progress | None, before: int, total: int) -> Progress | None:
+    return None if progress is None else lambda done, _: progress(before + done, total)
+
+
+def _measure_alone(seen: Sample, asked: Questions, steps: int, reference: Reference, rounds: int) -> Metrics:
+    real = reference.baseline(asked)
+    trained = ~asked.heldout
+    ends = frechet.interval(seen.features, reference.real, asked.groups, rounds=rounds) if rounds else None
+    return Metrics(
+        n=asked.n,
+        seed=asked.seed,
+        steps=steps,
+        fd=frechet.distance(frechet.fit(seen.features), reference.real),
+        fd_ci=(ends.low, ends.high) if ends else None,
+        fd_floor=real.floor,
+        alignment=alignment.accuracy(seen.attributes[trained], asked.attributes[trained]) or 0.0,
+        alignment_heldout=alignment.accuracy(seen.attributes[asked.heldout], asked.attributes[asked.heldout]),
+        alignment_real=real.alignment,
+        diversity=diversity.ratio(seen.features, asked.groups, real.spread),
+        grain=seen.grain,
+        saturation=seen.saturation,
+    )
+
+
+def _compared(
+    own: Metrics, seen: Sample, asked: Questions, reference: Reference, rounds: int
+) -> dict[str, float | tuple[float, float] | None]:
+    """The fields that need a teacher."""
+    teacher = reference.teacher
+    assert teacher is not None
+    theirs_seen = _part(teacher, asked)
+    theirs = _measure_alone(theirs_seen, asked, teacher.steps, reference, rounds=0)
+    ends = (
+        frechet.ratio_interval(seen.features, theirs_seen.features, reference.real, asked.groups, rounds=rounds)
+        if rounds
+        else None
+    )
+    return {
+        "fd_to_teacher": frechet.distance(frechet.fit(seen.features), teacher.other),
+        "fd_ratio": own.fd / theirs.fd,
+        "fd_ratio_ci": (ends.low, ends.high) if ends else None,
+        "alignment_ratio": own.alignment / max(theirs.alignment, 1e-6),
+        "diversity_ratio": own.diversity / max(theirs.diversity, 1e-6),
+        "grain_ratio": grain.ratio(own.grain, theirs.grain),
+        "saturation_ratio": own.saturation / max(theirs.saturation, 1e-6),
+    }
+
+
+def _part(teacher: TeacherSample, asked: Questions) -> Sample:
+    """The teacher's answers to exactly these questions: the first n of those it was asked."""
+    if asked.seed != teacher.seed or asked.n > teacher.sample.n:
+        has = f"n = {teacher.sample.n} of seed {teacher.seed}"
+        raise InvalidRequest(f"the teacher's features are for {has}, not n = {asked.n} of seed {asked.seed}")
+    whole = teacher.sample
+    return Sample(whole.features[: asked.n], whole.attributes[: asked.n], whole.grain, whole.saturation)

@@ -1,0 +1,110 @@
+"""Makes a teacher's features, and says what it scores: `python -m distill_jobs.evaluate.teacher_make`.
+
+The teacher is asked on the engine that serves, as its students will be; the features file then stands beside its
+weights. Reconstructions by its VAE are the best that any denoiser could do, the unguided teacher says what guidance
+costs, and the same teacher at few steps is what students must beat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from distill_jobs.assessment import BATCH, SEED, SHIPPED, Assessor, TeacherAs, chosen, sampler_of
+from distill_jobs.evaluate.pixels import Pixels, levels
+from distill_jobs.evaluate.questions import questions
+from distill_jobs.evaluate.reference import Reference
+from distill_jobs.evaluate.report import Metrics, Progress, evaluate, measure, teacher_metrics
+from distill_jobs.evaluate.sample import Tally
+from distill_jobs.teachers.shapes import publish
+from engines.backends.base import Profile
+from engines.cache import DiskCache
+from engines.graph import GraphStore
+from engines.loader import Loader
+from engines.registry.files import FilesRegistry
+from engines.student import LoadedStudent
+
+log = logging.getLogger(__name__)
+
+
+def judge(
+    loaded: LoadedStudent, teacher: TeacherAs, counts: list[int], *, reference: Reference, n: int
+) -> dict[str, Metrics]:
+    """The guided teacher at its own steps (in `reference`), unguided, and guided at few steps."""
+    rows = {f"teacher {teacher.steps} steps": teacher_metrics(n, SEED, reference)}
+    asked = [(f"unguided {teacher.steps} steps", teacher.steps, 1.0)]
+    asked += [(f"teacher {k} steps", k, teacher.guidance) for k in counts]
+    for name, steps, guidance in asked:
+        ask = sampler_of(loaded, guidance=guidance)
+        rows[name] = evaluate(ask, n=n, seed=SEED, steps=steps, reference=reference, progress=_said(name))
+    return rows
+
+
+def reconstructions(vae: Path, reference: Reference, n: int) -> Metrics:
+    """Real pictures of the questions through the VAE, rounded as the teacher's are."""
+    from diffusers import AutoencoderKL
+
+    asked = questions(n, SEED)
+    network = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32, local_files_only=True).eval()
+    drawn = asked.draw(1, reference.size)
+    tally = Tally(reference.network)
+    for part in np.array_split(drawn, -(-n // 32)):
+        tally.add(levels(_through(network, part)))
+    return measure(tally.sample(), asked, steps=0, reference=reference)
+
+
+@torch.no_grad()
+def _through(vae: torch.nn.Module, pixels: Pixels) -> Pixels:
+    coded = vae.encode(torch.from_numpy(pixels).float() / 127.5 - 1).latent_dist.mode()  # type: ignore[operator]
+    back: Pixels = ((vae.decode(coded).sample * 127.5) + 127.5).clamp(0, 255).numpy()  # type: ignore[operator]
+    return back
+
+
+def _said(name: str) -> Progress:
+    return lambda done, total: log.info("%s %d/%d", name, done, total) if done % 512 == 0 else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make a teacher's features and print what it scores.")
+    parser.add_argument("--pipeline", type=Path, default=publish.PIPELINE, help="its diffusers directory")
+    parser.add_argument("--out", type=Path, default=SHIPPED, help="folder of the features file")
+    parser.add_argument("--report", type=Path, help="JSON to write the figures to")
+    parser.add_argument("--n", type=int, default=2000)
+    parser.add_argument("--counts", type=int, nargs="*", default=list(publish.COMPARED))
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(options.threads)
+    rows = run(options)
+    text = json.dumps({name: row.model_dump(mode="json") for name, row in rows.items()}, indent=1)
+    if options.report is not None:
+        options.report.write_text(text)
+    for name, row in rows.items():
+        log.info("%s: %s", name, row)
+
+
+def run(options: argparse.Namespace) -> dict[str, Metrics]:
+    choice = chosen(options.backend, options.precision)
+    with tempfile.TemporaryDirectory() as scratch:
+        registry, cache = FilesRegistry(Path(scratch) / "registry"), Path(scratch) / "cache"
+        version = publish.publish(registry, "teacher", options.pipeline)
+        teacher = TeacherAs.of(registry.student(version))
+        assessor = Assessor(registry, choice=choice, cache=cache, features=[options.out], threads=options.threads)
+        log.info("asking %s on %s %s", version, choice.backend, choice.precision)
+        reference = assessor.reference(teacher, options.n)
+        profile = Profile(batches=(1, BATCH), precision=choice.precision, threads=options.threads)
+        loaded = Loader(registry, choice, profile, GraphStore(DiskCache(cache))).load(registry.student(version))
+        rows = {"reconstructions": reconstructions(options.pipeline / "vae", reference, options.n)}
+        return rows | judge(loaded, teacher, options.counts, reference=reference, n=options.n)
+
+
+if __name__ == "__main__":
+    main()

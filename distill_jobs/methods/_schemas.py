@@ -1,0 +1,91 @@
+"""What a job may say about a method, without importing torch: the reader of the generated `schemas.json`.
+
+The gateway checks a job when it is submitted, so this file and what it imports stay torch-free; that it agrees with
+the configuration classes is a test.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from engines.errors import InvalidRequest, UnknownPlugin
+
+PATH = Path(__file__).with_name("schemas.json")
+_TYPES: dict[str, tuple[type, ...]] = {
+    "integer": (int,),
+    "number": (int, float),
+    "string": (str,),
+    "boolean": (bool,),
+    "array": (list, tuple),
+    "object": (dict,),
+    "null": (type(None),),
+}
+
+
+@cache
+def schemas() -> dict[str, dict[str, Any]]:
+    """name -> {file, description, needs, inputs, roles, defaults, config (JSON schema)}."""
+    found: dict[str, dict[str, Any]] = json.loads(PATH.read_text())
+    return found
+
+
+def check(name: str, settings: Mapping[str, Any]) -> None:
+    """Refuses what the method's configuration would refuse, as far as its JSON schema says it.
+
+    Raises:
+        UnknownPlugin: no such method.
+        InvalidRequest: an unknown setting, a wrong type or a value out of range; `param` is method.<setting>.
+    """
+    if name not in schemas():
+        known = ", ".join(sorted(schemas()))
+        raise UnknownPlugin(f"method {name!r} does not exist: choose from {known}", param="method")
+    properties = schemas()[name]["config"]["properties"]
+    for key, value in settings.items():
+        if key not in properties:
+            known = ", ".join(sorted(properties))
+            raise InvalidRequest(
+                f"method setting {key}: {name} has no such setting, it has {known}", param=f"method.{key}"
+            )
+        reason = _fault(value, properties[key])
+        if reason:
+            raise InvalidRequest(f"method setting {key}: {value!r} {reason}", param=f"method.{key}")
+
+
+def _fault(value: Any, schema: Mapping[str, Any]) -> str | None:
+    """Why a value does not fit the schema, or None. Knows what pydantic writes for our configurations."""
+    if "anyOf" in schema:
+        faults = [_fault(value, option) for option in schema["anyOf"]]
+        return None if None in faults else faults[0]
+    kind = schema.get("type")
+    wrong = kind is not None and not isinstance(value, _TYPES[kind])
+    if wrong or (isinstance(value, bool) and kind in ("integer", "number")):
+        return f"is not of type {kind}"
+    if "enum" in schema and value not in schema["enum"]:
+        return f"is not one of {', '.join(map(str, schema['enum']))}"
+    if kind in ("integer", "number"):
+        return _out_of_range(value, schema)
+    return _fault_inside(value, schema) if kind in ("array", "object") else None
+
+
+def _out_of_range(value: float, schema: Mapping[str, Any]) -> str | None:
+    if value < schema.get("minimum", value):
+        return f"is below {schema['minimum']}"
+    if value > schema.get("maximum", value):
+        return f"is above {schema['maximum']}"
+    if "exclusiveMinimum" in schema and value <= schema["exclusiveMinimum"]:
+        return f"is not above {schema['exclusiveMinimum']}"
+    if "exclusiveMaximum" in schema and value >= schema["exclusiveMaximum"]:
+        return f"is not below {schema['exclusiveMaximum']}"
+    return None
+
+
+def _fault_inside(values: Any, schema: Mapping[str, Any]) -> str | None:
+    if len(values) < schema.get("minItems", 0):
+        return f"needs at least {schema['minItems']} entries"
+    if schema["type"] == "array":
+        inner, parts = schema.get("items", {}), list(values)
+    else:
+        inner, parts = schema.get("additionalProperties", {}), list(values.values())
+    return next((fault for fault in (_fault(part, inner) for part in parts) if fault), None)

@@ -1,0 +1,166 @@
+"""What a distillation method is: the losses of its roles and the schedules of its student; never an optimiser.
+
+One file per mechanism; its `PRESETS` name the methods people know. `resolve(name)` finds one. What may be said in
+a job stands, torch-free, in `schemas.json` (`python -m distill_jobs.methods` writes it).
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor
+
+from distill_jobs import times
+from distill_jobs.batches import Batch, Rows, Source
+from distill_jobs.roles import Cast, Role
+from engines import plugins
+from engines.errors import InvalidRequest, UnknownPlugin
+from engines.manifest import Schedule
+
+Needs = Literal["prompts", "data", "pairs"]
+
+
+class MethodConfig(BaseModel):
+    """What a job may say about a method. Times are noise levels of rectified flow, 1 = noise."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FewStepConfig(MethodConfig):
+    """The settings of every method that trains a student for fixed step counts."""
+
+    counts: tuple[int, ...] = Field((1, 2, 4), min_length=1, description="step counts the student is made for")
+    grids: dict[int, tuple[float, ...]] = Field(
+        default_factory=dict, description="noise levels per count, from 1; counts without one get the method's own"
+    )
+    eta: float = Field(1.0, ge=0, le=1, description="1 predicts x0 and re-noises, 0 follows the flow map")
+    batch: int = Field(32, ge=1, description="rows of one update")
+    lr: float = Field(3e-4, gt=0, description="the student's learning rate")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.99, ge=0, lt=1)
+    clip: float = Field(1.0, gt=0, description="largest norm of a gradient")
+    train: Literal["full", "lora"] = "full"
+
+    @model_validator(mode="after")
+    def _grids_fit(self) -> Self:
+        if any(count < 1 for count in self.counts):
+            raise ValueError(f"counts must be 1 or more, not {self.counts}")
+        for count, levels in self.grids.items():
+            falls = all(s < t for t, s in pairwise(levels))
+            if len(levels) != count or not falls or not all(0 < u <= 1 for u in levels):
+                raise ValueError(f"grids[{count}] needs {count} falling levels in (0, 1], not {levels}")
+        return self
+
+    def levels(self, count: int, own: Mapping[int, tuple[float, ...]]) -> tuple[float, ...]:
+        return self.grids.get(count) or own.get(count) or times.uniform(count)
+
+    def student_role(self, start: int = 0) -> Role:
+        betas = (self.beta1, self.beta2)
+        return Role(init="student", train=self.train, lr=self.lr, betas=betas, clip=self.clip, start=start)
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Where and under whose eyes `prepare` works.
+
+    `folder` None keeps nothing; `proceed` is asked between pieces of work and False means stop now and return (what
+    is on disk is found again); `report` takes (done, total).
+    """
+
+    folder: Path | None = None
+    seed: int = 0
+    device: str = "cpu"
+    proceed: Callable[[], bool] = field(default=lambda: True)
+    report: Callable[[int, int], None] = field(default=lambda done, total: None)
+
+
+class Method(ABC):
+    """The mathematics of one distillation over a `Cast`. Life: `prepare`, then per update `rows`, `loss`, `after`."""
+
+    Config: ClassVar[type[MethodConfig]]
+    needs: ClassVar[frozenset[Needs]] = frozenset({"prompts"})
+    inputs: ClassVar[frozenset[str]] = frozenset()  # of s and w: what its student's network must read
+
+    def __init__(self, cast: Cast, config: Any) -> None:
+        self.cast = cast
+        self.config = config
+        self.process = cast.teacher.process
+        self.curriculum: dict[str, float] = {}
+
+    @classmethod
+    def roles(cls, config: Any) -> dict[str, Role]:
+        """Who is trained, in the order of their updates. The fake comes before the student."""
+        return {}
+
+    @property
+    @abstractmethod
+    def schedules(self) -> dict[int, Schedule]:
+        """How the student is to be sampled, per step count: what goes into its manifest."""
+
+    def prepare(self, source: Source, space: Workspace) -> bool:
+        """Work before the first update, resumable. False: it was told to stop before it was done."""
+        return True
+
+    def rows(self, source: Source, position: int) -> Rows:
+        return source.rows(position, self.config.batch)
+
+    def loss(self, role: str, batch: Batch) -> dict[str, Tensor]:
+        """Scalar terms; their sum is differentiated. Called within `cast.only(role)`."""
+        raise NotImplementedError(f"{type(self).__name__} trains no weights")
+
+    def after(self, iteration: int) -> None:  # noqa: B027 (most methods have no phases)
+        """Called after each iteration: phase changes, which stand in `curriculum` so that checkpoints hold them."""
+
+    @torch.no_grad()
+    def panel(self, batch: Batch) -> dict[str, Tensor]:
+        """Latents [B, C, H, W] to look at: `gen` and, where there is a critic, what `real` and `fake` make of it."""
+        return {}
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A method people know by name: a class and the settings that make it this one."""
+
+    method: type[Method]
+    description: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def config(self, settings: Mapping[str, Any]) -> MethodConfig:
+        """The preset's configuration with a job's settings on top.
+
+        Raises:
+            InvalidRequest: a setting is unknown or out of range; the message names it.
+        """
+        try:
+            return self.method.Config(**{**self.defaults, **settings})
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "config"
+            raise InvalidRequest(f"method setting {where}: {first['msg']}", param=f"method.{where}") from error
+
+
+_PACKAGE = "distill_jobs.methods"
+
+
+def presets() -> dict[str, Preset]:
+    """Every named method of every file. Imports them all."""
+    files = (importlib.import_module(f"{_PACKAGE}.{name}") for name in plugins.names(_PACKAGE))
+    return {name: preset for file in files for name, preset in file.PRESETS.items()}
+
+
+def resolve(name: str) -> Preset:
+    """The named method.
+
+    Raises:
+        UnknownPlugin: no file has such a preset; the message lists those there are.
+    """
+    known = presets()
+    if name not in known:
+        raise UnknownPlugin(f"method {name!r} does not exist: choose from {', '.join(sorted(known))}", param="method")
+    return known[name]

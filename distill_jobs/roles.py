@@ -1,0 +1,98 @@
+"""Who is trained: the networks of a distillation by name, how each is updated, and whose gradients flow.
+
+A method says which roles it needs; the `Cast` makes them and isolates gradients; the trainer owns the optimisers.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from engines.denoiser import BaseDenoiser, Guided
+from engines.errors import NotBuilt
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """How one network is trained. `steps` updates in each iteration that is due: every `every`-th from `start` on.
+
+    `init`: a copy of the teacher without its guidance, or of the student. LoRA roles are not built yet.
+    """
+
+    init: Literal["teacher", "student"] = "teacher"
+    train: Literal["full", "lora"] = "full"
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    every: int = 1
+    steps: int = 1
+    start: int = 0
+
+    def updates_at(self, iteration: int) -> int:
+        """How many updates this role gets in an iteration (counted from 0 within the stage)."""
+        due = iteration >= self.start and (iteration - self.start) % self.every == 0
+        return self.steps if due else 0
+
+
+class Cast:
+    """The frozen teacher and the networks in training. Outside `only` nothing of it wants gradients."""
+
+    def __init__(self, teacher: BaseDenoiser, **players: BaseDenoiser) -> None:
+        self.teacher = _frozen(teacher)
+        self.players = {name: _frozen(player) for name, player in players.items()}
+
+    @classmethod
+    def build(cls, teacher: BaseDenoiser, student: BaseDenoiser, roles: Mapping[str, Role]) -> "Cast":
+        """The cast for these roles; `student` itself plays the student, the others are copies.
+
+        Raises:
+            NotBuilt: a role wants LoRA.
+        """
+        lora = [name for name, role in roles.items() if role.train == "lora"]
+        if lora:
+            names = ", ".join(lora)
+            raise NotBuilt(f"roles {names} ask for LoRA, which is not built yet: use train=full", param="train")
+        others = {
+            name: copy.deepcopy(student if role.init == "student" else unguided(teacher))
+            for name, role in roles.items()
+            if name != "student"
+        }
+        return cls(teacher, student=student, **others)
+
+    def __getitem__(self, name: str) -> BaseDenoiser:
+        return self.players[name]
+
+    @property
+    def student(self) -> BaseDenoiser:
+        return self.players["student"]
+
+    def weights(self, name: str) -> dict[str, Tensor]:
+        """The live tensors of one role by name (not copies)."""
+        return dict(self.players[name].state_dict(keep_vars=False))
+
+    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+        return dict(self.players[name].named_parameters())
+
+    @contextmanager
+    def only(self, name: str) -> Iterator[BaseDenoiser]:
+        """Within it, `name` alone is in training mode and takes gradients; those of the others stay None."""
+        player = self.players[name]
+        player.requires_grad_(True).train()
+        try:
+            yield player
+        finally:
+            _frozen(player)
+
+
+def unguided(den: BaseDenoiser) -> BaseDenoiser:
+    """The network inside a guided one: one plain conditional evaluation."""
+    return den.denoiser if isinstance(den, Guided) else den
+
+
+def _frozen(module: BaseDenoiser) -> BaseDenoiser:
+    module.requires_grad_(False).eval()
+    return module

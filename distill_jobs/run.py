@@ -1,0 +1,277 @@
+"""One job from its claim to its end: prepare, train, export, evaluate, publish; each part found again after a death.
+
+What a part made is written before the next begins, so a distiller that takes over does no part twice and asks only
+what is missing. The state log is the only thing that says where the job stands to others.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from distill_jobs import preparation, promote
+from distill_jobs.assessment import Assessor, TeacherAs, as_json
+from distill_jobs.estimate import teacher_version
+from distill_jobs.gate import Verdict, judge
+from distill_jobs.jobs import DistillJob, JobState
+from distill_jobs.keeper import TrainerKeeper
+from distill_jobs.metrics import DistillMetrics
+from distill_jobs.preparation import PLAN, SCHEDULE
+from distill_jobs.records import RESULT, JobRecords, utc_now
+from distill_jobs.settings import DistillerSettings
+from distill_jobs.small_evaluation import baked
+from distill_jobs.spec import DistillJobSpec, PublishSpec, roles
+from distill_jobs.watch import Watch
+from engines import artefact
+from engines.errors import JobFailed, NotBuilt, SwapRejected
+from engines.manifest import Guidance, Schedule
+
+_ORDER = [
+    JobState.QUEUED,
+    JobState.PREPARING,
+    JobState.RUNNING,
+    JobState.EXPORTING,
+    JobState.EVALUATING,
+    JobState.PUBLISHING,
+    JobState.SUCCEEDED,
+]
+_LOOK_S = 0.1
+_MOST_CLAIMS = 6
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a run needs of its service."""
+
+    records: JobRecords
+    settings: DistillerSettings
+    metrics: DistillMetrics
+    announce: Callable[[str], None]
+    assessor: Callable[[Callable[[], None]], Assessor]
+
+
+class JobRun:
+    """The work on one claimed job."""
+
+    def __init__(self, job: DistillJob, around: Surroundings, watch: Watch) -> None:
+        self.job, self.around, self.watch = job, around, watch
+        self.fence = job.fence
+        self.records, self.registry = around.records, around.records.registry
+        self.spec = DistillJobSpec.model_validate(job.spec)
+        self.result = self.records.read(job.id, RESULT) or {}
+        folder = self.registry.job_path(job.id)
+        if folder is None:
+            raise NotBuilt("training needs a registry in a local or shared folder: give DISTILLER_REGISTRY_URL one")
+        self.folder: Path = folder
+        self.assessor = around.assessor(watch.check)
+        self.keeper = TrainerKeeper(
+            job.id,
+            folder,
+            job.fence,
+            records=around.records,
+            settings=around.settings,
+            metrics=around.metrics,
+            check=watch.check,
+        )
+
+    @property
+    def trains(self) -> bool:
+        return any(roles(self.spec))
+
+    def go(self) -> None:
+        """Takes the job from where it stands to its end.
+
+        Raises:
+            Interrupted, LeaseLost: the work ends here, the job does not.
+            FewstepError: the job failed.
+        """
+        self._refuse_poison()
+        if "schedule" not in self.result:
+            self._enter(JobState.PREPARING)
+            self._prepare()
+        self._enter(JobState.RUNNING)
+        if self.trains:
+            self._train()
+        self._enter(JobState.EXPORTING)
+        if "student" not in self.result:
+            self._note(student=self._export())
+        self._enter(JobState.EVALUATING)
+        if "gates" not in self.result:
+            self._note(**self._evaluated(self.result["student"], self.spec.publish))
+        self._enter(JobState.PUBLISHING)
+        self._publish(self.result["student"], self.result["gates"])
+        self._enter(JobState.SUCCEEDED)
+
+    # parts -------------------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        """Teacher's answers, schedule and plan; then the student without new weights, judged and promoted."""
+        teacher = self._teacher()
+        features = self.assessor.features_file(teacher, self.spec.eval.samples)
+        told = {
+            "registry": self.around.settings.registry_url,
+            "work": str(self.around.settings.work_dir.resolve()),
+            "teacher": teacher.version,
+            "guidance": teacher.guidance,
+            "features": str(features),
+        }
+        preparation.write(self.folder / "trainer.json", told)
+        self.keeper.run("prepare", lambda: (self.folder / PLAN).exists())
+        found = preparation.schedules(json.loads((self.folder / SCHEDULE).read_bytes()))
+        version = artefact.make_student(
+            self.registry,
+            teacher.version,
+            f"{self.spec.student.name}-schedule" if self.trains else self.spec.student.name,
+            schedules=found,
+            guidance=self._cfg(teacher),
+        )
+        judged = self._evaluated(version, self.spec.publish)
+        try:
+            self._publish(version, judged["gates"])
+        except SwapRejected as error:
+            self.records.event(self.job.id, "note", message=f"the schedule-only student stays unpublished: {error}")
+        self._note(schedule_student=version, schedule=judged, teacher_at=self._teacher_at(teacher))
+
+    def _train(self) -> None:
+        self.keeper.run("train", lambda: (self.folder / "trained" / "result.json").exists())
+
+    def _export(self) -> str:
+        if not self.trains:
+            return str(self.result["schedule_student"])
+        said = self._trained()
+        teacher = self._teacher()
+        return artefact.make_student(
+            self.registry,
+            teacher.version,
+            self.spec.student.name,
+            denoiser_weights=load_file(self.folder / "trained" / "weights.safetensors"),
+            schedules={int(k): Schedule.model_validate(value) for k, value in said["schedules"].items()},
+            guidance=baked(teacher.guidance),
+            inputs=said["inputs"],
+        )
+
+    def _evaluated(self, version: str, publish: PublishSpec | None) -> dict[str, Any]:
+        """Metrics and verdict of a version; its report and its samples are put beside it."""
+        teacher, counts, n = self._teacher(), self.spec.student.steps, self.spec.eval.samples
+        reference = self.assessor.reference(teacher, n)
+        metrics = self.assessor.metrics(version, n, reference, counts)
+        speeds = self.assessor.speeds(version, teacher, counts)
+        verdict = judge(self.spec.gates, metrics, {k: speeds[str(k)].latency_ms_p50 for k in counts})
+        gates = verdict.as_dict(publish.tiers if publish else {})
+        figures = {
+            "metrics": {str(k): as_json(m, speeds[str(k)]) for k, m in metrics.items()},
+            "teacher": as_json(self.assessor.teacher_metrics(n, reference), speeds["teacher"])
+            | {"at": self.result.get("teacher_at", {})},
+            "gates": gates,
+        }
+        self._report(version, teacher, figures, verdict)
+        return figures
+
+    def _teacher_at(self, teacher: TeacherAs) -> dict[str, Any]:
+        """The guided teacher at the student's counts: what the student has to beat. Not asked if it was not made so."""
+        made = set(self.registry.student(teacher.version).schedules)
+        counts, n = [k for k in self.spec.student.steps if k in made], self.spec.eval.samples
+        reference = self.assessor.reference(teacher, n)
+        figures = self.assessor.metrics(teacher.version, n, reference, counts, guidance=teacher.guidance)
+        return {str(k): as_json(m) for k, m in figures.items()}
+
+    def _publish(self, version: str, gates: Mapping[str, Any]) -> None:
+        """Proposes the tiers that passed and waits until they are live."""
+        publish = self.spec.publish
+        if publish is None or publish.when == "never":
+            return
+        counts = self.spec.student.steps if publish.when == "always" else gates["passed_steps"]
+        tiers = {tier: steps for tier, steps in publish.tiers.items() if steps in counts}
+        if not tiers or promote.is_live(self.registry.current(publish.deployment), version, tiers):
+            return
+        self._still_ours()
+        outcome = promote.promote(
+            self.registry,
+            publish.deployment,
+            version,
+            tiers,
+            list(counts),
+            note=f"job {self.job.id}",
+            announce=self.around.announce,
+            pause=lambda: self.watch.pause(_LOOK_S),
+            timeout_s=self.around.settings.swap_timeout_s,
+        )
+        self.records.event(
+            self.job.id,
+            "swap",
+            student=version,
+            tiers=tiers,
+            deployment=publish.deployment,
+            swap_id=outcome.swap_id,
+            revision=outcome.revision,
+            phases=outcome.phases,
+        )
+
+    def _refuse_poison(self) -> None:
+        """A state in which owner after owner ended is what ends them. Training counts its own deaths."""
+        reached = max(entry.number for entry in self.job.log if not entry.claim)
+        claims = sum(entry.number > reached for entry in self.job.log)
+        if claims > _MOST_CLAIMS and self.job.state is not JobState.RUNNING:
+            raise JobFailed(f"{claims - 1} distillers ended while the job was {self.job.state}; see their logs")
+
+    # records -------------------------------------------------------------------------------------------------------
+
+    def _enter(self, state: JobState) -> None:
+        if _ORDER.index(self.job.state) >= _ORDER.index(state):
+            return
+        self.watch.check()
+        self.job = self.records.move(self.job.id, state, fence=self.fence)
+
+    def _note(self, **made: Any) -> None:
+        self._still_ours()
+        self.result |= made
+        self.records.write(self.job.id, RESULT, self.result)
+
+    def _still_ours(self) -> None:
+        self.watch.check()
+        self.records.check_fence(self.job.id, self.fence)
+
+    def _report(self, version: str, teacher: TeacherAs, figures: Mapping[str, Any], verdict: Verdict) -> None:
+        for result in verdict.results:
+            self.records.event(
+                self.job.id,
+                "gate",
+                student=version,
+                rule=result.rule,
+                steps=result.steps,
+                value=result.value,
+                limit=result.limit,
+                passed=result.passed,
+            )
+        choice = self.assessor.choice
+        report = {
+            **figures,
+            "job": self.job.id,
+            "student": version,
+            "teacher_as": {"version": teacher.version, "steps": teacher.steps, "guidance": teacher.guidance},
+            "engine": {"backend": choice.backend, "precision": choice.precision},
+            "training": self._trained() if (self.folder / "trained" / "result.json").exists() else None,
+            "created_at": utc_now(),
+        }
+        self.registry.put_report(version, report)
+        sheet = self.assessor.sheet(version, teacher, self.spec.student.steps)
+        self.registry.put_file(version, "samples.png", sheet)
+        self.registry.write_job_file(self.job.id, "samples.png", sheet)
+
+    def _trained(self) -> dict[str, Any]:
+        said: dict[str, Any] = json.loads((self.folder / "trained" / "result.json").read_bytes())
+        return said
+
+    def _teacher(self) -> TeacherAs:
+        told = self.records.read(self.job.id, "trainer.json")  # a deployment may have moved on since the job began
+        version = told["teacher"] if told else teacher_version(self.spec, self.registry)
+        asked = self.spec.teacher
+        return TeacherAs.of(self.registry.student(version), steps=asked.steps, guidance=asked.guidance)
+
+    def _cfg(self, teacher: TeacherAs) -> Guidance:
+        """The teacher's own guidance with the job's weight as its default."""
+        own = self.registry.student(teacher.version).guidance
+        return own.model_copy(update={"default": teacher.guidance})

@@ -1,0 +1,170 @@
+"""The distiller: takes one job at a time from the queue and works on it to its end, whatever dies meanwhile.
+
+The service itself holds nothing that is not in the files: killed at any moment, the next one (or another machine's)
+continues. It only decides what becomes of a job when its work was interrupted or failed.
+"""
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import psutil
+import redis
+from prometheus_client import CollectorRegistry, start_http_server
+
+from distill_jobs.assessment import SHIPPED, Assessor, chosen
+from distill_jobs.jobs import DistillJob, JobState
+from distill_jobs.metrics import DistillMetrics
+from distill_jobs.queue import JobQueue, Lease
+from distill_jobs.run import JobRun, Surroundings
+from distill_jobs.settings import DistillerSettings
+from distill_jobs.watch import Interrupted, Watch
+from engines.errors import FewstepError, InternalError, LeaseLost
+from engines.registry.base import Registry
+
+log = logging.getLogger(__name__)
+
+_REBUILD_EVERY = 40  # idle looks at the queue
+_REMEMBER_S = 0.5
+
+
+class Service:
+    """One distiller."""
+
+    def __init__(
+        self,
+        settings: DistillerSettings,
+        registry: Registry,
+        queue: JobQueue,
+        *,
+        metrics: DistillMetrics | None = None,
+    ) -> None:
+        self.settings, self.registry, self.queue = settings, registry, queue
+        queue.lease_s = settings.lease_s
+        self.records = queue.records
+        self.metrics = metrics or DistillMetrics(CollectorRegistry())
+        self.metrics.follow(_Remembered(lambda: [job.state for job in self.records.all()]))
+        self.owner = _identity()
+
+    def run_forever(self, stop: threading.Event) -> None:
+        """Works until `stop` is set; a running trainer then checkpoints, and the job waits for the next distiller."""
+        if self.settings.metrics_port:
+            host, port = self.settings.metrics_host, self.settings.metrics_port
+            start_http_server(port, host, registry=self.metrics.registry)
+        idle = 0
+        while not stop.is_set():
+            try:
+                if idle % _REBUILD_EVERY == 0:
+                    self._look_round()
+                job = self.queue.claim(self.owner)
+            except redis.RedisError as error:
+                log.warning("redis is away", extra={"error": str(error)})
+                job = None
+            if job is None:
+                idle += 1
+                stop.wait(self.settings.poll_s)
+            else:
+                idle = 0
+                self.run_one(job, stop)
+
+    def run_one(self, job: DistillJob, stop: threading.Event) -> None:
+        """Works on a claimed job until it ends, is paused, or somebody else should go on."""
+        log.info("claimed a job", extra={"job_id": job.id, "state": job.state})
+        with Lease(self.queue, job.id, self.owner) as lease:
+            watch = Watch(self.queue, job.id, lease, stop, lambda: self._can_pause(job.id))
+            try:
+                JobRun(job, self._surroundings(), watch).go()
+            except Interrupted as interrupted:
+                self._interrupted(job, interrupted)
+            except LeaseLost as error:
+                log.warning("somebody else owns this job now", extra={"job_id": job.id, "reason": str(error)})
+                return
+            except FewstepError as error:
+                self._failed(job, error)
+            except Exception:
+                log.exception("a job failed on an error of ours", extra={"job_id": job.id})
+                self._failed(job, InternalError("an error in the distiller itself; its log has the traceback"))
+        self._leave(job)
+
+    def _interrupted(self, job: DistillJob, interrupted: Interrupted) -> None:
+        if interrupted.why == "cancel":
+            self._settle(job, JobState.CANCELED)
+        elif interrupted.why == "pause":
+            self._settle(job, JobState.PAUSED)
+
+    def _failed(self, job: DistillJob, error: FewstepError) -> None:
+        log.warning("a job failed", extra={"job_id": job.id, "code": error.code, "reason": error.message})
+        self._settle(job, JobState.FAILED, error={"code": error.code, "message": error.message})
+
+    def _settle(self, job: DistillJob, state: JobState, error: dict[str, str] | None = None) -> None:
+        try:
+            self.records.move(job.id, state, fence=job.fence, error=error)
+        except FewstepError as refused:
+            log.warning("could not settle a job", extra={"job_id": job.id, "reason": refused.message})
+
+    def _leave(self, job: DistillJob) -> None:
+        """Off the queue if it ended or is paused; else anybody may go on with it at once."""
+        now = self.records.get(job.id)
+        over = now.ended or now.state is JobState.PAUSED
+        if over:
+            self.metrics.forget(job.id)
+        try:
+            (self.queue.done if over else self.queue.release)(job.id, self.owner)
+        except redis.RedisError as error:
+            log.warning("redis is away", extra={"job_id": job.id, "error": str(error)})
+        log.info("left a job", extra={"job_id": job.id, "state": now.state})
+
+    def _can_pause(self, job_id: str) -> bool:
+        return self.records.get(job_id).state in (JobState.PREPARING, JobState.RUNNING, JobState.QUEUED)
+
+    def _look_round(self) -> None:
+        """Jobs that Redis lost, and those of a distiller on this machine that died."""
+        self.queue.rebuild()
+        self.queue.release_dead(_is_dead)
+
+    def _surroundings(self) -> Surroundings:
+        return Surroundings(self.records, self.settings, self.metrics, self.queue.announce, self._assessor)
+
+    def _assessor(self, check: Callable[[], None]) -> Assessor:
+        return Assessor(
+            self.registry,
+            choice=chosen(self.settings.backend, self.settings.precision),
+            cache=self.settings.work_dir / "engines",
+            features=(SHIPPED, self.settings.work_dir / "answers"),
+            threads=self.settings.threads,
+            check=check,
+        )
+
+
+class _Remembered:
+    """An answer that is asked for once per state in one reading of the metrics, and read from the files once."""
+
+    def __init__(self, ask: Callable[[], list[JobState]]) -> None:
+        self._ask = ask
+        self._answer: list[JobState] = []
+        self._at = float("-inf")
+
+    def __call__(self) -> list[JobState]:
+        if time.monotonic() - self._at > _REMEMBER_S:
+            self._answer, self._at = self._ask(), time.monotonic()
+        return self._answer
+
+
+def _identity() -> str:
+    """This process, so that others on its machine can tell whether it still lives."""
+    me = psutil.Process()
+    return f"{socket.gethostname()}:{me.pid}:{me.create_time():.2f}"
+
+
+def _is_dead(owner: str) -> bool:
+    """Whether an owner was a process of this machine that is gone; unknown ones count as alive."""
+    host, _, rest = owner.partition(":")
+    pid, _, created = rest.partition(":")
+    if host != socket.gethostname() or not pid.isdecimal():
+        return False
+    try:
+        return f"{psutil.Process(int(pid)).create_time():.2f}" != created
+    except psutil.NoSuchProcess:
+        return True

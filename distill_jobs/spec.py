@@ -1,0 +1,285 @@
+"""What a distillation job may say, checked in full when it is submitted.
+
+A job that cannot run is refused before it is queued: unknown fields by name, a method's own fields
+against `methods/schemas.json` (generated from the methods), data against what the methods need.
+Torch-free, because the gateway validates with it.
+"""
+
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
+
+from distill_jobs.methods import _schemas
+from engines.errors import InvalidRequest, NotBuilt
+from engines.manifest import Name
+
+Steps = Annotated[int, Field(ge=1, le=64)]
+Limit = Annotated[float, Field(gt=0)]
+Limits = Limit | dict[Steps, Limit]
+Metric = Literal["fd", "alignment", "diversity", "grain", "latency"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TeacherSpec(_Frozen):
+    id: str = Field(description="a deployment, whose teacher is meant, or a version name@digest")
+    revision: int | None = Field(None, ge=1, description="revision of the deployment; the current one if missing")
+    guidance: float | None = Field(None, ge=0, le=30, description="u + w(c - u); the teacher's own if missing")
+    steps: Steps | None = Field(None, description="how many steps the teacher is judged at; its most if missing")
+
+
+class LoraSpec(_Frozen):
+    rank: int = Field(32, ge=1, le=1024)
+
+
+class LoraTrain(_Frozen):
+    lora: LoraSpec
+
+
+class StudentSpec(_Frozen):
+    name: Name
+    steps: tuple[Steps, ...] = Field((1, 2, 4), min_length=1, max_length=8)
+    train: Literal["full"] | LoraTrain = "full"
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        if len(set(self.steps)) != len(self.steps):
+            raise ValueError(f"steps names a count twice: {self.steps}")
+        return self
+
+
+class TermSpec(BaseModel):
+    """An extra term of the student's loss; what else it may say is its own schema's."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str
+    weight: float = Field(1.0, ge=0)
+
+
+class MethodSpec(_Frozen):
+    """One stage: a method, its own `fields`, and its `share` of the budget. Flat in JSON."""
+
+    name: str
+    share: float | None = Field(None, gt=0, le=1)
+    terms: tuple[TermSpec, ...] = ()
+    fields: dict[str, Any] = Field({}, exclude=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        own = {key: value for key, value in data.items() if key in {"name", "share", "terms"}}
+        rest = {key: value for key, value in data.items() if key not in own}
+        return {**own, "fields": rest}
+
+    @model_serializer(mode="wrap")
+    def _flat(self, handler: Any) -> dict[str, Any]:
+        return {**handler(self), **self.fields}
+
+
+class DataSpec(_Frozen):
+    """Where a job's data comes from; at most one of the three."""
+
+    prompts: str | tuple[str, ...] | None = Field(None, description="a named source such as `shapes`, or the prompts")
+    images: str | None = None
+    pairs: str | None = Field(None, description="id of a job whose teacher pairs are used again")
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        given = [name for name in ("prompts", "images", "pairs") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"data names {' and '.join(given)}: choose one")
+        if isinstance(self.prompts, tuple) and not all(prompt.strip() for prompt in self.prompts):
+            raise ValueError("data.prompts has an empty prompt")
+        return self
+
+
+class TrainSpec(_Frozen):
+    iterations: int | None = Field(None, ge=1, le=10_000_000, description="optimiser steps; or say max_minutes")
+    batch: int | None = Field(None, ge=1, le=4096, description="rows per update; each method's own if missing")
+    lr: float | None = Field(None, gt=0, le=1, description="of the student; each method's own if missing")
+    ema: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = (0.98,)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    processes: int = Field(1, ge=1, le=1024)
+    max_minutes: float | None = Field(None, gt=0, le=100_000)
+    seed: int = Field(0, ge=0, lt=2**63)
+    checkpoint_every_s: float = Field(30.0, gt=0)
+    checkpoint_every: int | None = Field(None, ge=1, description="also every so many iterations")
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if self.iterations is None and self.max_minutes is None:
+            raise ValueError("train has no end: say iterations or max_minutes")
+        return self
+
+
+class EvalSpec(_Frozen):
+    every: int | None = Field(None, ge=1, description="iterations between small evaluations; a tenth if missing")
+    samples: int = Field(2000, ge=16, le=100_000)
+    small_samples: int = Field(256, ge=16, le=10_000, description="samples of an evaluation while training")
+    metrics: tuple[Metric, ...] = ("fd", "alignment", "diversity", "grain", "latency")
+    best_by: Literal["fd", "alignment", "diversity"] = "fd"
+
+
+class PublishSpec(_Frozen):
+    deployment: Name
+    tiers: dict[Name, Steps] = Field({}, description="tier: steps")
+    when: Literal["on_pass", "never", "always"] = "on_pass"
+
+
+class GateSpec(_Frozen):
+    """The limits that each step count must keep; a number, or one per step count. None is no rule."""
+
+    fd_ratio: Limits | None = 1.5
+    alignment_ratio: Limits | None = 0.93
+    diversity_ratio: Limits | None = 0.8
+    grain_ratio: Limits | None = 3.0
+    latency_ms: Limits | None = None
+
+
+class DistillJobSpec(_Frozen):
+    """A whole job."""
+
+    teacher: TeacherSpec
+    student: StudentSpec
+    method: MethodSpec | tuple[MethodSpec, ...]
+    data: DataSpec = DataSpec()
+    train: TrainSpec
+    eval: EvalSpec = EvalSpec()
+    publish: PublishSpec | None = None
+    gates: GateSpec = GateSpec()
+
+    @property
+    def stages(self) -> tuple[MethodSpec, ...]:
+        return self.method if isinstance(self.method, tuple) else (self.method,)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Each stage's share of the budget, adding up to one; a stage that says none gets an equal part of the rest."""
+        said = [stage.share for stage in self.stages]
+        missing = said.count(None)
+        rest = max(0.0, 1.0 - sum(share for share in said if share is not None))
+        raw = [rest / missing if share is None else share for share in said]
+        return tuple(share / sum(raw) for share in raw)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.stages:
+            raise ValueError("method is an empty list: name at least one stage")
+        said = sum(stage.share or 0.0 for stage in self.stages)
+        if said > 1 + 1e-6 or (said >= 1 and any(stage.share is None for stage in self.stages)):
+            raise ValueError(f"the shares of the stages leave nothing for some of them (sum {said:g})")
+        self._counts_are_made("publish.tiers", (self.publish.tiers if self.publish else {}).values())
+        for rule in GateSpec.model_fields:
+            limits = getattr(self.gates, rule)
+            self._counts_are_made(f"gates.{rule}", limits if isinstance(limits, dict) else ())
+            if isinstance(limits, dict) and (missing := sorted(set(self.student.steps) - set(limits))):
+                raise ValueError(f"gates.{rule} has no limit for {missing} steps, which the student is made for")
+        return self
+
+    def _counts_are_made(self, field: str, counts: Any) -> None:
+        unknown = sorted(set(counts) - set(self.student.steps))
+        if unknown:
+            raise ValueError(f"{field} asks for {unknown} steps; student.steps are {list(self.student.steps)}")
+
+    def canonical(self) -> bytes:
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()
+
+
+def parse(body: Mapping[str, Any] | bytes) -> DistillJobSpec:
+    """A spec that can run.
+
+    Raises:
+        InvalidRequest: `param` names the field at fault.
+        NotBuilt: LoRA or several processes, which are documented and refused until they exist.
+    """
+    try:
+        data = json.loads(body) if isinstance(body, bytes) else body
+        spec = DistillJobSpec.model_validate(data)
+    except ValidationError as error:
+        raise _first_fault(error) from error
+    except ValueError as error:
+        raise InvalidRequest(f"the job is not JSON: {error}") from error
+    _refuse_unbuilt(spec)
+    _check_methods(spec)
+    return spec
+
+
+def _first_fault(error: ValidationError) -> InvalidRequest:
+    fault = max(error.errors(), key=lambda fault: len(fault["loc"]))  # of a union, the member that got furthest
+    path = ".".join(str(part) for part in fault["loc"] if not _is_union_tag(str(part)))
+    value = "" if fault["type"] in ("missing", "extra_forbidden") else f" (got {_brief(fault['input'])})"
+    what = "unknown field" if fault["type"] == "extra_forbidden" else fault["msg"].removeprefix("Value error, ")
+    return InvalidRequest(f"{path or 'job'}: {what}{value}", param=path or None)
+
+
+def _is_union_tag(part: str) -> bool:
+    """Pydantic puts the tried member of a union into the path; users never wrote it."""
+    return part in {"MethodSpec", "LoraTrain", "constrained-float", "float", "int", "str"} or "[" in part
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _refuse_unbuilt(spec: DistillJobSpec) -> None:
+    if isinstance(spec.student.train, LoraTrain):
+        raise NotBuilt("student.train.lora is not built yet: use student.train: full", param="student.train")
+    if spec.train.processes > 1:
+        message = f"train.processes={spec.train.processes} is not built yet: use 1"
+        raise NotBuilt(message, param="train.processes")
+    for source in ("images", "pairs"):
+        if getattr(spec.data, source) is not None:
+            raise NotBuilt(f"data.{source} is not built yet: use data.prompts", param=f"data.{source}")
+
+
+def _check_methods(spec: DistillJobSpec) -> None:
+    known = _schemas.schemas()
+    for position, stage in enumerate(spec.stages):
+        where = f"method.{position}" if isinstance(spec.method, tuple) else "method"
+        try:
+            _schemas.check(stage.name, stage.fields)
+        except InvalidRequest as error:
+            own = (error.param or "method").replace("method", where, 1)
+            raise type(error)(f"{where}: {error.message}", param=own) from error
+        if stage.fields.get("train") == "lora":
+            raise NotBuilt(f"{where}.train=lora is not built yet: use full", param=f"{where}.train")
+        if stage.terms:
+            raise NotBuilt(f"{where}.terms: extra loss terms are not built yet", param=f"{where}.terms")
+        if not known[stage.name]["roles"] and len(spec.stages) > 1:
+            message = f"{where}: {stage.name} trains no weights and is step 0 of every job: leave this stage out"
+            raise InvalidRequest(message, param=where)
+        _check_needs(stage, frozenset(known[stage.name]["needs"]), where)
+
+
+def _check_needs(stage: MethodSpec, needs: frozenset[str], where: str) -> None:
+    """Prompts every job has, its teacher's own if it says none; nothing else can be given yet."""
+    if unmet := ", ".join(sorted(needs - {"prompts"})):
+        raise NotBuilt(f"{where}: {stage.name} needs {unmet}, which no job can give yet", param=where)
+
+
+def inputs(spec: DistillJobSpec) -> frozenset[str]:
+    """Which of s and w the student's network must read for these methods."""
+    return frozenset(name for stage in spec.stages for name in _schemas.schemas()[stage.name]["inputs"])
+
+
+def roles(spec: DistillJobSpec) -> tuple[tuple[str, ...], ...]:
+    """The networks that each stage trains; all empty for a job that only searches for a schedule."""
+    return tuple(tuple(_schemas.schemas()[stage.name]["roles"]) for stage in spec.stages)
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The JSON of a job that is shipped, such as the demo's `shapes-fast`."""
+    source = files("distill_jobs.presets").joinpath(f"{name}.json")
+    if not source.is_file():
+        raise InvalidRequest(f"no preset is called {name!r}", param="preset")
+    body: dict[str, Any] = json.loads(source.read_bytes())
+    return body

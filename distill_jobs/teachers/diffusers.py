@@ -1,0 +1,124 @@
+"""A teacher out of the registry as torch modules: what training differentiates through and draws from.
+
+The networks are the families' own, the same that are exported for serving, so that what a student learnt
+here is what its engine computes there.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from engines import plugins, process
+from engines.denoiser import BaseDenoiser, Denoiser, Guided
+from engines.families.base import ComponentNetwork, Family
+from engines.graph import ComponentGraph, spec
+from engines.loader import load_weights, reader
+from engines.manifest import Guidance, Schedule, StudentManifest
+from engines.registry.base import Registry
+from engines.student import LoadedStudent
+
+_PREFIX = "net."  # the name of a Denoiser's network inside it
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """One version's networks. `denoiser` is unguided and its own; `cond` rows are [B, L, D]."""
+
+    manifest: StudentManifest
+    denoiser: Denoiser
+    decoder: ComponentNetwork
+    encoder: ComponentNetwork
+    tokenizer: object
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.manifest.latent_shape(*self.manifest.resolutions[0])
+
+    def guided(self, w: float) -> BaseDenoiser:
+        """u + w(c - u) where the empty prompt is u; the plain network for w = 1."""
+        return self.denoiser if w == 1.0 else Guided(self.denoiser, self.encode([""]), w)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], batch: int = 64) -> Tensor:
+        """[B, L, D] fp32."""
+        family = self._family(self.denoiser)
+        return torch.cat([family.encode(prompts[i : i + batch]) for i in range(0, len(prompts), batch)])
+
+    def student(self, denoiser: Denoiser, schedules: Mapping[int, Schedule], guidance: Guidance) -> LoadedStudent:
+        """A network in training as serving would run it: the same plans, solvers and family, on plain torch."""
+        changed = {"schedules": dict(schedules), "guidance": guidance, "inputs": denoiser.inputs, "kind": "full"}
+        manifest = self.manifest.model_copy(update=changed)
+        return LoadedStudent(manifest, self._family(denoiser), denoiser.process, "eager", "fp32")
+
+    def _family(self, denoiser: Denoiser) -> Family:
+        made = plugins.load("engines.families", self.manifest.family, "FAMILY")
+        networks = {"denoiser": _Module(denoiser.net)}
+        family: Family = made(
+            _Module(self.encoder), networks, _Module(self.decoder), tokenizer=self.tokenizer, inputs=denoiser.inputs
+        )
+        return family
+
+    @torch.no_grad()
+    def pictures(self, latents: Tensor, batch: int = 64) -> npt.NDArray[np.float32]:
+        """[B, 3, H, W] in levels 0..255, not rounded: rounding would add grain."""
+        starts = range(0, len(latents), batch)
+        floats = torch.cat([self._floats(latents[start : start + batch].float()) for start in starts])
+        return (floats * 127.5 + 127.5).clamp(0, 255).numpy()
+
+    def _floats(self, latents: Tensor) -> Tensor:
+        made: Tensor = self.decoder.floats(latents)  # type: ignore[operator]  # every decoder has it
+        return made
+
+
+class _Module:
+    """A component network behind the face of an engine."""
+
+    def __init__(self, module: Any) -> None:
+        self._module: ComponentNetwork = module
+        self.inputs = frozenset(port.name for port in module.ports)
+
+    @torch.no_grad()
+    def run(self, **inputs: Tensor) -> dict[str, Tensor]:
+        out = self._module(**inputs)
+        return dict(zip(self._module.outputs, out if isinstance(out, tuple) else (out,), strict=True))
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def load(registry: Registry, version: str) -> Teacher:
+    """A version's networks in fp32, frozen.
+
+    Raises:
+        StudentNotFound, CorruptBlob, GraphMismatch: as the registry and the loader say.
+    """
+    manifest = registry.student(version)
+    read = reader(registry, manifest)
+    networks = {role: _network(registry, manifest, role) for role in ("encoder", "denoiser", "decoder")}
+    family = plugins.load("engines.families", manifest.family, "FAMILY")
+    denoiser = Denoiser(networks["denoiser"], process.make(manifest.process), manifest.prediction, manifest.inputs)
+    return Teacher(
+        manifest=manifest,
+        denoiser=denoiser.requires_grad_(False).eval(),
+        decoder=networks["decoder"],
+        encoder=networks["encoder"],
+        tokenizer=family.tokenizer(read, sorted(manifest.components["encoder"].files)),
+    )
+
+
+def _network(registry: Registry, manifest: StudentManifest, role: str) -> ComponentNetwork:
+    network = ComponentGraph(spec(manifest, role, reader(registry, manifest)), Path).module()
+    network.load(load_weights(registry, manifest.components[role]))
+    network.requires_grad_(False).eval()
+    return network
+
+
+def blob_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A denoiser's weights under the names that its blob has."""
+    return {name.removeprefix(_PREFIX): value for name, value in weights.items()}

@@ -1,0 +1,80 @@
+"""How times are drawn. All draws are noise levels u of rectified flow in 0..1, so one setting fits every process.
+
+`on(process, u)` says where that signal-to-noise ratio is in the process' own time.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engines.process import RF, Process
+
+
+class Times(Protocol):
+    """A distribution of noise levels."""
+
+    def draw(self, rows: int, generator: torch.Generator) -> Tensor:
+        """[rows] fp32 on the CPU, in 0..1."""
+
+
+@dataclass(frozen=True)
+class Uniform:
+    low: float = 0.0
+    high: float = 1.0
+
+    def draw(self, rows: int, generator: torch.Generator) -> Tensor:
+        return self.low + (self.high - self.low) * torch.rand(rows, generator=generator)
+
+
+@dataclass(frozen=True)
+class LogitNormal:
+    mean: float = 0.0
+    std: float = 1.0
+
+    def draw(self, rows: int, generator: torch.Generator) -> Tensor:
+        return torch.sigmoid(self.mean + self.std * torch.randn(rows, generator=generator))
+
+
+@dataclass(frozen=True)
+class Bent:
+    """`base` moved towards noise by the static shift mu, as flow models of high resolution are trained."""
+
+    base: Times
+    mu: float
+
+    def draw(self, rows: int, generator: torch.Generator) -> Tensor:
+        u = self.base.draw(rows, generator)
+        return self.mu * u / (1 + (self.mu - 1) * u)
+
+
+@dataclass(frozen=True)
+class WithFirst:
+    """`share` of the rows at u = 1, where every sampling starts; the others from `base`."""
+
+    base: Times
+    share: float
+
+    def draw(self, rows: int, generator: torch.Generator) -> Tensor:
+        u = self.base.draw(rows, generator)
+        return torch.where(torch.rand(rows, generator=generator) < self.share, torch.ones_like(u), u)
+
+
+def on(process: Process, u: Tensor) -> Tensor:
+    """The process' time with the signal-to-noise ratio that rectified flow has at `u`, at most t_max."""
+    if isinstance(process, RF):
+        return u
+    angle = RF().angle(u.double())
+    return process.t_of_angle(angle).clamp(0, process.t_max).to(u.dtype)
+
+
+def grid(process: Process, levels: tuple[float, ...]) -> tuple[float, ...]:
+    """The process' times at falling noise levels, and its end 0: the `times` of a `Schedule`."""
+    u = torch.tensor(levels, dtype=torch.float64)
+    return (*(float(t) for t in on(process, u)), 0.0)
+
+
+def uniform(steps: int) -> tuple[float, ...]:
+    """`steps` equally spaced noise levels from 1, without the end."""
+    return tuple(1 - i / steps for i in range(steps))

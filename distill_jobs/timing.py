@@ -1,0 +1,62 @@
+"""What a stage costs on this machine, by trying it: turns a budget of minutes into iterations once, before training.
+
+The student that is timed is a copy; nothing of the run changes.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from distill_jobs.batches import Source
+from distill_jobs.methods.base import Workspace, resolve
+from distill_jobs.pairs import SHARD
+from distill_jobs.stage import Precision, Stage, StageRun
+from engines.denoiser import BaseDenoiser
+
+_PREPARED = ("pairs", "generate")  # settings that say how many rows `prepare` makes
+
+
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """Seconds of one iteration, and of one row that `prepare` makes (0 where it makes none)."""
+
+    iteration_s: float
+    prepared_row_s: float
+
+    def iterations_in(self, seconds: float, prepared_rows: int = 0) -> int:
+        """How many iterations a budget pays for after its preparation; at least 1."""
+        return max(1, int((seconds - prepared_rows * self.prepared_row_s) / self.iteration_s))
+
+
+def prepared_rows(stage: Stage) -> int:
+    """How many rows the stage's `prepare` makes with its settings (for `lsd`: without data)."""
+    config = resolve(stage.method).config(stage.settings)
+    return int(sum(getattr(config, key, 0) for key in _PREPARED))
+
+
+def measure(
+    stage: Stage,
+    teacher: BaseDenoiser,
+    student: BaseDenoiser,
+    source: Source,
+    *,
+    precision: Precision | None = None,
+    iterations: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> StageCost:
+    """Times one shard of preparation and a few iterations with every role due, after one to warm up."""
+    known = resolve(stage.method).method.Config.model_fields
+    fewer: Mapping[str, Any] = {key: SHARD for key in _PREPARED if key in known}
+    due = {"fake_warmup": 0} if "fake_warmup" in known else {}
+    tried = replace(stage, iterations=iterations + 1, settings={**stage.settings, **fewer, **due})
+    run = StageRun(0, tried, teacher, copy.deepcopy(student), precision=precision or Precision())
+    began = clock()
+    run.method.prepare(source, Workspace(device=run.precision.device))
+    prepared = clock()
+    run.iterate(source)
+    warm = clock()
+    for _ in range(iterations):
+        run.iterate(source)
+    return StageCost((clock() - warm) / iterations, (prepared - began) / SHARD if fewer else 0.0)

@@ -1,0 +1,189 @@
+"""The trainer's own process: `python -m distill_jobs.train JOB_FOLDER --phase prepare|train …`.
+
+A process of its own, so that it can be killed, niced and given back whole; the service that started it needs only its
+exit code and the files that it leaves in the job's folder. It dies with the service. SIGTERM means: finish this
+step, checkpoint, go.
+"""
+
+import argparse
+import contextlib
+import copy
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from distill_jobs import preparation
+from distill_jobs.data import prompts
+from distill_jobs.evaluate.sheet import sheet
+from distill_jobs.events import EventLog
+from distill_jobs.exit_codes import FINISHED, PAUSED, REFUSED
+from distill_jobs.losses import pairwise_distance
+from distill_jobs.plan import Plan
+from distill_jobs.preparation import PLAN, SCHEDULE
+from distill_jobs.progress import Hooks, Wish
+from distill_jobs.small_evaluation import SmallEvaluation, baked
+from distill_jobs.spec import DistillJobSpec
+from distill_jobs.stage import Stage
+from distill_jobs.teachers import diffusers
+from distill_jobs.trainer import Result, TrainConfig, Trainer
+from engines import priority
+from engines.errors import FewstepError
+from engines.registry.base import open_registry
+
+log = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+_PANEL_COLUMNS = 8
+
+
+class TrainerRun:
+    """One life of a job's trainer. What it is told stands in `spec.json` and `trainer.json` of the job's folder."""
+
+    def __init__(self, folder: Path, fence: int, poll: Callable[[], Wish | None]) -> None:
+        told = json.loads((folder / "trainer.json").read_bytes())
+        self.folder, self.fence, self.poll = folder, fence, poll
+        self.spec = DistillJobSpec.model_validate(json.loads((folder / "spec.json").read_bytes())["spec"])
+        self.teacher = diffusers.load(open_registry(told["registry"]), told["teacher"])
+        self.w = float(told["guidance"])
+        texts = prompts.texts(self.spec.data.prompts, seed=self.spec.train.seed)
+        self.source = prompts.encoded(self.teacher, texts, Path(told["work"]), seed=self.spec.train.seed)
+        self.guided = self.teacher.guided(self.w)
+        self._features = Path(told["features"]) if told["features"] else None
+
+    def prepare(self) -> bool:
+        """Searches the schedule and measures the plan; what is on disk already is kept. False: told to stop."""
+        if not (self.folder / SCHEDULE).exists():
+            found = preparation.search(self.spec, self.guided, self.source, lambda: self.poll() is None)
+            if self.poll() is not None:
+                return False
+            preparation.write(self.folder / SCHEDULE, found)
+        spent_s = json.loads((self.folder / SCHEDULE).read_bytes())["seconds"]
+        plan = preparation.timed_plan(
+            self.spec,
+            self.guided,
+            self.teacher.denoiser,
+            self.source,
+            evaluate=self._evaluation(),
+            spent_s=spent_s,
+        )
+        preparation.write(self.folder / PLAN, plan.as_dict())
+        return True
+
+    def train(self) -> Result:
+        plan = Plan.of(json.loads((self.folder / PLAN).read_bytes()))
+        events = EventLog(self.folder, plan)
+        train, evals = self.spec.train, self.spec.eval
+        config = TrainConfig(
+            seed=train.seed,
+            ema=train.ema,
+            bf16=plan.bf16,
+            checkpoint_every_s=train.checkpoint_every_s,
+            checkpoint_every=train.checkpoint_every,
+            eval_every=plan.eval_every,
+            best_by=evals.best_by,
+            best_is_highest=evals.best_by != "fd",
+        )
+        stages = [Stage(s.method, s.iterations, s.settings, s.hard_stop_s) for s in plan.stages]
+        student = copy.deepcopy(self.teacher.denoiser)
+        hooks = Hooks(self.poll, events, self._panel(events), self._evaluation())
+        checkpoints = self.folder / "checkpoints"
+        trainer = Trainer(
+            stages, self.guided, student, self.source, config, folder=checkpoints, fence=self.fence, hooks=hooks
+        )
+        result = trainer.fit()
+        if result.state == "finished":
+            self._keep(result, plan)
+        return result
+
+    def _evaluation(self) -> SmallEvaluation:
+        return SmallEvaluation(self.teacher, baked(self.w), self.spec.eval.small_samples, self._features)
+
+    def _panel(self, events: EventLog) -> Callable[[int, Mapping[str, Tensor]], None]:
+        captions = self.source.captions(0, _PANEL_COLUMNS)
+
+        def draw(iteration: int, latents: Mapping[str, Tensor]) -> None:
+            made = latents["gen"]
+            events.keep |= {"sample_std": float(made.float().std()), "diversity": float(pairwise_distance(made))}
+            name = f"{events.step(iteration):08d}.png"
+            rows = [(who, self.teacher.pictures(drawn[:_PANEL_COLUMNS])) for who, drawn in latents.items()]
+            (self.folder / "panels").mkdir(exist_ok=True)
+            partial = self.folder / "panels" / f".{name}"
+            partial.write_bytes(sheet(rows, captions))
+            partial.replace(self.folder / "panels" / name)
+            events.write("panel", name=f"panels/{name}", iteration=iteration)
+
+        return draw
+
+    def _keep(self, result: Result, plan: Plan) -> None:
+        """The student for the export: weights under the names of its blob, then what is said of them."""
+        folder = self.folder / "trained"
+        folder.mkdir(exist_ok=True)
+        weights = diffusers.blob_weights(result.weights)
+        save_file({name: value.contiguous() for name, value in weights.items()}, folder / "weights.partial")
+        (folder / "weights.partial").replace(folder / "weights.safetensors")
+        said = {
+            "schedules": {str(k): schedule.model_dump(mode="json") for k, schedule in result.schedules.items()},
+            "inputs": sorted(result.inputs),
+            "stopped_early": result.stopped_early,
+            "stage": result.stage,
+            "iteration": result.iteration,
+            "metrics": result.metrics,
+            "threads": torch.get_num_threads(),
+            "bf16": plan.bf16,
+        }
+        preparation.write(folder / "result.json", said)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--phase", choices=("prepare", "train"), required=True)
+    parser.add_argument("--fence", type=int, required=True)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--nice", type=int, default=0)
+    parser.add_argument("--parent", type=int, default=0)
+    args = parser.parse_args(argv)
+    _die_with(args.parent)
+    priority.lower(args.nice)
+    torch.set_num_threads(args.threads)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    told: list[Wish] = []
+    signal.signal(signal.SIGTERM, lambda *_: told.append("pause"))
+    try:
+        run = TrainerRun(args.folder, args.fence, lambda: told[0] if told else None)
+        with _attention():
+            if args.phase == "prepare":
+                return FINISHED if run.prepare() else PAUSED
+            return FINISHED if run.train().state == "finished" else PAUSED
+    except FewstepError as error:
+        log.exception("the trainer gives up")
+        preparation.write(args.folder / "failure.json", {"code": error.code, "message": error.message})
+        return REFUSED
+
+
+def _attention() -> contextlib.AbstractContextManager[None]:
+    """On CPUs the backward of flash attention takes most of a small network's step; plain matrices are 1.7 × faster."""
+    return contextlib.nullcontext() if torch.cuda.is_available() else sdpa_kernel(SDPBackend.MATH)
+
+
+def _die_with(parent: int) -> None:
+    """SIGKILL at the service's death: a checkpoint is never older than its interval, and nobody would read more."""
+    if not parent:
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        sys.exit("the service died before its trainer began")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

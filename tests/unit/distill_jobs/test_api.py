@@ -1,0 +1,252 @@
+"""The routes of distillation jobs over real files and a real Redis, as a client sees them."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from fastapi.testclient import TestClient
+from openai import BadRequestError, OpenAI
+
+from distill_jobs.api import router
+from distill_jobs.jobs import JobState
+from distill_jobs.queue import JobQueue, connect
+from distill_jobs.records import JobRecords
+from engines.errors import AuthenticationFailed, FewstepError
+from engines.manifest import Component, Schedule, StudentManifest
+from engines.registry.base import Revision, TierTarget
+from engines.registry.files import FilesRegistry
+from tests.redis_server import RedisServer
+
+JOBS = "/v1/distillation/jobs"
+SPEC: dict[str, Any] = {
+    "teacher": {"id": "shapes"},
+    "student": {"name": "small", "steps": [1, 2]},
+    "method": {"name": "kd"},
+    "train": {"iterations": 100},
+}
+
+
+@dataclass(frozen=True)
+class Who:
+    owner: str
+
+    def sees(self, owner: str) -> bool:
+        return self.owner in (owner, "admin")
+
+
+def authorise(authorization: str | None, scope: str) -> Who:
+    if authorization is None:
+        raise AuthenticationFailed("no API key")
+    return Who(authorization)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RedisServer]:
+    server = RedisServer().start()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def queue(server: RedisServer, tmp_path: Path) -> Iterator[JobQueue]:
+    registry = FilesRegistry(str(tmp_path))
+    deploy_teacher(registry)
+    client = connect(server.url)
+    client.flushall()
+    yield JobQueue(client, JobRecords(registry))
+    client.close()
+
+
+@pytest.fixture
+def http(queue: JobQueue) -> Iterator[TestClient]:
+    app = FastAPI()
+    app.include_router(router(queue, authorise))
+
+    @app.exception_handler(FewstepError)
+    async def answer(request: Request, error: FewstepError) -> JSONResponse:
+        return JSONResponse({"code": error.code, "message": error.message, "param": error.param}, 400)
+
+    with TestClient(app, headers={"authorization": "me"}) as client:
+        yield client
+
+
+def deploy_teacher(registry: FilesRegistry) -> str:
+    part = Component(weights=registry.put_blob(b"weights" * 1000), files={})
+    manifest = StudentManifest(
+        name="shapes",
+        family="sd",
+        kind="teacher",
+        components={"encoder": part, "denoiser": part, "decoder": part},
+        schedules={2: Schedule(times=(1.0, 0.5, 0.0))},
+        resolutions=((64, 64),),
+        latent_channels=4,
+        downscale=8,
+    )
+    version = registry.publish(manifest)
+    registry.commit(
+        Revision(
+            deployment="shapes",
+            number=1,
+            tiers={"high": TierTarget(student=version, steps=2)},
+            default_tier="high",
+            allowed={version: [2]},
+            created_at="2026-01-01T00:00:00Z",
+        )
+    )
+    return version
+
+
+def test_a_job_is_created_and_found(http: TestClient) -> None:
+    created = http.post(JOBS, json=SPEC)
+    assert created.status_code == 201
+    job = created.json()
+    assert created.headers["location"] == f"{JOBS}/{job['id']}"
+    assert (job["object"], job["status"]) == ("distillation.job", "queued")
+    assert http.get(f"{JOBS}/{job['id']}").json() == job
+
+
+def test_a_repeated_post_with_its_key_makes_one_job(http: TestClient) -> None:
+    first, second = (http.post(JOBS, json=SPEC, headers={"idempotency-key": "k"}).json()["id"] for _ in range(2))
+    assert first == second
+    other = http.post(JOBS, json={**SPEC, "train": {"iterations": 1}}, headers={"idempotency-key": "k"})
+    assert other.json()["code"] == "idempotency_conflict"
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "param"),
+    [
+        ({"teacher": {"id": "nobody"}}, "not_found", "teacher.id"),
+        ({"teacher": {"id": "shapes", "revision": 9}}, "not_found", "teacher.revision"),
+        ({"teacher": {"id": "shapes@" + "0" * 64}}, "student_not_found", "teacher.id"),
+        ({"publish": {"deployment": "nowhere", "tiers": {"low": 1}}}, "invalid_request", "publish.deployment"),
+        ({"method": {"name": "lsd"}}, "not_built", "method"),
+        ({"train": {"iterations": 1, "processes": 4}}, "not_built", "train.processes"),
+    ],
+)
+def test_a_job_that_cannot_run_is_refused_when_it_is_submitted(
+    http: TestClient, changes: dict[str, Any], code: str, param: str | None
+) -> None:
+    answer = http.post(JOBS, json={**SPEC, **changes}).json()
+    assert (answer["code"], answer["param"]) == (code, param)
+    assert http.get(JOBS).json()["data"] == []
+
+
+def test_jobs_of_others_are_not_there(http: TestClient) -> None:
+    job_id = http.post(JOBS, json=SPEC).json()["id"]
+    stranger, admin = {"authorization": "you"}, {"authorization": "admin"}
+    assert http.get(f"{JOBS}/{job_id}", headers=stranger).json()["code"] == "job_not_found"
+    assert http.post(f"{JOBS}/{job_id}/cancel", headers=stranger).json()["code"] == "job_not_found"
+    assert http.get(JOBS, headers=stranger).json()["data"] == []
+    assert http.get(f"{JOBS}/{job_id}", headers=admin).status_code == 200
+
+
+def test_the_list_is_newest_first_and_paged(http: TestClient) -> None:
+    ids = [http.post(JOBS, json=SPEC).json()["id"] for _ in range(3)]
+    page = http.get(JOBS, params={"limit": 2}).json()
+    rest = http.get(JOBS, params={"limit": 2, "after": page["last_id"]}).json()
+    assert [job["id"] for job in page["data"] + rest["data"]] == ids[::-1]
+    assert (page["has_more"], rest["has_more"]) == (True, False)
+    assert http.get(JOBS, params={"after": "dj_0"}).json()["param"] == "after"
+
+
+def test_a_job_is_paused_resumed_and_canceled(http: TestClient) -> None:
+    job_id = http.post(JOBS, json=SPEC).json()["id"]
+    states = [http.post(f"{JOBS}/{job_id}/{verb}").json()["status"] for verb in ("pause", "resume", "cancel")]
+    assert states == ["paused", "queued", "canceled"]
+    assert http.post(f"{JOBS}/{job_id}/cancel").json()["code"] == "already_ended"
+
+
+def test_the_stream_continues_after_the_last_event_and_ends_with_the_job(http: TestClient, queue: JobQueue) -> None:
+    job_id = http.post(JOBS, json=SPEC).json()["id"]
+    for step in (1, 2):
+        queue.records.event(job_id, "progress", step=step)
+    queue.records.move(job_id, JobState.CANCELED)
+    headers = {"accept": "text/event-stream", "last-event-id": "2"}
+    with http.stream("GET", f"{JOBS}/{job_id}/events", headers=headers) as response:
+        text = "".join(response.iter_text())
+    data = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    assert [event["id"] for event in data] == [3, 4]
+    assert data[-1]["status"] == "canceled"
+    assert text.endswith("data: [DONE]\n\n")
+
+
+def test_events_are_a_list_too(http: TestClient, queue: JobQueue) -> None:
+    job_id = http.post(JOBS, json=SPEC).json()["id"]
+    queue.records.event(job_id, "checkpoint", step=7, best=True, metrics={"fd_ratio": 1.5})
+    events = http.get(f"{JOBS}/{job_id}/events").json()
+    assert [event["event"] for event in events["data"]] == ["status", "checkpoint"]
+    assert http.get(f"{JOBS}/{job_id}/checkpoints").json()["data"][0]["step"] == 7
+    assert http.get(f"{JOBS}/{job_id}/events", headers={"last-event-id": "x"}).json()["param"] == "Last-Event-ID"
+
+
+def test_samples_are_the_newest_panel_until_the_sheet_is_there(http: TestClient, queue: JobQueue) -> None:
+    job_id = http.post(JOBS, json=SPEC).json()["id"]
+    assert http.get(f"{JOBS}/{job_id}/samples").json()["code"] == "not_found"
+    registry = queue.records.registry
+    for name in ("panels/000010.png", "panels/000200.png"):
+        registry.write_job_file(job_id, name, name.encode())
+    assert http.get(f"{JOBS}/{job_id}/samples").content == b"panels/000200.png"
+    registry.write_job_file(job_id, "samples.png", b"sheet")
+    answer = http.get(f"{JOBS}/{job_id}/samples")
+    assert (answer.content, answer.headers["content-type"]) == (b"sheet", "image/png")
+
+
+def test_an_estimate_says_what_it_knows_and_where_from(http: TestClient) -> None:
+    unknown = http.post("/v1/distillation/estimate", json=SPEC).json()
+    assert unknown["train_seconds"] is None
+    assert unknown["memory_bytes"] == 1750 * 4 * (1 + 4 + 1)
+    timed = {**SPEC, "method": {"name": "sid"}, "train": {"max_minutes": 5}}
+    known = http.post("/v1/distillation/estimate", json=timed).json()
+    assert (known["train_seconds"], known["hard_stop_seconds"]) == (300.0, 600.0)
+    assert known["memory_bytes"] == 1750 * 4 * (1 + 8 + 1)
+
+
+def test_the_documented_shapes_are_complete(http: TestClient) -> None:
+    paths = http.get("/openapi.json").json()["paths"]
+    assert set(paths[f"{JOBS}/{{job_id}}/{{command}}"]["post"]["responses"]) >= {"200", "400", "404", "409", "503"}
+    assert "application/json" in paths[f"{JOBS}"]["post"]["responses"]["201"]["content"]
+
+
+@pytest.fixture
+def sdk(http: TestClient) -> Iterator[OpenAI]:
+    """OpenAI's own client over the same application."""
+    with OpenAI(base_url=f"{http.base_url}/v1", api_key="me", http_client=http, max_retries=0) as client:
+        yield client
+
+
+def test_openais_sdk_drives_a_job_through_its_life(sdk: OpenAI, http: TestClient, queue: JobQueue) -> None:
+    job = sdk.fine_tuning.jobs.create(
+        model="shapes",
+        training_file="shapes",
+        suffix="from-sdk",
+        seed=7,
+        metadata={"ticket": "1"},
+        extra_body={"method": {"type": "distillation", "distillation": {"train": {"iterations": 5}}}},
+    )
+    assert (job.object, job.status, job.model, job.metadata) == ("fine_tuning.job", "queued", "shapes", {"ticket": "1"})
+    native = http.get(f"{JOBS}/{job.id}", headers={"authorization": "Bearer me"}).json()
+    assert native["spec"]["student"]["name"] == "from-sdk"
+    assert native["spec"]["train"]["iterations"] == 5
+
+    assert [found.id for found in sdk.fine_tuning.jobs.list()] == [job.id]
+    assert sdk.fine_tuning.jobs.pause(job.id).status == "paused"
+    assert sdk.fine_tuning.jobs.resume(job.id).status == "queued"
+    queue.records.event(job.id, "checkpoint", step=3, best=True, metrics={"fd": 1.5})
+    assert [c.step_number for c in sdk.fine_tuning.jobs.checkpoints.list(job.id)] == [3]
+    assert sdk.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+    messages = [event.message for event in sdk.fine_tuning.jobs.list_events(job.id, limit=2)]
+    assert messages[0] == "canceled"
+    assert len(messages) == 5  # paged by two, newest first
+    assert sdk.fine_tuning.jobs.retrieve(job.id).finished_at is not None
+
+
+def test_openais_sdk_is_refused_what_the_native_dialect_refuses(sdk: OpenAI) -> None:
+    with pytest.raises(BadRequestError):
+        sdk.fine_tuning.jobs.create(model="nobody", training_file="shapes")
+    with pytest.raises(BadRequestError):
+        sdk.fine_tuning.jobs.retrieve("dj_0")

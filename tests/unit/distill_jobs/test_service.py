@@ -1,0 +1,130 @@
+"""What becomes of a job whose work was interrupted or failed, and what a distiller says of its jobs."""
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from prometheus_client import generate_latest
+
+from distill_jobs.jobs import JobState
+from distill_jobs.queue import JobQueue, connect
+from distill_jobs.records import JobRecords
+from distill_jobs.service import Service, _identity, _is_dead
+from distill_jobs.settings import DistillerSettings
+from engines.registry.base import Registry
+from engines.registry.files import FilesRegistry
+from engines.registry.memory import MemoryRegistry
+from tests.redis_server import RedisServer
+
+SPEC: dict[str, Any] = {
+    "teacher": {"id": "nobody@" + "0" * 64},
+    "student": {"name": "small", "steps": [1]},
+    "method": {"name": "kd"},
+    "train": {"iterations": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RedisServer]:
+    server = RedisServer().start()
+    yield server
+    server.close()
+
+
+def service(server: RedisServer, registry: Registry, work: Path) -> Service:
+    with server.client() as client:
+        client.flushall()
+    settings = DistillerSettings(
+        redis_url=server.url, registry_url=str(work), work_dir=work / "work", backend="eager", lease_s=5.0
+    )
+    return Service(settings, registry, JobQueue(connect(server.url), JobRecords(registry)))
+
+
+def run(made: Service, spec: dict[str, Any], stop: threading.Event | None = None) -> tuple[JobState, Any]:
+    job_id = made.queue.submit(spec).id
+    job = made.queue.claim(made.owner)
+    assert job is not None
+    made.run_one(job, stop or threading.Event())
+    now = made.records.get(job_id)
+    return now.state, now.log[-1].error
+
+
+def test_a_job_whose_teacher_is_gone_fails_with_the_reason(server: RedisServer, tmp_path: Path) -> None:
+    made = service(server, FilesRegistry(str(tmp_path)), tmp_path)
+    state, error = run(made, SPEC)
+    assert (state, error["code"]) == (JobState.FAILED, "student_not_found")
+    assert made.queue.claim("another") is None
+
+
+def test_a_store_without_folders_is_refused_and_says_so(server: RedisServer, tmp_path: Path) -> None:
+    state, error = run(service(server, MemoryRegistry(), tmp_path), SPEC)
+    assert (state, error["code"]) == (JobState.FAILED, "not_built")
+
+
+def test_an_error_of_ours_fails_the_job_and_not_the_service(server: RedisServer, tmp_path: Path) -> None:
+    state, error = run(service(server, FilesRegistry(str(tmp_path)), tmp_path), {"nonsense": 1})
+    assert (state, error["code"]) == (JobState.FAILED, "internal_error")
+
+
+def test_a_stopping_service_leaves_the_job_to_the_next_at_once(server: RedisServer, tmp_path: Path) -> None:
+    made, stop = service(server, FilesRegistry(str(tmp_path)), tmp_path), threading.Event()
+    stop.set()
+    state, _ = run(made, SPEC, stop)
+    assert state is JobState.QUEUED
+    assert made.queue.claim("another") is not None
+
+
+@pytest.mark.parametrize(("command", "state"), [("cancel", JobState.CANCELED), ("pause", JobState.PAUSED)])
+def test_a_command_that_came_with_the_claim_is_obeyed(
+    server: RedisServer, tmp_path: Path, command: str, state: JobState
+) -> None:
+    made = service(server, FilesRegistry(str(tmp_path)), tmp_path)
+    job = made.queue.submit(SPEC)
+    with server.client() as client:
+        client.set(f"fewstep:v1:jobs:command:{job.id}", command)
+    claimed = made.queue.claim(made.owner)
+    assert claimed is not None
+    made.run_one(claimed, threading.Event())
+    assert made.records.get(job.id).state is state
+    assert made.queue.commanded(job.id) is None
+
+
+def test_who_lost_the_job_writes_nothing_more(server: RedisServer, tmp_path: Path) -> None:
+    made = service(server, FilesRegistry(str(tmp_path)), tmp_path)
+    job_id = made.queue.submit(SPEC).id
+    mine = made.queue.claim(made.owner)
+    assert mine is not None
+    made.records.claim(job_id, "another")
+    before = made.records.get(job_id).log
+    made.run_one(mine, threading.Event())
+    assert made.records.get(job_id).log == before
+
+
+def test_the_metrics_count_jobs_by_state_as_they_are_now(server: RedisServer, tmp_path: Path) -> None:
+    made = service(server, FilesRegistry(str(tmp_path)), tmp_path)
+    made.queue.submit(SPEC)
+    text = generate_latest(made.metrics.registry).decode()
+    assert 'fewstep_distill_jobs{state="queued"} 1.0' in text
+    assert 'fewstep_distill_jobs{state="failed"} 0.0' in text
+
+
+def test_the_series_of_an_ended_job_are_gone(server: RedisServer, tmp_path: Path) -> None:
+    made = service(server, FilesRegistry(str(tmp_path)), tmp_path)
+    made.metrics.progress("dj_1", {"step": 3, "losses": {"student": 0.5}, "metrics": {"fd": 1.5}})
+    assert made.metrics.registry.get_sample_value("fewstep_distill_step", {"job": "dj_1"}) == 3
+    made.metrics.forget("dj_1")
+    assert b"dj_1" not in generate_latest(made.metrics.registry)
+
+
+def test_a_dead_distiller_of_this_machine_is_known_as_one() -> None:
+    host, me = socket.gethostname(), psutil.Process()
+    assert not _is_dead(_identity())
+    assert _is_dead(f"{host}:{me.pid}:1.00")  # another process had this id
+    assert _is_dead(f"{host}:{2**22 + 1}:1.00")
+    assert not _is_dead(f"elsewhere:{os.getpid()}:1.00")
+    assert not _is_dead("unreadable")

@@ -1,0 +1,58 @@
+"""The committed teacher: a stock pipeline loads it as it is, and it draws what it is asked for."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+
+from distill_jobs.teachers.shapes import data, latents, vae
+from distill_jobs.teachers.shapes.publish import PIPELINE
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # what diffusers warns about while loading is not ours
+RED, BLUE = np.array([214, 56, 48]), np.array([56, 92, 206])
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> StableDiffusionPipeline:
+    loaded = StableDiffusionPipeline.from_pretrained(PIPELINE, safety_checker=None, local_files_only=True)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def test_the_directory_is_small_and_holds_no_pickle() -> None:
+    files = [path for path in PIPELINE.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 13_500_000
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".txt"}
+    assert json.loads((PIPELINE / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
+
+
+def test_the_autoencoder_gives_back_unseen_pictures() -> None:
+    network = AutoencoderKL.from_pretrained(PIPELINE / "vae", local_files_only=True).eval()
+    assert vae.psnr_db(network, latents.pictures(48, 11, "heldout")) >= 28
+
+
+def test_it_draws_what_the_caption_says(pipeline: StableDiffusionPipeline) -> None:
+    caption = "a large red circle left of a large blue square on a white background"
+    generator = torch.Generator().manual_seed(0)
+    pictures = pipeline(
+        [caption] * 4, num_inference_steps=12, guidance_scale=2.0, output_type="np", generator=generator
+    )
+    levels = 255 * pictures.images  # [N, H, W, 3]
+    left, right = levels[:, 28:36, 14:20].mean((1, 2)), levels[:, 28:36, 44:50].mean((1, 2))
+    assert levels.std() > 20
+    assert np.median(np.abs(left - RED).max(1)) < 40
+    assert np.median(np.abs(right - BLUE).max(1)) < 40
+
+
+def test_seeds_give_different_pictures(pipeline: StableDiffusionPipeline) -> None:
+    generator = torch.Generator().manual_seed(1)
+    first, second = pipeline(["a red ring"] * 2, num_inference_steps=6, output_type="np", generator=generator).images
+    assert np.abs(first - second).mean() > 0.01
+
+
+def test_the_card_names_what_it_was_trained_on() -> None:
+    card = (PIPELINE / "README.md").read_text()
+    assert "distill_jobs.teachers.shapes.train" in card
+    assert all(f"{data.COLOURS[colour]} {data.KINDS[kind]}" in card for colour, kind in data.HELD_OUT)

@@ -1,0 +1,100 @@
+"""What a job may say, and that what it may not say is refused by name before anything is queued."""
+
+from typing import Any
+
+import pytest
+
+from distill_jobs import spec as specs
+from engines.errors import FewstepError, InvalidRequest, NotBuilt, UnknownPlugin
+
+
+def job(**changes: Any) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "teacher": {"id": "shapes"},
+        "student": {"name": "small", "steps": [1, 2]},
+        "method": {"name": "kd"},
+        "train": {"iterations": 100},
+    }
+    return {**body, **changes}
+
+
+def test_the_shipped_job_is_valid_and_states_its_own_gates() -> None:
+    spec = specs.parse(specs.preset("shapes-fast"))
+    assert spec.gates.fd_ratio == {1: 1.8, 2: 1.5, 4: 1.3}
+    assert [stage.name for stage in spec.stages] == ["kd"]
+    assert spec.publish is not None
+    assert spec.publish.tiers == {"low": 1, "medium": 4}
+
+
+def test_what_was_parsed_is_parsed_again_to_the_same() -> None:
+    spec = specs.parse(job(method=[{"name": "kd", "pairs": 64}, {"name": "sid", "share": 0.25}]))
+    assert specs.parse(spec.canonical()) == spec
+    assert spec.stages[0].fields == {"pairs": 64}
+
+
+def test_stages_without_a_share_divide_what_is_left() -> None:
+    spec = specs.parse(job(method=[{"name": "kd", "share": 0.5}, {"name": "sid"}, {"name": "dmd"}]))
+    assert spec.shares == pytest.approx((0.5, 0.25, 0.25))
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    (job(gate={}), "gate"),
+    (job(student={"name": "small", "stepz": [1]}), "student.stepz"),
+    (job(student={"name": "small", "steps": [1, "x"]}), "student.steps.1"),
+    (job(student={"name": "Has Spaces"}), "student.name"),
+    (job(method={"name": "kd", "lrr": 1}), "method.lrr"),
+    (job(method={"name": "kd", "lr": "fast"}), "method.lr"),
+    (job(method=[{"name": "kd"}, {"name": "sid", "fake_lr": -1}]), "method.1.fake_lr"),
+    (job(method=[{"name": "kd"}, {"name": "optimal_steps"}]), "method.1"),
+    (job(gates={"fd_ratio": "x"}), "gates.fd_ratio"),
+    (job(data={"prompts": 3}), "data.prompts"),
+    (job(train={"iterations": 0}), "train.iterations"),
+]
+
+
+@pytest.mark.parametrize(("body", "param"), REFUSED, ids=[param for _, param in REFUSED])
+def test_a_wrong_field_is_refused_by_its_name(body: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        specs.parse(body)
+    assert refusal.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (job(train={}), "no end"),
+        (job(publish={"deployment": "shapes", "tiers": {"low": 4}}), r"asks for \[4\] steps"),
+        (job(gates={"fd_ratio": {"1": 1.5}}), r"no limit for \[2\] steps"),
+        (job(method=[{"name": "kd", "share": 0.7}, {"name": "sid", "share": 0.7}]), "shares"),
+        (job(method=[]), "empty list"),
+        (job(data={"prompts": ["a"], "pairs": "dj_1"}), "choose one"),
+    ],
+)
+def test_fields_that_contradict_are_refused(body: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words):
+        specs.parse(body)
+
+
+def test_an_unknown_method_is_refused_with_those_there_are() -> None:
+    with pytest.raises(UnknownPlugin, match="kd"):
+        specs.parse(job(method={"name": "alchemy"}))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        job(student={"name": "small", "steps": [1], "train": {"lora": {"rank": 8}}}),
+        job(method={"name": "kd", "train": "lora"}),
+        job(method={"name": "kd", "terms": [{"name": "diversity", "weight": 0.1}]}),
+        job(train={"iterations": 1, "processes": 2}),
+        job(data={"images": "folder"}),
+    ],
+)
+def test_what_is_documented_and_not_built_says_so(body: dict[str, Any]) -> None:
+    with pytest.raises(NotBuilt, match="not built yet"):
+        specs.parse(body)
+
+
+def test_a_body_that_is_no_json_is_refused() -> None:
+    with pytest.raises(FewstepError, match="not JSON"):
+        specs.parse(b"{teacher")

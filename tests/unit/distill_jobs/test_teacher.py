@@ -1,0 +1,94 @@
+"""A teacher as training has it is the teacher as serving has it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from distill_jobs.data import prompts
+from distill_jobs.small_evaluation import baked
+from distill_jobs.teachers import diffusers
+from distill_jobs.teachers.diffusers import Teacher
+from engines import artefact
+from engines.errors import InvalidRequest
+from engines.loader import load_student
+from engines.manifest import Guidance, Schedule
+from engines.student import sample
+from tests import tiny_sd
+
+CAPTIONS, SEEDS = ["a red circle", "two shapes on white", "a blue square"], [1, 2, 3]
+TWO_STEPS = {2: Schedule(times=(1.0, 0.4, 0.0), eta=1.0)}
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Teacher:
+    tiny = tiny_sd.teacher()
+    return diffusers.load(tiny.registry, tiny.version)
+
+
+@pytest.mark.parametrize("guidance", [tiny_sd.GUIDANCE, baked(2.0), baked(1.0)], ids=["cfg", "baked", "none"])
+def test_a_network_in_training_makes_the_pictures_that_its_engine_will_make(
+    teacher: Teacher, guidance: Guidance
+) -> None:
+    registry = tiny_sd.teacher().registry
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for value in teacher.denoiser.parameters():
+            value.add_(0.01 * torch.randn_like(value))  # a student that has learnt something
+    version = artefact.make_student(
+        registry,
+        teacher.manifest.version,
+        "learnt",
+        denoiser_weights=diffusers.blob_weights(teacher.denoiser.state_dict()),
+        schedules=TWO_STEPS,
+        guidance=guidance,
+        dtype="fp32",
+    )
+    served = sample(load_student(registry, registry.student(version)), CAPTIONS, SEEDS, 2)
+    trained = sample(teacher.student(teacher.denoiser, TWO_STEPS, guidance), CAPTIONS, SEEDS, 2)
+    assert (served.int() - trained.int()).abs().max() <= 1
+
+
+def test_a_guided_teacher_is_u_plus_w_times_c_minus_u(teacher: Teacher) -> None:
+    cond, x, t = teacher.encode(CAPTIONS), torch.randn(3, *teacher.shape), torch.full((3,), 0.7)
+    null = teacher.encode([""]).expand_as(cond)
+    with torch.no_grad():
+        c, u = teacher.denoiser(x, t, cond)[0], teacher.denoiser(x, t, null)[0]
+        guided = teacher.guided(2.5)(x, t, cond)[0]
+    torch.testing.assert_close(guided, u + 2.5 * (c - u), rtol=1e-4, atol=1e-4)
+    assert teacher.guided(1.0) is teacher.denoiser
+
+
+def test_float_pictures_round_to_those_that_are_served(teacher: Teacher) -> None:
+    latents = torch.randn(2, *teacher.shape)
+    with torch.no_grad():
+        served = teacher.decoder(latents=latents).numpy()
+    assert np.abs(np.rint(teacher.pictures(latents)) - served.astype(np.float32)).max() <= 1
+
+
+def test_prompts_are_encoded_once(teacher: Teacher, tmp_path: Path) -> None:
+    first = prompts.encoded(teacher, CAPTIONS, tmp_path)
+    (kept,) = tmp_path.iterdir()
+    before = kept.stat().st_mtime_ns
+    again = prompts.encoded(teacher, CAPTIONS, tmp_path)
+    assert kept.stat().st_mtime_ns == before
+    torch.testing.assert_close(first.cond, again.cond)
+    prompts.encoded(teacher, CAPTIONS[:2], tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_captions_are_those_of_the_rows(teacher: Teacher, tmp_path: Path) -> None:
+    source = prompts.encoded(teacher, CAPTIONS, tmp_path)
+    for position in range(3):
+        cond = source.rows(position, 2).cond
+        torch.testing.assert_close(cond, teacher.encode(source.captions(position, 2)))
+
+
+def test_a_job_brings_its_own_prompts_or_names_a_source() -> None:
+    assert prompts.texts(["a", "b"]) == ["a", "b"]
+    named = prompts.texts("shapes", count=5)
+    assert len(named) == 5
+    assert prompts.texts(None, count=5) == named
+    with pytest.raises(InvalidRequest, match="no source"):
+        prompts.texts("imagenet")

@@ -1,0 +1,46 @@
+"""The smallest real thing to train: a two-layer network over a Gaussian teacher, in single precision."""
+
+import torch
+from torch import Tensor, nn
+
+from distill_jobs.batches import TensorSource
+from engines.denoiser import Denoiser, Guided
+from engines.process import RF
+
+SHAPE = (2, 2, 2)
+STAGES = {
+    "kd": {"batch": 8, "pairs": 64, "teacher_steps": 4},
+    "dmd": {"batch": 8, "fake_updates": 2, "fake_warmup": 4},
+    "sid": {"batch": 8, "fake_updates": 2, "fake_warmup": 4},
+    "lsd": {"batch": 8, "generate": 64, "teacher_steps": 4},
+}
+
+
+class TinyNet(nn.Module):
+    """net(x, t, cond, s, w) of 8 values, with dropout so that randomness in the network is tested too."""
+
+    def __init__(self, seed: int = 0, dropout: float = 0.0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.inner = nn.Linear(11, 16)
+        self.outer = nn.Linear(16, 8)
+        self.dropout = nn.Dropout(dropout)
+        for parameter in self.parameters():
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor, s: Tensor | None, w: Tensor | None) -> Tensor:
+        s = t if s is None else s
+        h = torch.cat([x.flatten(1), torch.stack([t, s, cond.expand(len(x))], dim=1)], dim=1)
+        return self.outer(self.dropout(torch.tanh(self.inner(h)))).reshape(x.shape)
+
+
+def tiny_teacher() -> Guided:
+    return Guided(Denoiser(TinyNet(1), RF(), "flow"), torch.zeros(1), 1.5)
+
+
+def tiny_student(dropout: float = 0.0) -> Denoiser:
+    return Denoiser(TinyNet(1, dropout), RF(), "flow", inputs={"s"})
+
+
+def tiny_source() -> TensorSource:
+    return TensorSource(torch.linspace(-1, 1, 50), SHAPE)
