@@ -1,0 +1,129 @@
+"""Whole jobs through the real service: a real trainer process, real files, a real Redis, a tiny teacher."""
+
+import io
+from collections.abc import Iterator
+
+import pytest
+from PIL import Image
+
+from engines.manifest import shown
+from tests.distilling import DEPLOYMENT, LENIENT, Workshop, workshop
+from tests.eventually import eventually
+from tests.redis_server import RedisServer
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RedisServer]:
+    server = RedisServer().start()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def shop(server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """One for all tests here: the teacher's answers are asked once."""
+    return workshop(tmp_path_factory.mktemp("shop"), server.url)
+
+
+def test_a_job_becomes_a_student_behind_its_deployment(shop: Workshop) -> None:
+    job = shop.submit()
+    with shop.workers(), shop.distiller():
+        shop.await_state(job.id, "succeeded")
+
+    states = [event["status"] for event in shop.events(job.id, "status")]
+    assert states == [
+        "queued", "preparing", "running", "exporting", "evaluating", "publishing", "succeeded",
+    ]  # fmt: skip
+    result = shop.records.read(job.id, "result.json")
+    assert result is not None
+    current = shop.registry.current(DEPLOYMENT)
+    assert current is not None
+    assert {tier: (t.student, t.steps) for tier, t in current.tiers.items() if tier != "high"} == {
+        "low": (result["student"], 1),
+        "medium": (result["student"], 2),
+    }
+    assert current.default_tier == "medium"
+
+    # The student without new weights was live first.
+    first, second = (shop.registry.revision(DEPLOYMENT, number) for number in (2, 3))
+    assert first.tiers["low"].student == result["schedule_student"]
+    assert second.tiers["low"].student == result["student"]
+
+    # It carries how it is to be sampled, and its report says how it was judged.
+    manifest = shop.registry.student(result["student"])
+    assert (manifest.kind, manifest.guidance.mode, sorted(manifest.schedules)) == ("full", "baked", [1, 2])
+    assert all(step.w is None for step in manifest.plan(2))
+    report = shop.registry.report(result["student"])
+    assert report is not None
+    assert report["gates"]["passed_steps"] == [1, 2]
+    assert report["metrics"]["1"].keys() >= {"fd", "fd_ratio", "alignment", "diversity", "grain", "latency_ms_p50"}
+    assert "@" in shown(report["teacher_as"]["version"])
+
+    # It showed its pictures and its progress on the way.
+    panels = [name for name in shop.registry.job_files(job.id) if name.startswith("panels/")]
+    assert panels
+    for name in (panels[-1], "samples.png"):
+        assert Image.open(io.BytesIO(shop.registry.read_job_file(job.id, name) or b"")).width > 100
+    progress = shop.events(job.id, "progress")[-1]
+    assert (progress["step"], progress["total_steps"]) == (12, 12)
+    assert progress["losses"].keys() == {"student"}
+    assert [event["step"] for event in shop.events(job.id, "metric")] == [6, 12]
+
+
+def test_a_missed_gate_publishes_nothing_and_is_no_failure(shop: Workshop) -> None:
+    before = shop.registry.history(DEPLOYMENT)
+    job = shop.submit(gates=LENIENT | {"fd_ratio": 1e-6}, student={"name": "missed", "steps": [1, 2]})
+    with shop.workers(), shop.distiller():
+        shop.await_state(job.id, "succeeded")
+
+    gates = (shop.records.read(job.id, "result.json") or {})["gates"]
+    assert (gates["passed"], gates["passed_steps"]) == (False, [])
+    assert {(r["rule"], r["steps"], r["passed"]) for r in gates["results"]} == {
+        ("fd_ratio", 1, False), ("fd_ratio", 2, False),
+    }  # fmt: skip
+    assert shop.registry.history(DEPLOYMENT) == before
+    assert shop.registry.report(shop.registry.students("missed")[0]) is not None
+
+
+def test_a_student_that_no_worker_takes_fails_its_job(shop: Workshop) -> None:
+    job = shop.submit(student={"name": "refused", "steps": [1, 2]})
+    with shop.workers(refuse="the golden samples differ"), shop.distiller():
+        shop.await_state(job.id, "failed")
+
+    error = shop.records.get(job.id).log[-1].error
+    assert error is not None
+    assert error["code"] == "swap_rejected"
+    assert "golden samples" in error["message"]
+    assert "unpublished" in shop.events(job.id, "note")[0]["message"]
+
+
+def test_a_search_alone_makes_a_student_without_training(shop: Workshop) -> None:
+    job = shop.submit(method={"name": "optimal_steps", "batch": 4, "fine": 4, "reference_steps": 4},
+                      student={"name": "searched", "steps": [1, 2]}, publish=None)  # fmt: skip
+    with shop.distiller():
+        shop.await_state(job.id, "succeeded")
+    student = (shop.records.read(job.id, "result.json") or {})["student"]
+    assert shop.registry.student(student).kind == "schedule"
+
+
+def test_pause_resume_and_cancel_take_effect_while_training(shop: Workshop) -> None:
+    long = {"iterations": 100_000, "precision": "fp32", "checkpoint_every": 5}
+    job = shop.submit(train=long, publish=None, student={"name": "paused", "steps": [1]}, gates=LENIENT)
+    with shop.distiller():
+        eventually(lambda: shop.events(job.id, "checkpoint"), 300)
+
+        shop.queue.command(job.id, "pause")
+        shop.await_state(job.id, "paused")
+        saved = shop.events(job.id, "checkpoint")[-1]["step"]
+        assert shop.queue.claim("another") is None
+
+        shop.queue.command(job.id, "resume")
+        eventually(lambda: shop.events(job.id, "checkpoint")[-1]["step"] > saved, 300)
+        seen = [event["step"] for event in shop.events(job.id, "checkpoint") if not event.get("best")]
+        assert seen == sorted(set(seen)) or seen.count(saved) <= 2  # it went on from where it was, not from the start
+
+        shop.queue.command(job.id, "cancel")
+        shop.await_state(job.id, "canceled")
+    assert not [name for name in shop.registry.job_files(job.id) if name.startswith("trained/")]

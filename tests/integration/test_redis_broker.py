@@ -1,0 +1,198 @@
+"""What only the Redis broker has to bear: foreign messages, lost deliveries, other servers than it wants."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+
+import pytest
+
+from engines.errors import NotBuilt, Unavailable
+from server.brokers.base import open_broker
+from server.brokers.memory import MemoryBroker
+from server.brokers.redis import RedisBroker
+from tests.contract.conftest import Hub, redis_server
+from tests.contract.test_broker import claim_all, done, ids, request_of
+from tests.eventually import aeventually
+from tests.redis_server import RedisServer
+
+__all__ = ["redis_server"]
+
+
+@pytest.fixture
+def namespace() -> str:
+    return secrets.token_hex(4)
+
+
+@pytest.fixture
+async def hub(redis_server: RedisServer, namespace: str) -> AsyncIterator[Hub]:
+    calm = {"namespace": namespace, "restart_grace_s": 0.0}
+    hub = Hub(lambda identity, options: RedisBroker(redis_server.url, identity, **(calm | options)))
+    yield hub
+    await hub.close()
+
+
+@pytest.mark.parametrize("message", [b"\xff not msgpack", b"\x80"])
+async def test_an_unreadable_message_is_answered_and_kept(
+    hub: Hub, redis_server: RedisServer, namespace: str, message: bytes
+) -> None:
+    gateway, worker = await hub("gateway"), await hub("w1")
+    entry = await gateway.publish(request_of("r1"))
+    stream = f"{namespace}:v1:queue:shapes:normal"
+    with redis_server.client() as client:
+        client.xdel(stream, entry.entry_id)
+        client.hset(f"{namespace}:v1:req:r1", "entry", client.xadd(stream, {"id": "r1", "n": 1, "m": message}))
+        client.xadd(stream, {"nothing": "of ours"})
+        await gateway.publish(request_of("r2"))
+
+        assert ids(await claim_all(worker)) == ["r2"]
+        result = await gateway.wait("r1", 5)
+        assert result is not None
+        assert result.error is not None
+        assert result.error.code == "unsupported_message"
+        assert client.xlen(stream) == 1
+        assert client.xlen(f"{namespace}:v1:dead:shapes") == 1
+    assert await gateway.pins("shapes") == {request_of("r2").version: 1}
+    assert await worker.dead_letters("shapes") == []
+
+
+async def test_a_delivery_that_never_arrived_comes_back_to_its_worker(
+    hub: Hub, redis_server: RedisServer, namespace: str
+) -> None:
+    gateway, worker = await hub("gateway"), await hub("w1")
+    await gateway.publish(request_of("r1"))
+    with redis_server.client() as client:  # what the server does for a claim whose reply is lost
+        client.xgroup_create(f"{namespace}:v1:queue:shapes:normal", "workers", "0")
+        client.xreadgroup("workers", "w1", {f"{namespace}:v1:queue:shapes:normal": ">"})
+    assert await claim_all(worker) == []
+
+    async def returned() -> list[str]:
+        return ids(await worker.reclaim(["shapes"]))
+
+    assert await aeventually(returned) == ["r1"]
+    assert await worker.reclaim(["shapes"]) == []
+
+
+async def test_what_a_worker_holds_takes_no_room_of_what_it_reclaims(
+    hub: Hub, redis_server: RedisServer, namespace: str
+) -> None:
+    gateway, holder, dead = await hub("gateway"), await hub("w1"), await hub("w2")
+    await gateway.publish(request_of("r1"))
+    [held] = await claim_all(holder)
+    await gateway.publish(request_of("r2"))
+    await claim_all(dead)
+    await dead.release_lease()
+    with redis_server.client() as client:
+        client.xclaim(held.stream, "workers", "w1", 0, [held.entry_id], idle=60_000, justid=True)
+    assert ids(await holder.reclaim(["shapes"], max_requests=1)) == ["r2"]
+
+
+async def test_a_reply_goes_to_each_gateway_that_waits_once(
+    hub: Hub, redis_server: RedisServer, namespace: str
+) -> None:
+    gateway, other, worker = await hub("gateway"), await hub("other"), await hub("w1")
+    await gateway.publish(request_of("r1"))
+    for _ in range(2):
+        assert await other.wait("r1", 0.01) is None
+    [claim] = await claim_all(worker)
+    await worker.finish(claim, done(claim))
+    with redis_server.client() as client:
+        assert [client.xlen(f"{namespace}:v1:replies:{each}") for each in ("gateway", "other")] == [1, 1]
+
+
+async def test_nothing_is_left_of_a_finished_request_but_its_answer(
+    hub: Hub, redis_server: RedisServer, namespace: str
+) -> None:
+    gateway, worker = await hub("gateway"), await hub("w1")
+    for i in range(3):
+        await gateway.publish(request_of(f"r{i}"))
+    claims = await claim_all(worker)
+    await gateway.cancel("r1")
+    for claim in claims:
+        await worker.finish(claim, done(claim), [b"picture"])
+    with redis_server.client() as client:
+        keys = {key.decode().partition(":v1:")[2] for key in client.keys(f"{namespace}:*")}
+        stream = f"{namespace}:v1:queue:shapes:normal"
+        assert (client.xlen(stream), client.xpending(stream, "workers")["pending"]) == (0, 0)
+        kept = {"req:r0", "req:r1", "req:r2", "res:r0:0", "res:r2:0", "replies:gateway"}
+        others = {"queue:shapes:normal", "queue:shapes:high", "queue:shapes:low", "load:shapes", "control"}
+        assert keys == kept | others | {"worker:w1", "workers"}
+        assert all(client.ttl(f"{namespace}:v1:{key}") > 0 for key in kept)
+        assert client.hgetall(f"{namespace}:v1:load:shapes") == {b"normal": b"0"}
+
+
+async def test_consumers_of_dead_workers_are_removed(hub: Hub, redis_server: RedisServer, namespace: str) -> None:
+    gateway, first, second = await hub("gateway"), await hub("w1"), await hub("w2")
+    await gateway.publish(request_of("r1"))
+    await claim_all(first)
+    await first.release_lease()
+    await second.reclaim(["shapes"])
+    with redis_server.client() as client:
+        consumers = client.xinfo_consumers(f"{namespace}:v1:queue:shapes:normal", "workers")
+    assert [consumer["name"] for consumer in consumers] == [b"w2"]
+
+
+async def test_a_restarted_server_gives_every_worker_time_to_renew(hub: Hub) -> None:
+    gateway, first = await hub("gateway"), await hub("w1")
+    careful = await hub("w2", restart_grace_s=3600.0)
+    await gateway.publish(request_of("r1"))
+    await claim_all(first)
+    await first.release_lease()
+    assert await careful.reclaim(["shapes"]) == []
+    assert ids(await (await hub("w3")).reclaim(["shapes"])) == ["r1"]
+
+
+async def test_scripts_are_sent_again_to_a_server_that_forgot_them(hub: Hub, redis_server: RedisServer) -> None:
+    gateway, worker = await hub("gateway"), await hub("w1")
+    await gateway.publish(request_of("r1"))
+    with redis_server.client() as client:
+        client.script_flush()
+    await asyncio.gather(*(gateway.publish(request_of(f"r{i}")) for i in range(2, 5)))
+    assert ids(await claim_all(worker)) == ["r1", "r2", "r3", "r4"]
+
+
+async def test_a_claim_that_is_canceled_loses_no_request(hub: Hub) -> None:
+    gateway, worker = await hub("gateway"), await hub("w1")
+    found: list[str] = []
+    for i in range(10):
+        claiming = asyncio.create_task(worker.claim(["shapes"], 8, None))
+        await asyncio.wait([claiming], timeout=0.005)
+        await gateway.publish(request_of(f"r{i}"))
+        claiming.cancel()
+        await asyncio.wait([claiming])
+        if not claiming.cancelled():
+            found += ids(claiming.result())
+
+    async def all_found() -> bool:
+        found.extend([*ids(await worker.reclaim(["shapes"])), *ids(await claim_all(worker))])
+        return len(found) >= 10
+
+    await aeventually(all_found)
+    assert sorted(found) == [f"r{i}" for i in range(10)]
+
+
+async def test_a_cluster_is_refused_with_what_to_use_instead() -> None:
+    server = RedisServer(args=("--cluster-enabled", "yes")).start()
+    broker = RedisBroker(server.url, "gateway")
+    try:
+        with pytest.raises(NotBuilt, match="single server"):
+            await broker.start()
+    finally:
+        await broker.close()
+        server.close()
+
+
+async def test_a_server_that_is_not_there_is_unavailable_after_the_patience() -> None:
+    broker = RedisBroker("unix:///nowhere/redis.sock", "gateway", patience_s=0.05)
+    try:
+        assert not await broker.ping()
+        with pytest.raises(Unavailable, match="cannot be reached"):
+            await broker.start()
+    finally:
+        await broker.close()
+
+
+async def test_the_url_chooses_the_broker() -> None:
+    assert isinstance(open_broker("memory:", "gateway"), MemoryBroker)
+    assert isinstance(open_broker("redis://localhost:1/0", "gateway"), RedisBroker)
+    with pytest.raises(NotBuilt, match="Sentinel"):
+        open_broker("redis+sentinel://localhost/mymaster", "gateway")

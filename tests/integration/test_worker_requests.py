@@ -1,0 +1,168 @@
+"""A whole worker over both brokers: every claimed request gets its one answer, with the right picture in it."""
+
+import asyncio
+import io
+import secrets
+from collections.abc import AsyncIterator
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from engines.backends.base import tolerance
+from engines.student import sample
+from server.brokers.base import Broker
+from server.brokers.memory import MemoryBroker, MemoryServer
+from server.brokers.redis import RedisBroker
+from tests.contract.conftest import redis_server
+from tests.eventually import aeventually
+from tests.integration.worker_stack import MODEL, Running, running
+
+__all__ = ["redis_server"]
+
+
+@pytest.fixture(params=["memory", "redis"])
+async def up(request: pytest.FixtureRequest) -> AsyncIterator[Running]:
+    gateway, broker = brokers(request)
+    await gateway.start()
+    await broker.start()
+    async with running(broker, gateway) as made:
+        yield made
+    await broker.close()
+    await gateway.close()
+
+
+def brokers(request: pytest.FixtureRequest) -> tuple[Broker, Broker]:
+    if request.param == "memory":
+        server = MemoryServer()
+        return MemoryBroker(server, "gateway"), MemoryBroker(server, "worker")
+    url, namespace = request.getfixturevalue("redis_server").url, secrets.token_hex(4)
+    return RedisBroker(url, "gateway", namespace=namespace), RedisBroker(url, "worker", namespace=namespace)
+
+
+async def picture(up: Running, request_id: str, index: int = 0) -> Tensor:
+    data = await up.gateway.image(request_id, index)
+    assert data is not None
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB"))).permute(2, 0, 1)
+
+
+async def is_running(up: Running, request_id: str) -> bool:
+    status = await up.gateway.status(request_id)
+    return status is not None and status.state != "queued"
+
+
+def same(made: Tensor, reference: Tensor) -> None:
+    assert tolerance("eager", "fp32").fault(made, reference) is None
+
+
+async def test_an_answer_says_what_made_it_and_holds_its_pictures(up: Running) -> None:
+    result = await up.answer(up.request("r1", n=2, prompt="a zebra circle"))
+    assert (result.status, result.steps, result.seeds, result.num_images) == ("succeeded", 4, [7, 8], 2)
+    assert (result.backend, result.worker) == ("eager", "worker")
+    assert result.ignored_words == ["zebra"]
+    assert result.timing.denoise_ms > 0
+    assert result.timing.total_ms >= result.timing.denoise_ms + result.timing.decode_ms
+    alone = sample(up.student(), ["a zebra circle"] * 2, [7, 8], 4)
+    for i in range(2):
+        same(await picture(up, "r1", i), alone[i])
+
+
+async def test_many_at_once_are_all_answered_with_their_own_picture(up: Running) -> None:
+    wanted = [(f"r{i}", i, (1, 4)[i % 2], ("a red circle", "two blue shapes")[i % 2]) for i in range(24)]
+    requests = [up.request(name, seed=seed, steps=steps, prompt=prompt) for name, seed, steps, prompt in wanted]
+    results = await asyncio.gather(*[up.answer(request) for request in requests])
+    assert {result.status for result in results} == {"succeeded"}
+    for name, seed, steps, prompt in wanted:
+        same(await picture(up, name), sample(up.student(), [prompt], [seed], steps)[0])
+    text = up.metrics.text().decode()
+    assert f'fewstep_running{{model="{MODEL}"}} 0.0' in text
+    assert await up.gateway.pins(MODEL) == {}
+
+
+async def test_jpeg_and_webp_are_what_they_say(up: Running) -> None:
+    for output_format in ("jpeg", "webp"):
+        await up.answer(up.request(output_format, output_format=output_format))
+        data = await up.gateway.image(output_format, 0)
+        assert data is not None
+        assert Image.open(io.BytesIO(data)).format == output_format.upper()
+
+
+async def test_a_request_that_the_student_does_not_allow_fails_alone(up: Running) -> None:
+    bad = up.request("bad", steps=3)
+    results = await asyncio.gather(up.answer(bad), up.answer(up.request("good")))
+    assert [result.status for result in results] == ["failed", "succeeded"]
+    assert results[0].error is not None
+    assert results[0].error.code == "steps_not_allowed"
+
+
+async def test_a_version_that_does_not_exist_is_answered(up: Running) -> None:
+    ghost = f"ghost@{'0' * 64}"
+    await up.gateway.set_servable(MODEL, {ghost})
+    result = await up.answer(up.request("r1", version=ghost))
+    assert result.error is not None
+    assert result.error.code == "student_not_found"
+
+
+async def test_a_request_past_its_deadline_is_answered_as_expired(up: Running) -> None:
+    result = await up.answer(up.request("r1", budget_ms=1, n=8))
+    assert result.status == "expired"
+    assert result.error is not None
+    assert result.error.code == "deadline_exceeded"
+
+
+async def test_a_canceled_request_leaves_the_worker(up: Running) -> None:
+    await asyncio.gather(*[up.gateway.publish(up.request(f"r{i}", n=4)) for i in range(4)])
+    await aeventually(lambda: is_running(up, "r3"))
+    canceled = [await up.gateway.cancel(f"r{i}") for i in range(4)]
+    assert any(canceled)
+    for i in range(4):
+        result = await up.gateway.wait(f"r{i}", 20)
+        assert result is not None
+        assert result.status == ("canceled" if canceled[i] else "succeeded")
+
+    async def empty() -> bool:
+        return up.metrics.registry.get_sample_value("fewstep_running", {"model": MODEL}) == 0
+
+    await aeventually(empty)
+    assert up.metrics.registry.get_sample_value("fewstep_cancelled_total", {"where": "worker"}) == sum(canceled)
+    assert (await up.answer(up.request("after"))).status == "succeeded"
+
+
+async def test_progress_and_partial_pictures_come_in_their_order(up: Running) -> None:
+    await up.gateway.publish(up.request("r1", events=True, partial_images=2))
+    seen = [emitted async for emitted in up.gateway.events("r1")]
+    kinds = [emitted.event.kind for emitted in seen]
+    assert kinds[-1] == "ended"
+    assert [emitted.event.step for emitted in seen if emitted.event.kind == "step"][:3] == [1, 2, 3]
+    partials = [emitted for emitted in seen if emitted.event.kind == "partial_image"]
+    assert [emitted.event.partial_index for emitted in partials] == [0, 1]
+    assert all(emitted.data is not None and emitted.data.startswith(b"\x89PNG") for emitted in partials)
+
+
+async def test_what_is_claimed_is_finished_before_the_worker_stops(up: Running) -> None:
+    requests = [up.request(f"r{i}") for i in range(4)]
+    for request in requests:
+        await up.gateway.publish(request)
+
+    await aeventually(lambda: is_running(up, "r0"))
+    up.stop.set()
+    await asyncio.wait_for(up.task, 20)
+    ended = [await up.gateway.status(request.id) for request in requests]
+    assert {status.state for status in ended if status} <= {"succeeded", "queued"}
+    assert ended[0] is not None
+    assert ended[0].state == "succeeded"
+    assert await up.gateway.workers() == []
+
+
+async def test_costs_and_versions_are_in_the_lease(up: Running) -> None:
+    await up.answer(up.request("r1"))
+    lease = up.students.lease()
+    version = up.student().version
+    assert lease.deployments == {MODEL: [version]}
+    assert lease.revisions == {MODEL: 1}
+    assert lease.costs[version].step.alone_s > 0
+    assert lease.costs[version].decode.row_s > 0
+    [worker] = await up.gateway.workers()
+    assert MODEL in worker.info["deployments"]
