@@ -14,7 +14,7 @@ from typing import Any
 
 from distill_jobs.evaluate.pixels import Pixels
 from distill_jobs.evaluate.questions import questions
-from distill_jobs.evaluate.reference import Reference, teacher_path
+from distill_jobs.evaluate.reference import Reference, kept_answers, teacher_path
 from distill_jobs.evaluate.report import Metrics, Sampler, evaluate, sheet, teacher_metrics, teacher_reference
 from engines.backends.base import Choice, Profile, choose
 from engines.cache import DiskCache
@@ -33,10 +33,10 @@ SEED = 0
 
 
 def sampler_of(student: LoadedStudent, *, guidance: float | None = None, batch: int = BATCH) -> Sampler:
-    """The evaluation's seam over a loaded student: what the server would answer for these seeds."""
+    """The evaluation's seam over a loaded student: what the server would answer for these seeds, before rounding."""
 
     def draw(captions: Sequence[str], seeds: Sequence[int], steps: int) -> Pixels:
-        made: Pixels = sample(student, captions, seeds, steps, guidance=guidance, batch=batch).numpy()
+        made: Pixels = sample(student, captions, seeds, steps, guidance=guidance, batch=batch, rounded=False).numpy()
         return made
 
     return draw
@@ -103,29 +103,30 @@ class Assessor:
         self._loader = Loader(registry, choice, profile, GraphStore(DiskCache(cache)))
 
     def reference(self, teacher: TeacherAs, n: int) -> Reference:
-        """What students are compared with; the teacher is asked 2 n times where nobody has yet."""
-        self.features_file(teacher, n)
-        bare = Reference.load()
-        return teacher_reference(
-            lambda *_: _never(), **self._named(teacher), n=n, reference=bare, folder=self._folder_of(teacher, n)
-        )
+        """What students are compared with."""
+        return Reference.load(self.features_file(teacher, n))
 
     def features_file(self, teacher: TeacherAs, n: int) -> Path:
-        """Where the teacher's answers are, made if missing."""
-        folder = self._folder_of(teacher, n)
-        path = teacher_path(folder, teacher.digest, steps=teacher.steps, guidance=teacher.guidance, n=n)
-        if not path.exists():
-            loaded = self._loader.load(self._registry.student(teacher.version))
+        """Where the teacher's answers are; it is asked 2 n times where nobody has asked as much yet."""
+        name: dict[str, Any] = {"steps": teacher.steps, "guidance": teacher.guidance, "n": n}
+        found = kept_answers(self._features, teacher.digest, **name)
+        if found is not None:
+            return found
+        folder = self._features[-1]
+        loaded = self._loader.load(self._registry.student(teacher.version))
+        try:
             teacher_reference(
                 sampler_of(loaded, guidance=teacher.guidance),
-                **self._named(teacher),
-                n=n,
+                digest=teacher.digest,
+                seed=SEED,
+                **name,
                 reference=Reference.load(),
                 folder=folder,
                 progress=lambda done, total: self._check(),
             )
+        finally:
             self._loader.release(loaded)
-        return path
+        return teacher_path(folder, teacher.digest, **name)
 
     def metrics(
         self,
@@ -197,15 +198,6 @@ class Assessor:
             for name, values in singles.items()
         }
 
-    def _named(self, teacher: TeacherAs) -> dict[str, Any]:
-        return {"digest": teacher.digest, "steps": teacher.steps, "guidance": teacher.guidance, "seed": SEED}
-
-    def _folder_of(self, teacher: TeacherAs, n: int) -> Path:
-        """The folder that has the teacher's answers, else the writable one."""
-        name = {"steps": teacher.steps, "guidance": teacher.guidance, "n": n}
-        found = (folder for folder in self._features if teacher_path(folder, teacher.digest, **name).exists())  # type: ignore[arg-type]
-        return next(found, self._features[-1])
-
 
 def chosen(backend: str, precision: str) -> Choice:
     """The engine of the settings' words: the same choice that a worker makes."""
@@ -225,7 +217,3 @@ def _seconds(run: Callable[[int], Pixels], rows: int) -> float:
     started = time.perf_counter()
     run(rows)
     return time.perf_counter() - started
-
-
-def _never() -> Pixels:
-    raise AssertionError("the teacher's answers are on disk")

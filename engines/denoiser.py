@@ -71,8 +71,9 @@ class Denoiser(BaseDenoiser):
 class Guided(BaseDenoiser):
     """Classifier-free guidance u + w(c - u) around a denoiser; w = 1 asks the network once.
 
-    `null_cond` has leading 1 (or B); `interval` (low, high) are the times inside which guidance acts.
-    A `w` [B] given to a call replaces the weight of this object.
+    `null_cond` has leading 1 (or B); `interval` (low, high) are the times inside which guidance acts (arXiv
+    2404.07724); a call whose rows are all outside asks the network once. A `w` [B] given to a call replaces the weight
+    of this object.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Guided(BaseDenoiser):
     def forward(
         self, x: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None, w: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        if w is None and self.w == 1.0:
+        if w is None and (self.w == 1.0 or self._is_off(t)):
             c: tuple[Tensor, Tensor] = self.denoiser(x, t, cond, s)
             return c
         weight = self._weight(t, w).to(x.dtype)
@@ -98,12 +99,18 @@ class Guided(BaseDenoiser):
         x0, eps = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), both, None if s is None else torch.cat([s, s]))
         return _guide(x0, weight), _guide(eps, weight)
 
+    def _is_off(self, t: Tensor) -> bool:
+        return self.interval is not None and not bool(self._inside(t, *self.interval).any())
+
     def _weight(self, t: Tensor, w: Tensor | None) -> Tensor:
         weight = torch.full_like(t, self.w) if w is None else w
         if self.interval is None:
             return weight
-        low, high = self.interval
-        return torch.where((t >= low) & (t <= high), weight, torch.ones_like(weight))
+        return torch.where(self._inside(t, *self.interval), weight, torch.ones_like(weight))
+
+    @staticmethod
+    def _inside(t: Tensor, low: float, high: float) -> Tensor:
+        return (t >= low) & (t <= high)
 
 
 def _guide(both: Tensor, w: Tensor) -> Tensor:

@@ -64,9 +64,13 @@ def sample(
     guidance: float | None = None,
     negative: Sequence[str] | None = None,
     batch: int = 8,
+    rounded: bool = True,
 ) -> Tensor:
-    """Pictures, uint8 [N, 3, H, W]: what the server would answer for these seeds, one after the other."""
-    calls = sampling(student, prompts, seeds, steps, guidance=guidance, negative=negative, batch=batch)
+    """Pictures, uint8 [N, 3, H, W]: what the server would answer for these seeds, one after the other.
+
+    Not `rounded`, they are fp32 in levels 0..255.
+    """
+    calls = sampling(student, prompts, seeds, steps, guidance=guidance, negative=negative, batch=batch, rounded=rounded)
     for call in calls.work:
         call()
     return torch.cat(calls.pictures)
@@ -92,6 +96,7 @@ def sampling(
     guidance: float | None = None,
     negative: Sequence[str] | None = None,
     batch: int = 8,
+    rounded: bool = True,
 ) -> Sampling:
     """As `sample`, for a caller that makes the calls itself."""
     made = Sampling([], [])
@@ -99,7 +104,7 @@ def sampling(
         part = slice(start, start + batch)
         bad = None if negative is None else list(negative[part])
         run = _Run(student, list(prompts[part]), list(seeds[part]), student.solver(steps, guidance), bad)
-        made.work.extend([run.encode, *[run.step] * steps, partial(run.decode, made.pictures)])
+        made.work.extend([run.encode, *[run.step] * steps, partial(run.decode, made.pictures, rounded)])
     return made
 
 
@@ -133,8 +138,9 @@ class _Run:
         fresh = self._draw(state.i + 1) if self._solver.needs_noise(state) else None
         self._state = self._solver.advance(state, pred, fresh)
 
-    def decode(self, pictures: list[Tensor]) -> None:
-        pictures.append(self._student.family.decode(self._state.x))
+    def decode(self, pictures: list[Tensor], rounded: bool) -> None:
+        family = self._student.family
+        pictures.append((family.decode if rounded else family.levels)(self._state.x))
 
     def _draw(self, k: int) -> Tensor:
         return torch.stack([noise(seed, k, self._student.latent_shape) for seed in self._seeds])

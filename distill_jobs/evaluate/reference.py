@@ -7,6 +7,7 @@ captions score (the floor). The teacher's sample is made once for each (version,
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,6 +122,15 @@ def make_real(path: Path, size: int, network: FeatureNetwork) -> list[Baseline]:
 
 def teacher_path(folder: Path, digest: str, *, steps: int, guidance: float, n: int) -> Path:
     return folder / f"features-{digest[:12]}-{steps}-{guidance:g}-{n}.safetensors"
+
+
+def kept_answers(folders: Iterable[Path], digest: str, *, steps: int, guidance: float, n: int) -> Path | None:
+    """A file of answers to at least n questions, the fewest: those to the first n are among them."""
+    name = teacher_path(Path(), digest, steps=steps, guidance=guidance, n=n).name
+    stem = name.removesuffix(f"{n}.safetensors")
+    found = [path for folder in folders for path in folder.glob(f"{stem}*.safetensors")]
+    enough = [(count, path) for path in found if (count := int(path.stem.removeprefix(stem))) >= n]
+    return min(enough)[1] if enough else None
 
 
 def save_teacher(path: Path, teacher: TeacherSample, network: FeatureNetwork) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from distill_jobs.assessment import BATCH, SEED, SHIPPED, Assessor, TeacherAs, chosen, sampler_of
-from distill_jobs.evaluate.pixels import Pixels, levels
+from distill_jobs.evaluate.pixels import Pixels
 from distill_jobs.evaluate.questions import questions
 from distill_jobs.evaluate.reference import Reference
 from distill_jobs.evaluate.report import Metrics, Progress, evaluate, measure, teacher_metrics
@@ -47,7 +47,7 @@ def judge(
 
 
 def reconstructions(vae: Path, reference: Reference, n: int) -> Metrics:
-    """Real pictures of the questions through the VAE, rounded as the teacher's are."""
+    """Real pictures of the questions through the VAE, not rounded, as the teacher's are not."""
     from diffusers import AutoencoderKL
 
     asked = questions(n, SEED)
@@ -55,7 +55,7 @@ def reconstructions(vae: Path, reference: Reference, n: int) -> Metrics:
     drawn = asked.draw(1, reference.size)
     tally = Tally(reference.network)
     for part in np.array_split(drawn, -(-n // 32)):
-        tally.add(levels(_through(network, part)))
+        tally.add(_through(network, part))
     return measure(tally.sample(), asked, steps=0, reference=reference)
 
 

@@ -68,12 +68,7 @@ class Teacher:
     def pictures(self, latents: Tensor, batch: int = 64) -> npt.NDArray[np.float32]:
         """[B, 3, H, W] in levels 0..255, not rounded: rounding would add grain."""
         starts = range(0, len(latents), batch)
-        floats = torch.cat([self._floats(latents[start : start + batch].float()) for start in starts])
-        return (floats * 127.5 + 127.5).clamp(0, 255).numpy()
-
-    def _floats(self, latents: Tensor) -> Tensor:
-        made: Tensor = self.decoder.floats(latents)  # type: ignore[operator]  # every decoder has it
-        return made
+        return torch.cat([self.decoder(latents[start : start + batch].float()) for start in starts]).numpy()
 
 
 class _Module:

@@ -58,8 +58,8 @@ class PacedEngine:
 
 def _spread(shade: Tensor, rows: int, shape: tuple[int, ...], name: str) -> Tensor:
     column = shade.view(rows, *[1] * len(shape))
-    if name == "pixels":
-        return ((column * 997).remainder(256)).to(torch.uint8).expand(rows, *shape).clone()
+    if name == "levels":
+        return (column * 997).remainder(256).expand(rows, *shape).clone()
     return column.expand(rows, *shape).clone()
 
 

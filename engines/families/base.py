@@ -106,6 +106,9 @@ class Family(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures, uint8 [B, 3, H, W]."""
 
+    def levels(self, latents: Tensor) -> Tensor:
+        """The same before rounding, fp32 [B, 3, H, W] in 0..255: what an evaluation reads."""
+
     def network_rows(self, w: float | None) -> int:
         """How many rows of a network batch one row with guidance `w` is."""
 

@@ -95,10 +95,13 @@ class DenoiserNet(ComponentNetwork):
 
 
 class DecoderNet(ComponentNetwork):
-    """latents [B, C, H, W] -> pictures, uint8 [B, 3, H', W']; the VAE's scaling is undone inside."""
+    """latents [B, C, H, W] -> pictures in levels 0..255, fp32 [B, 3, H', W']; the VAE's scaling is undone inside.
+
+    Not rounded: a grain measure reads what rounding would hide, and rounding costs nothing outside.
+    """
 
     unused = ("encoder.", "quant_conv.")
-    outputs = ("pixels",)
+    outputs = ("levels",)
 
     def __init__(self, vae: Any, height: int, width: int) -> None:
         super().__init__()
@@ -110,13 +113,9 @@ class DecoderNet(ComponentNetwork):
         self.post_quant_conv = post if post is not None else nn.Identity()
         self.ports = (Port("latents", (vae.config.latent_channels, height, width)),)
 
-    def floats(self, latents: Tensor) -> Tensor:
-        """Pictures in -1..1, not rounded and not clamped: what a loss or a grain measure reads."""
-        pictures: Tensor = self.decoder(self.post_quant_conv(latents * self.scale))
-        return pictures
-
     def forward(self, latents: Tensor) -> Tensor:
-        return (self.floats(latents) * 127.5 + 127.5).clamp(0, 255).round().to(torch.uint8)
+        pictures: Tensor = self.decoder(self.post_quant_conv(latents * self.scale))
+        return (pictures * 127.5 + 127.5).clamp(0, 255)
 
 
 class StableDiffusion:
@@ -186,7 +185,10 @@ class StableDiffusion:
         return c
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.decoder.run(latents=latents)["pixels"]
+        return self.levels(latents).round().to(torch.uint8)
+
+    def levels(self, latents: Tensor) -> Tensor:
+        return self.decoder.run(latents=latents)["levels"]
 
     def network_rows(self, w: float | None) -> int:
         return 1 if w is None or "w" in self.inputs else 2

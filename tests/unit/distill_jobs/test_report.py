@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from distill_jobs.evaluate import features, reference, report, sample
 from distill_jobs.evaluate.questions import Questions, questions
-from distill_jobs.evaluate.reference import Reference
+from distill_jobs.evaluate.reference import Reference, kept_answers, teacher_path
 from distill_jobs.evaluate.report import Metrics, Sampler
 from distill_jobs.teachers.shapes import data
 from engines.errors import ArtefactRejected, Diverged, InvalidRequest
@@ -235,3 +236,12 @@ def test_metrics_survive_json() -> None:
         saturation=10.0,
     )
     assert Metrics.model_validate_json(found.model_dump_json()) == found
+
+
+def test_answers_to_more_questions_serve_for_fewer_and_the_fewest_are_taken(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"steps": 32, "guidance": 2.0}
+    for n in (400, 2000, 10_000):
+        teacher_path(tmp_path, "a" * 64, **asked, n=n).touch()
+    teacher_path(tmp_path, "a" * 64, steps=16, guidance=2.0, n=500).touch()
+    found = [kept_answers([tmp_path], "a" * 64, **asked, n=n) for n in (400, 401, 10_001)]
+    assert [path and path.name.rpartition("-")[2] for path in found] == ["400.safetensors", "2000.safetensors", None]

@@ -72,6 +72,13 @@ def test_outside_its_interval_guidance_is_off() -> None:
     torch.testing.assert_close(v[1], X[1] * 6.5)
 
 
+def test_rows_that_are_all_outside_the_interval_ask_the_network_once() -> None:
+    net, cond = Recorder(), torch.tensor([2.0, 2.0])
+    guided = Guided(Denoiser(net, RF(), "flow"), torch.tensor([0.5]), 4.0, interval=(0.9, 1.0))
+    torch.testing.assert_close(guided.velocity(X, torch.tensor([0.3, 0.8]), cond), X * 2)
+    assert [len(asked[0]) for asked in net.asked] == [2]
+
+
 def test_a_weight_given_to_the_call_replaces_the_guides_own() -> None:
     cond, null = torch.tensor([2.0, 2.0]), torch.tensor([0.5])
     v = Guided(Denoiser(Recorder(), RF(), "flow"), null, 9.0).velocity(X, T, cond, w=torch.tensor([1.0, 4.0]))
