@@ -11,7 +11,7 @@ from typing import Any
 from distill_jobs.spec import DistillJobSpec
 
 HARD_STOP = 2.0
-_MOST_PAIRS_SHARE = 0.4  # of a stage's time for the teacher's pairs
+_MOST_PAIRS_SHARE = 0.5  # of a stage's time for the teacher's pairs: few of them are learnt by heart
 _LEAST_ITERATIONS = 10
 _EVALUATIONS_SHARE = 0.12  # of the budget for small evaluations,
 _MOST_EVALUATIONS, _LEAST_EVALUATIONS = 10, 2  # so many of them

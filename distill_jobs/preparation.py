@@ -1,15 +1,17 @@
-"""Before training: the teacher's best schedule for few steps, and what an update costs here.
+"""Before training: which precision is faster here, the teacher's best schedule for few steps, what an update costs.
 
-Both are done by the trainer's process, with its threads and its priority, and written down once: everything later
+All are done by the trainer's process, with its threads and its priority, and written down once: everything later
 reads these files and never the clock.
 """
 
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from distill_jobs import plan as plans
 from distill_jobs import times
@@ -19,16 +21,38 @@ from distill_jobs.plan import Costs, Plan
 from distill_jobs.roles import Cast
 from distill_jobs.spec import DistillJobSpec, roles
 from distill_jobs.stage import Precision, Stage
-from distill_jobs.timing import StageCost, measure, prepared_rows
+from distill_jobs.timing import measure, prepared_rows
 from engines.denoiser import BaseDenoiser
 from engines.manifest import Schedule
 
 log = logging.getLogger(__name__)
 
 SCHEDULE, PLAN = "schedule.json", "plan.json"
+_TIMED_ROWS, _TIMED_TIMES = 32, 3
 
 
-def search(spec: DistillJobSpec, teacher: BaseDenoiser, source: Source, proceed: Callable[[], bool]) -> dict[str, Any]:
+def precision(spec: DistillJobSpec, teacher: BaseDenoiser, source: Source) -> Precision:
+    """What the job asks for; for `auto`, what asks the teacher faster here."""
+    if spec.train.precision != "auto":
+        return Precision(spec.train.precision == "bf16")
+    batch = make_batch(source.rows(0, _TIMED_ROWS), source.shape, spec.train.seed)
+    t = batch.noise.new_full((len(batch),), times.grid(teacher.process, (0.5,))[0])
+
+    def seconds(tried: Precision) -> float:
+        started = time.perf_counter()
+        with torch.no_grad(), tried.context():
+            teacher(batch.noise, t, batch.cond)
+        return time.perf_counter() - started
+
+    choices = (Precision(False), Precision(True))
+    best = {tried: min(seconds(tried) for _ in range(_TIMED_TIMES)) for tried in choices}
+    log.info("seconds by precision %s", best)
+    return min(choices, key=lambda tried: best[tried])
+
+
+def search(
+    spec: DistillJobSpec, teacher: BaseDenoiser, source: Source, precision: Precision, proceed: Callable[[], bool]
+) -> dict[str, Any]:
     """Step 0: schedules for every count of the student, as JSON."""
     told = {"counts": spec.student.steps}
     for stage in spec.stages:
@@ -36,7 +60,8 @@ def search(spec: DistillJobSpec, teacher: BaseDenoiser, source: Source, proceed:
     config = OptimalStepsConfig(**told)
     started = time.monotonic()
     batch = make_batch(source.rows(0, config.batch), source.shape, spec.train.seed)
-    found = OptimalSteps(Cast(teacher), config).search(batch, proceed)
+    with precision.context():
+        found = OptimalSteps(Cast(teacher), config).search(batch, proceed)
     return {
         "schedules": {str(k): f.schedule.model_dump(mode="json") for k, f in found.items()},
         "distance": {str(k): f.distance for k, f in found.items()},
@@ -58,32 +83,24 @@ def timed_plan(
     student: BaseDenoiser,
     source: Source,
     *,
+    precision: Precision,
     evaluate: Evaluate,
     spent_s: float,
 ) -> Plan:
-    """The job's stages and their precision: `auto` takes what is faster here. `spent_s` is gone of the budget."""
+    """The job's stages. `spent_s` is gone of the budget, and so is what this takes."""
     if not any(roles(spec)):
         return Plan((), eval_every=1, bf16=False)
+    began = time.perf_counter()
     stages = [Stage(draft.method, draft.iterations, draft.settings) for draft in plans.drafted(spec)]
-    asked = spec.train.precision
-    tried = {bf16: _costs(stages, teacher, student, source, bf16) for bf16 in _ASKED[asked]}
-    bf16 = min(tried, key=lambda choice: sum(cost.iteration_s for cost in tried[choice]))
+    tried = [measure(stage, teacher, student, source, precision=precision) for stage in stages]
     started = time.perf_counter()
     if spec.train.max_minutes is not None:
         evaluate(0, student, _uniform(spec, student))
     evaluation_s = time.perf_counter() - started
-    costs = [Costs(cost.iteration_s, cost.prepared_row_s, evaluation_s) for cost in tried[bf16]]
-    log.info("measured %s, bf16 %s", costs, bf16)
-    return plans.planned(spec, costs, [prepared_rows(stage) for stage in stages], spent_s=spent_s, bf16=bf16)
-
-
-_ASKED = {"auto": (False, True), "fp32": (False,), "bf16": (True,)}
-
-
-def _costs(
-    stages: Sequence[Stage], teacher: BaseDenoiser, student: BaseDenoiser, source: Source, bf16: bool
-) -> list[StageCost]:
-    return [measure(stage, teacher, student, source, precision=Precision(bf16)) for stage in stages]
+    costs = [Costs(cost.iteration_s, cost.prepared_row_s, evaluation_s) for cost in tried]
+    log.info("measured %s with %s", costs, precision)
+    spent_s += time.perf_counter() - began
+    return plans.planned(spec, costs, [prepared_rows(stage) for stage in stages], spent_s=spent_s, bf16=precision.bf16)
 
 
 def _uniform(spec: DistillJobSpec, student: BaseDenoiser) -> dict[int, Schedule]:

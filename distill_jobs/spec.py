@@ -127,6 +127,20 @@ class EvalSpec(_Frozen):
     metrics: tuple[Metric, ...] = ("fd", "alignment", "diversity", "grain", "latency")
     best_by: Literal["fd", "alignment", "diversity"] = "fd"
 
+    @model_validator(mode="after")
+    def _small_is_a_part(self) -> Self:
+        if self.small_samples > self.samples and "small_samples" in self.model_fields_set:
+            raise ValueError(
+                f"small_samples ({self.small_samples}) must be at most samples ({self.samples}): "
+                "the teacher answers no more questions"
+            )
+        return self
+
+    @property
+    def while_training(self) -> int:
+        """Samples of a small evaluation: the teacher's answers to the first of the questions are there."""
+        return min(self.small_samples, self.samples)
+
 
 class PublishSpec(_Frozen):
     deployment: Name

@@ -51,11 +51,10 @@ class Average:
     def update(self, weights: Mapping[str, Tensor], updates: int) -> None:
         """`updates` counts from 1. Integer buffers are copied."""
         keep = min(self.decay, (1 + updates) / (10 + updates))
-        for name, mean in self.weights.items():
-            if mean.is_floating_point():
-                mean.lerp_(weights[name], 1 - keep)
-            else:
-                mean.copy_(weights[name])
+        names = [name for name, mean in self.weights.items() if mean.is_floating_point()]
+        torch._foreach_lerp_([self.weights[name] for name in names], [weights[name] for name in names], 1 - keep)
+        for name in self.weights.keys() - set(names):
+            self.weights[name].copy_(weights[name])
 
 
 def lr_factor(iteration: int, iterations: int, warmup: int = 10) -> float:
@@ -176,7 +175,7 @@ class StageRun:
 
     def _optimiser(self, name: str, role: Role) -> torch.optim.AdamW:
         parameters = list(self.cast.parameters(name).values())
-        return torch.optim.AdamW(parameters, lr=role.lr, betas=role.betas, weight_decay=role.weight_decay)
+        return torch.optim.AdamW(parameters, lr=role.lr, betas=role.betas, weight_decay=role.weight_decay, fused=True)
 
     # what a checkpoint holds -----------------------------------------------------------------------------------------
 

@@ -53,7 +53,8 @@ def measure(
     tried = replace(stage, iterations=iterations + 1, settings={**stage.settings, **fewer, **due})
     run = StageRun(0, tried, teacher, copy.deepcopy(student), precision=precision or Precision())
     began = clock()
-    run.method.prepare(source, Workspace(device=run.precision.device))
+    with run.precision.context():
+        run.method.prepare(source, Workspace(device=run.precision.device))
     prepared = clock()
     run.iterate(source)
     warm = clock()

@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -50,6 +51,7 @@ class TrainerRun:
     """One life of a job's trainer. What it is told stands in `spec.json` and `trainer.json` of the job's folder."""
 
     def __init__(self, folder: Path, fence: int, poll: Callable[[], Wish | None]) -> None:
+        self._began_s = time.monotonic()
         told = json.loads((folder / "trainer.json").read_bytes())
         self.folder, self.fence, self.poll = folder, fence, poll
         self.spec = DistillJobSpec.model_validate(json.loads((folder / "spec.json").read_bytes())["spec"])
@@ -62,19 +64,21 @@ class TrainerRun:
 
     def prepare(self) -> bool:
         """Searches the schedule and measures the plan; what is on disk already is kept. False: told to stop."""
+        precision = preparation.precision(self.spec, self.guided, self.source)
         if not (self.folder / SCHEDULE).exists():
-            found = preparation.search(self.spec, self.guided, self.source, lambda: self.poll() is None)
+            found = preparation.search(self.spec, self.guided, self.source, precision, lambda: self.poll() is None)
             if self.poll() is not None:
                 return False
             preparation.write(self.folder / SCHEDULE, found)
-        spent_s = json.loads((self.folder / SCHEDULE).read_bytes())["seconds"]
+        searched_s = json.loads((self.folder / SCHEDULE).read_bytes())["seconds"]
         plan = preparation.timed_plan(
             self.spec,
             self.guided,
             self.teacher.denoiser,
             self.source,
+            precision=precision,
             evaluate=self._evaluation(),
-            spent_s=spent_s,
+            spent_s=max(searched_s, time.monotonic() - self._began_s),
         )
         preparation.write(self.folder / PLAN, plan.as_dict())
         return True
@@ -106,7 +110,7 @@ class TrainerRun:
         return result
 
     def _evaluation(self) -> SmallEvaluation:
-        return SmallEvaluation(self.teacher, baked(self.w), self.spec.eval.small_samples, self._features)
+        return SmallEvaluation(self.teacher, baked(self.w), self.spec.eval.while_training, self._features)
 
     def _panel(self, events: EventLog) -> Callable[[int, Mapping[str, Tensor]], None]:
         captions = self.source.captions(0, _PANEL_COLUMNS)

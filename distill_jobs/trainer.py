@@ -141,7 +141,9 @@ class Trainer:
                 {"type": "preparing", "stage": run.index, "done": done, "total": total, "method": run.stage.method}
             ),
         )
-        return None if run.method.prepare(self.source, space) else self.hooks.poll()
+        with run.precision.context():
+            prepared = run.method.prepare(self.source, space)
+        return None if prepared else self.hooks.poll()
 
     def _is_due(self, run: StageRun, since_s: float) -> bool:
         every = self.config.checkpoint_every

@@ -49,6 +49,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (job(gates={"fd_ratio": "x"}), "gates.fd_ratio"),
     (job(data={"prompts": 3}), "data.prompts"),
     (job(train={"iterations": 0}), "train.iterations"),
+    (job(eval={"samples": 100, "small_samples": 200}), "eval"),
 ]
 
 
