@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(not (publish.PIPELINE / "model_index.json").exists(), reason="no embedded teacher yet"),
 ]
 
-N, TEACHER_STEPS, STEPS, GUIDANCE = 256, 8, 4, 2.0
+N, TEACHER_STEPS, STEPS, GUIDANCE = 96, 8, 4, 2.0
 DEPLOYMENT = "shapes"
 SCHEDULES = {STEPS: publish.uniform(STEPS)}
 OTHERS = {"alignment_ratio": None, "diversity_ratio": None, "grain_ratio": None}
