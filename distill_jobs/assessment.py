@@ -148,12 +148,16 @@ class Assessor:
     def teacher_metrics(self, n: int, reference: Reference) -> Metrics:
         return teacher_metrics(n, SEED, reference)
 
-    def speeds(self, version: str, teacher: TeacherAs, counts: Sequence[int]) -> dict[str, Speed]:
-        """Of the student by steps and of the `teacher`, measured in turn, so that both meet the same neighbours."""
+    def speeds(
+        self, version: str, teacher: TeacherAs, counts: Sequence[int], *, guidance: float | None = None
+    ) -> dict[str, Speed]:
+        """Of the version by steps and of the `teacher`, measured in turn, so that both meet the same neighbours."""
         student = self._loader.load(self._registry.student(version))
         other = self._loader.load(self._registry.student(teacher.version))
         try:
-            runs: dict[str, Callable[[int], Pixels]] = {str(k): _rows(sampler_of(student), k) for k in sorted(counts)}
+            runs: dict[str, Callable[[int], Pixels]] = {
+                str(k): _rows(sampler_of(student, guidance=guidance), k) for k in sorted(counts)
+            }
             runs["teacher"] = _rows(sampler_of(other, guidance=teacher.guidance), teacher.steps)
             return self._timed(runs)
         finally:

@@ -19,7 +19,7 @@ from distill_jobs.gate import Verdict, judge
 from distill_jobs.jobs import DistillJob, JobState
 from distill_jobs.keeper import TrainerKeeper
 from distill_jobs.metrics import DistillMetrics
-from distill_jobs.preparation import PLAN, SCHEDULE
+from distill_jobs.preparation import SCHEDULE
 from distill_jobs.records import RESULT, JobRecords, utc_now
 from distill_jobs.settings import DistillerSettings
 from distill_jobs.small_evaluation import baked
@@ -108,7 +108,7 @@ class JobRun:
     # parts -------------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        """Teacher's answers, schedule and plan; then the student without new weights, judged and promoted."""
+        """Teacher's answers and schedule; then the student without new weights, judged and promoted."""
         teacher = self._teacher()
         features = self.assessor.features_file(teacher, self.spec.eval.samples)
         told = {
@@ -119,7 +119,7 @@ class JobRun:
             "features": str(features),
         }
         preparation.write(self.folder / "trainer.json", told)
-        self.keeper.run("prepare", lambda: (self.folder / PLAN).exists())
+        self.keeper.run("prepare", lambda: (self.folder / SCHEDULE).exists())
         found = preparation.schedules(json.loads((self.folder / SCHEDULE).read_bytes()))
         version = artefact.make_student(
             self.registry,
@@ -176,7 +176,8 @@ class JobRun:
         counts, n = [k for k in self.spec.student.steps if k in made], self.spec.eval.samples
         reference = self.assessor.reference(teacher, n)
         figures = self.assessor.metrics(teacher.version, n, reference, counts, guidance=teacher.guidance)
-        return {str(k): as_json(m) for k, m in figures.items()}
+        speeds = self.assessor.speeds(teacher.version, teacher, counts, guidance=teacher.guidance)
+        return {str(k): as_json(m, speeds[str(k)]) for k, m in figures.items()}
 
     def _publish(self, version: str, gates: Mapping[str, Any]) -> None:
         """Proposes the tiers that passed and waits until they are live."""
