@@ -23,7 +23,7 @@ from distill_jobs import spec
 from distill_jobs.evaluate.sheet import sheet
 from distill_jobs.teachers.shapes.data import scenes
 from server.client import Client
-from server.commands import distill
+from server.commands.follow import follow
 from server.commands.stack import hints
 from server.commands.terminal import err, out
 from server.demo_report import Report, Speed, swap_line, table
@@ -61,7 +61,7 @@ def _show(client: Client, worker: Client, folder: Path) -> int:
     out.print(f"The teacher drew {len(captions)} captions over HTTP. Two requests a second from here on.")
     stream = Stream(client, {"model": MODEL}, captions, RATE_PER_S)
     stream.start()
-    job = distill.follow(client, client.post("/v1/distillation/jobs", spec.preset("shapes-fast"))["id"])
+    job = follow(client, client.post("/v1/distillation/jobs", spec.preset("shapes-fast"))["id"])
     ended_s = time.monotonic()
     while time.monotonic() - ended_s < AFTER_LIVE_S or stream.tally.sent < LEAST_REQUESTS:
         time.sleep(1 / RATE_PER_S)
