@@ -19,7 +19,7 @@ from distill_jobs.batches import Source, make_batch
 from distill_jobs.methods.optimal_steps import OptimalSteps, OptimalStepsConfig
 from distill_jobs.plan import Costs, Plan
 from distill_jobs.roles import Cast
-from distill_jobs.spec import DistillJobSpec, roles
+from distill_jobs.spec import DistillJobSpec
 from distill_jobs.stage import Precision, Stage
 from distill_jobs.timing import measure, prepared_rows
 from engines.denoiser import BaseDenoiser
@@ -67,6 +67,7 @@ def search(
         "distance": {str(k): f.distance for k, f in found.items()},
         "uniform_distance": {str(k): f.uniform_distance for k, f in found.items()},
         "seconds": time.monotonic() - started,
+        "bf16": precision.bf16,
     }
 
 
@@ -88,8 +89,6 @@ def timed_plan(
     spent_s: float,
 ) -> Plan:
     """The job's stages. `spent_s` is gone of the budget, and so is what this takes."""
-    if not any(roles(spec)):
-        return Plan((), eval_every=1, bf16=False)
     began = time.perf_counter()
     stages = [Stage(draft.method, draft.iterations, draft.settings) for draft in plans.drafted(spec)]
     tried = [measure(stage, teacher, student, source, precision=precision) for stage in stages]

@@ -34,7 +34,7 @@ from distill_jobs.preparation import PLAN, SCHEDULE
 from distill_jobs.progress import Hooks, Wish
 from distill_jobs.small_evaluation import SmallEvaluation, baked
 from distill_jobs.spec import DistillJobSpec
-from distill_jobs.stage import Stage
+from distill_jobs.stage import Precision, Stage
 from distill_jobs.teachers import diffusers
 from distill_jobs.trainer import Result, TrainConfig, Trainer
 from engines import priority
@@ -63,28 +63,18 @@ class TrainerRun:
         self._features = Path(told["features"]) if told["features"] else None
 
     def prepare(self) -> bool:
-        """Searches the schedule and measures the plan; what is on disk already is kept. False: told to stop."""
+        """Searches the schedule; one that is on disk already is kept. False: told to stop."""
+        if (self.folder / SCHEDULE).exists():
+            return True
         precision = preparation.precision(self.spec, self.guided, self.source)
-        if not (self.folder / SCHEDULE).exists():
-            found = preparation.search(self.spec, self.guided, self.source, precision, lambda: self.poll() is None)
-            if self.poll() is not None:
-                return False
-            preparation.write(self.folder / SCHEDULE, found)
-        searched_s = json.loads((self.folder / SCHEDULE).read_bytes())["seconds"]
-        plan = preparation.timed_plan(
-            self.spec,
-            self.guided,
-            self.teacher.denoiser,
-            self.source,
-            precision=precision,
-            evaluate=self._evaluation(),
-            spent_s=max(searched_s, time.monotonic() - self._began_s),
-        )
-        preparation.write(self.folder / PLAN, plan.as_dict())
+        found = preparation.search(self.spec, self.guided, self.source, precision, lambda: self.poll() is None)
+        if self.poll() is not None:
+            return False
+        preparation.write(self.folder / SCHEDULE, found | {"spent_s": time.monotonic() - self._began_s})
         return True
 
     def train(self) -> Result:
-        plan = Plan.of(json.loads((self.folder / PLAN).read_bytes()))
+        plan = self._plan()
         events = EventLog(self.folder, plan)
         train, evals = self.spec.train, self.spec.eval
         config = TrainConfig(
@@ -108,6 +98,23 @@ class TrainerRun:
         if result.state == "finished":
             self._keep(result, plan)
         return result
+
+    def _plan(self) -> Plan:
+        """What the budget buys. Measured once, when training begins: the schedule-only student is live by then, and
+        what it serves costs the machine much less than what the teacher served."""
+        if not (self.folder / PLAN).exists():
+            found = json.loads((self.folder / SCHEDULE).read_bytes())
+            plan = preparation.timed_plan(
+                self.spec,
+                self.guided,
+                self.teacher.denoiser,
+                self.source,
+                precision=Precision(found["bf16"]),
+                evaluate=self._evaluation(),
+                spent_s=found["spent_s"] + time.monotonic() - self._began_s,
+            )
+            preparation.write(self.folder / PLAN, plan.as_dict())
+        return Plan.of(json.loads((self.folder / PLAN).read_bytes()))
 
     def _evaluation(self) -> SmallEvaluation:
         return SmallEvaluation(self.teacher, baked(self.w), self.spec.eval.while_training, self._features)

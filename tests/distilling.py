@@ -143,7 +143,6 @@ def plant(shop: Workshop, job_id: str, weights: Mapping[str, Tensor], schedules:
     (folder / "trained").mkdir()
     written = {str(k): schedule.model_dump(mode="json") for k, schedule in schedules.items()}
     (folder / "schedule.json").write_text(json.dumps({"schedules": written, "seconds": 0.0}))
-    (folder / "plan.json").write_text(json.dumps({"stages": [], "eval_every": 1, "bf16": False}))
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / "trained/weights.safetensors")
     (folder / "trained/result.json").write_text(json.dumps({"schedules": written, "inputs": []}))
 
