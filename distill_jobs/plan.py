@@ -13,7 +13,7 @@ from distill_jobs.spec import DistillJobSpec
 HARD_STOP = 2.0
 _MOST_PAIRS_SHARE = 0.5  # of a stage's time for the teacher's pairs: few of them are learnt by heart
 _LEAST_ITERATIONS = 10
-_EVALUATIONS_SHARE = 0.12  # of the budget for small evaluations,
+_EVALUATIONS_SHARE = 0.06  # of the budget for small evaluations,
 _MOST_EVALUATIONS, _LEAST_EVALUATIONS = 10, 2  # so many of them
 _PAIRS_STEP = 64
 
@@ -117,4 +117,4 @@ def _timed(stage: StagePlan, cost: Costs, pairs: int, *, seconds: float, evaluat
 
 def _with_evaluations(spec: DistillJobSpec, stages: Sequence[StagePlan], bf16: bool, evaluations: int) -> Plan:
     total = sum(stage.iterations for stage in stages)
-    return Plan(tuple(stages), spec.eval.every or max(1, total // evaluations), bf16)
+    return Plan(tuple(stages), spec.eval.every or max(1, -(-total // evaluations)), bf16)

@@ -41,6 +41,7 @@ class TrainConfig:
     eval_every: int | None = None  # iterations; None: only at the end of each stage
     best_by: str = "fd"
     best_is_highest: bool = False
+    end_slack: float = 0.03  # how much worse the end of a stage may look than an earlier best: evaluations are noisy
     report_every_s: float = 1.0
     panel_rows: int = 16
     max_skips: int = 10
@@ -50,7 +51,8 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How a run ended. finished: `weights` is the best student, or the last average where nothing was evaluated."""
+    """How a run ended. finished: `weights` is the best student, or the last average where nothing was evaluated;
+    `iteration` is theirs."""
 
     state: Literal["finished", "paused", "canceled"]
     stopped_early: bool
@@ -181,8 +183,12 @@ class Trainer:
         return run
 
     def _settle(self, run: StageRun) -> None:
-        """The end of a stage: judged, and the student is its first average."""
-        self._judge(run)
+        """The end of a stage: judged, and the student is its first average.
+
+        The end has the learning rate's whole fall behind it. An earlier best on a few hundred pictures is rather luck,
+        unless it is better by more than their noise.
+        """
+        self._judge(run, slack=self.config.end_slack)
         if run.averages:
             self.student.load_state_dict(run.averages[0].weights)
 
@@ -193,19 +199,19 @@ class Trainer:
 
     def _finished(self, run: StageRun) -> Result:
         weights = {name: value.clone() for name, value in self.student.state_dict().items()}
-        schedules, metrics = run.schedules, dict[str, float]()
+        schedules, metrics, iteration = run.schedules, dict[str, float](), run.iteration
         if self._best:
             weights = {name.removeprefix("student/"): value for name, value in self._best.tensors.items()}
             schedules = {int(k): Schedule(**value) for k, value in self._best.meta["schedules"].items()}
-            metrics = dict(self._best.meta["metrics"])
+            metrics, iteration = dict(self._best.meta["metrics"]), self._best.meta["iteration"]
         self._save(run)
         return Result(
-            "finished", self._stopped_early, run.index, run.iteration, weights, schedules, self.student.inputs, metrics
+            "finished", self._stopped_early, run.index, iteration, weights, schedules, self.student.inputs, metrics
         )
 
     # judging ---------------------------------------------------------------------------------------------------------
 
-    def _judge(self, run: StageRun) -> None:
+    def _judge(self, run: StageRun, slack: float = 0.0) -> None:
         """Panels, alarms and, where it is evaluated, the best so far. Leaves the run's randomness alone."""
         with torch.random.fork_rng(devices=[]):
             self._look(run)
@@ -216,14 +222,16 @@ class Trainer:
             metrics = dict(self.hooks.evaluate(run.iteration, student, run.schedules))
         self.hooks.event({"type": "evaluation", "stage": run.index, "iteration": run.iteration, "metrics": metrics})
         value = metrics.get(self.config.best_by)
-        if value is not None and self._is_better(value):
+        if value is not None and self._is_better(value, run.index, slack):
             self._keep(run, weights, metrics)
 
-    def _is_better(self, value: float) -> bool:
+    def _is_better(self, value: float, stage: int, slack: float) -> bool:
+        """`slack` is given to a best of the same stage only: a stage has to improve on the one before it."""
         if self._best is None:
             return value == value
         best = self._best.meta["metrics"][self.config.best_by]
-        return bool(value > best if self.config.best_is_highest else value < best)
+        given = slack if self._best.meta["stage"] == stage else 0.0
+        return bool(value > best * (1 - given) if self.config.best_is_highest else value < best * (1 + given))
 
     def _keep(self, run: StageRun, weights: Mapping[str, Tensor], metrics: Mapping[str, float]) -> None:
         schedules = {str(k): schedule.model_dump(mode="json") for k, schedule in run.schedules.items()}

@@ -153,6 +153,13 @@ def test_the_best_by_metric_is_kept_and_not_the_last() -> None:
     ended, seen = run_with_scores([3.0, 1.0, 2.0, 2.5])
     assert same(ended.weights, seen[1])
     assert ended.metrics == {"fd": 1.0, "diversity": 1.0}
+    assert ended.iteration == 4
+
+
+def test_the_end_is_kept_where_an_earlier_best_may_have_been_luck() -> None:
+    ended, seen = run_with_scores([3.0, 1.0, 2.0, 1.02])
+    assert same(ended.weights, seen[3])
+    assert (ended.metrics["fd"], ended.iteration) == (1.02, 8)
 
 
 def test_the_highest_can_be_best() -> None:
