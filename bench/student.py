@@ -98,17 +98,11 @@ class Bench:
 
     def teacher_at(self, counts: tuple[int, ...]) -> dict[str, Any]:
         """The guided teacher itself at few steps: what a student without training and without a search would be."""
-        path = self.options.work / "teacher-at.json"
-        if not path.exists():
-            assessor = self.assessor(lambda: None)
-            revision = self.registry.current(_DEPLOYMENT)
-            assert revision is not None
-            teacher = TeacherAs.of(self.registry.student(revision.tiers[publish.TIER].student))
-            reference = assessor.reference(teacher, self.options.n)
-            seen = assessor.metrics(teacher.version, self.options.n, reference, counts)
-            path.write_text(json.dumps({str(k): as_json(m) for k, m in seen.items()}))
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
+        revision = self.registry.current(_DEPLOYMENT)
+        assert revision is not None
+        teacher = TeacherAs.of(self.registry.student(revision.tiers[publish.TIER].student))
+        found = self.assessor(lambda: None).teacher_at(teacher, self.options.n, counts)
+        return {str(k): as_json(m) for k, m in found.items()}
 
     def assessor(self, check: Callable[[], None]) -> Assessor:
         return Assessor(
@@ -160,7 +154,7 @@ def _cpu() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Distil the embedded teacher with several seeds and judge them.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--minutes", type=float, default=20, help="of training for each seed")
+    parser.add_argument("--minutes", type=float, default=8, help="of one trainer thread for each seed")
     parser.add_argument("--n", type=int, default=10_000, help="pictures of each evaluation")
     parser.add_argument("--preset", default="shapes-fast", help="the job that is run")
     parser.add_argument("--pipeline", type=Path, default=publish.PIPELINE, help="the teacher's diffusers directory")

@@ -5,6 +5,7 @@ version, steps, guidance and number, because a teacher never changes.
 """
 
 import hashlib
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -144,6 +145,22 @@ class Assessor:
             return {k: self._asked(ask, n, k, reference) for k in sorted(counts)}
         finally:
             self._loader.release(student)
+
+    def teacher_at(self, teacher: TeacherAs, n: int, counts: Sequence[int]) -> dict[int, Metrics]:
+        """The guided teacher at few steps, what a student has to beat; kept beside its answers. Counts that it was not
+        made for are left out."""
+        own = self._registry.student(teacher.version).schedules
+        path = self._features[-1] / f"at-{teacher.digest[:12]}-{teacher.guidance:g}-{n}.json"
+        read = json.loads(path.read_bytes()) if path.exists() else {}
+        kept = {int(k): Metrics.model_validate(figures) for k, figures in read.items()}
+        missing = [k for k in counts if k in own and k not in kept]
+        if missing:
+            kept |= self.metrics(teacher.version, n, self.reference(teacher, n), missing, guidance=teacher.guidance)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps({k: m.model_dump(mode="json") for k, m in sorted(kept.items())}))
+            partial.replace(path)
+        return {k: kept[k] for k in counts if k in kept}
 
     def teacher_metrics(self, n: int, reference: Reference) -> Metrics:
         return teacher_metrics(n, SEED, reference)

@@ -171,13 +171,10 @@ class JobRun:
         return figures
 
     def _teacher_at(self, teacher: TeacherAs) -> dict[str, Any]:
-        """The guided teacher at the student's counts: what the student has to beat. Not asked if it was not made so."""
-        made = set(self.registry.student(teacher.version).schedules)
-        counts, n = [k for k in self.spec.student.steps if k in made], self.spec.eval.samples
-        reference = self.assessor.reference(teacher, n)
-        figures = self.assessor.metrics(teacher.version, n, reference, counts, guidance=teacher.guidance)
-        speeds = self.assessor.speeds(teacher.version, teacher, counts, guidance=teacher.guidance)
-        return {str(k): as_json(m, speeds[str(k)]) for k, m in figures.items()}
+        """The guided teacher at the student's counts: what the student has to beat."""
+        found = self.assessor.teacher_at(teacher, self.spec.eval.samples, self.spec.student.steps)
+        speeds = self.assessor.speeds(teacher.version, teacher, list(found), guidance=teacher.guidance)
+        return {str(k): as_json(m, speeds[str(k)]) for k, m in found.items()}
 
     def _publish(self, version: str, gates: Mapping[str, Any]) -> None:
         """Proposes the tiers that passed and waits until they are live."""
