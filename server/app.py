@@ -43,7 +43,7 @@ def create_app(
     """The application. `broker` has been started, or is before the first request; its owner closes it.
 
     `jobs_router` may be a function of `Gateway.authorise`, which exists only here. The gateway is
-    `app.state.gateway`: set its `draining` to have it refuse with 503 before the process stops.
+    `app.state.gateway`; its `refuse()` has it answer 503 before the process stops.
     """
     gateway = Gateway(settings, broker, registry, metrics or make_metrics())
     app = FastAPI(

@@ -66,8 +66,12 @@ class Gateway:
             _logger.info("url_secret is not set: result urls are valid at this gateway and for its lifetime only")
         await self.catalog.start()
 
-    async def stop(self) -> None:
+    def refuse(self) -> None:
+        """From now on new work is answered with 503; what is under way goes on."""
         self.draining = True
+
+    async def stop(self) -> None:
+        self.refuse()
         await self.catalog.stop()
         await asyncio.gather(*self._background, return_exceptions=True)
 

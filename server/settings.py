@@ -45,6 +45,7 @@ class GatewaySettings(BaseSettings):
     max_body_bytes: int = Field(1_048_576, ge=1024)
     idempotency_ttl_s: float = Field(600, gt=0)
     result_ttl_s: float = Field(600, gt=0, description="how long answers are kept after their end")
+    drain_s: float = Field(0.5, ge=0, description="how long a stopping gateway answers 503 before it stops listening")
     max_wait_s: float = Field(60, gt=0, description="a longer predicted wait is refused with 429")
     worker_grace_s: float = Field(15, ge=0, description="accept this long after the last live worker was seen")
     poll_s: float = Field(0.5, gt=0, description="how often registry and workers are read")

@@ -23,11 +23,14 @@ def gateway() -> None:
     """Run the HTTP gateway. It is told by GATEWAY_* variables: GATEWAY_REDIS_URL, GATEWAY_REGISTRY_URL …"""
     import uvicorn
 
+    from server.refusing import RefusingServer
+
     settings = load(GatewaySettings)
     logs.configure("gateway", settings.log_level)
     logs.log_settings(settings)
+    app = _gateway_app(settings)
     config = uvicorn.Config(
-        _gateway_app(settings),
+        app,
         host=settings.host,
         port=settings.port,
         log_config=None,
@@ -35,7 +38,7 @@ def gateway() -> None:
         server_header=False,
         timeout_graceful_shutdown=_GRACE_S,
     )
-    uvicorn.Server(config).run()
+    RefusingServer(config, app.state.gateway.refuse, settings.drain_s).run()
 
 
 def _gateway_app(settings: GatewaySettings) -> Any:
