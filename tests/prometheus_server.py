@@ -45,7 +45,8 @@ class Prometheus:
         return series
 
     def healthy_targets(self) -> int:
-        targets = httpx.get(f"{self.url}/api/v1/targets", timeout=10).json()["data"]["activeTargets"]
+        response = httpx.get(f"{self.url}/api/v1/targets", timeout=10).raise_for_status()  # 503 while it starts
+        targets = response.json()["data"]["activeTargets"]
         return sum(target["health"] == "up" for target in targets)
 
 
@@ -77,8 +78,8 @@ def _ready(prometheus: Prometheus, targets: int) -> Prometheus:
     def scraping() -> bool:
         try:
             return prometheus.healthy_targets() == targets
-        except httpx.TransportError:
+        except httpx.HTTPError:
             return False
 
-    eventually(scraping, within_s=20)
+    eventually(scraping, within_s=60)
     return prometheus
