@@ -26,7 +26,7 @@ from server.tickets import LatentRow, PictureRow, Ticket, latent_row, prompts_of
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-BEHIND_SHARE = 0.2
+BEHIND_SHARE = 0.1
 """Of the engine's time, what work behind live rows gets even if they never pause: a swap ends under any load."""
 _LEAST_WAIT_S = 0.01
 
