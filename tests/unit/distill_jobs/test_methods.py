@@ -9,11 +9,12 @@ from distill_jobs.batches import Rows, TensorSource, make_batch
 from distill_jobs.methods import __main__ as generator
 from distill_jobs.methods import _schemas
 from distill_jobs.methods.base import Workspace, presets, resolve
+from distill_jobs.methods.kd import KD
 from distill_jobs.methods.score_matching import GRIDS
 from distill_jobs.pairs import TeacherPath, collect
 from distill_jobs.roles import Cast
 from distill_jobs.stage import Stage, StageRun
-from engines.denoiser import Denoiser
+from engines.denoiser import BaseDenoiser, Denoiser
 from engines.errors import InvalidRequest, UnknownPlugin
 from engines.process import RF
 from tests.unit.distill_jobs.closed_form import SHAPE, STD, GaussianNet, exact_pairs, teacher_of
@@ -218,3 +219,26 @@ def test_pairs_follow_from_the_seed() -> None:
     first, again, other = (one.states for one in made if one is not None)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def kd_pairs(teacher: BaseDenoiser, **settings: Any) -> torch.Tensor:
+    run = StageRun(0, Stage("kd", 1, {**STAGES["kd"], **settings}), teacher, tiny_student())
+    run.method.prepare(tiny_source(), Workspace())
+    assert isinstance(run.method, KD)
+    assert run.method.pairs is not None
+    return run.method.pairs.states
+
+
+def test_pairs_are_guided_within_the_interval_only() -> None:
+    guided, unguided = kd_pairs(tiny_teacher()), kd_pairs(tiny_teacher().denoiser)
+    assert torch.equal(kd_pairs(tiny_teacher(), guidance_interval=[0.0, 1.0]), guided)
+    torch.testing.assert_close(kd_pairs(tiny_teacher(), guidance_interval=[0.3, 0.4]), unguided)  # between two steps
+    late = kd_pairs(tiny_teacher(), guidance_interval=[0.0, 0.6])
+    torch.testing.assert_close(late[:, 1], unguided[:, 1])  # the state at level .75, after the step from 1
+    assert not torch.allclose(late[:, -1], unguided[:, -1])
+    assert not torch.allclose(late[:, -1], guided[:, -1])
+
+
+def test_an_interval_without_guidance_changes_nothing() -> None:
+    plain = tiny_teacher().denoiser
+    assert torch.equal(kd_pairs(plain, guidance_interval=[0.2, 0.8]), kd_pairs(plain))
