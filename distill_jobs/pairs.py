@@ -54,6 +54,13 @@ class TeacherPath:
         return torch.stack([path[i] for i in self.indices] + [path[-1]], dim=1)
 
 
+def follow(teacher: BaseDenoiser, x: Tensor, levels: tuple[float, ...], cond: Cond, solver: str) -> Tensor:
+    """Where the teacher's path over `levels` ends that stands at x [B, ...] on the first of them."""
+    grid = times.grid(teacher.process, levels)
+    unit = x / teacher.process.sigma(torch.tensor(grid[:1], dtype=torch.float64)).item()
+    return trajectory(teacher, unit, grid, cond, solver=solver)[-1]
+
+
 class Pairs:
     """Trajectory rows [N, R + 1, C, H, W] with their conditions, drawn by position like a `Source`."""
 

@@ -17,7 +17,7 @@ from distill_jobs.batches import TensorSource
 from distill_jobs.teachers.diffusers import Teacher
 from engines.errors import InvalidRequest
 
-COUNT = 4096
+COUNT = 8192
 _DEFAULT = "shapes"
 
 

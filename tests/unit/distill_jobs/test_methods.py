@@ -17,6 +17,7 @@ from distill_jobs.stage import Stage, StageRun
 from engines.denoiser import BaseDenoiser, Denoiser
 from engines.errors import InvalidRequest, UnknownPlugin
 from engines.process import RF
+from engines.solvers import sample, trajectory
 from tests.unit.distill_jobs.closed_form import SHAPE, STD, GaussianNet, exact_pairs, teacher_of
 from tests.unit.distill_jobs.tiny import STAGES, tiny_source, tiny_student, tiny_teacher
 
@@ -72,6 +73,11 @@ def test_the_defaults_pass_their_own_check(name: str) -> None:
 def test_a_grid_must_fall_within_its_count(levels: tuple[float, ...]) -> None:
     with pytest.raises(InvalidRequest, match="falling levels"):
         resolve("sid").config({"grids": {2: levels}})
+
+
+def test_own_rows_need_a_student_of_several_steps() -> None:
+    with pytest.raises(InvalidRequest, match="own_share needs a count of at least 2"):
+        resolve("kd").config({"counts": (1,), "own_share": 0.25})
 
 
 def test_the_presets_have_the_prototypes_settings() -> None:
@@ -237,6 +243,19 @@ def test_pairs_are_guided_within_the_interval_only() -> None:
     torch.testing.assert_close(late[:, 1], unguided[:, 1])  # the state at level .75, after the step from 1
     assert not torch.allclose(late[:, -1], unguided[:, -1])
     assert not torch.allclose(late[:, -1], guided[:, -1])
+
+
+def test_own_rows_are_the_students_states_before_its_last_jump() -> None:
+    run = StageRun(0, Stage("kd", 1, STAGES["kd"] | {"counts": [4], "eta": 0.0}), tiny_teacher(), tiny_student())
+    assert isinstance(run.method, KD)
+    batch = run.batch(tiny_source(), 0) if run.method.prepare(tiny_source(), Workspace()) else None
+    assert batch is not None
+    level, states, ends = run.method._own(batch, 2)
+    grid = run.schedules[4].times
+    cond = batch.cond[:2]
+    assert level == grid[3] == 0.25
+    torch.testing.assert_close(states, sample(run.cast.student, batch.noise[:2], grid[:4], cond))
+    torch.testing.assert_close(ends, trajectory(run.cast.teacher, states / 0.25, (0.25, 0.0), cond, solver="euler")[-1])
 
 
 def test_an_interval_without_guidance_changes_nothing() -> None:

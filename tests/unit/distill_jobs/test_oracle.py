@@ -82,6 +82,30 @@ def test_kd_with_time_reversed_fails_the_oracle() -> None:
     assert kd_loss(RF(), "flow", method=BackwardKD) > 0.1
 
 
+def own_loss(process: Process, kind: Kind, *, teacher: Guided | None = None, **student: float) -> float:
+    """Of a batch whose rows all stand where the student's own sampling makes its last jump."""
+    rungs = tuple(top(kind) * u for u in KDConfig().rungs)
+    grids = {2: (rungs[0], rungs[2]), 4: rungs}
+    own = {"own_share": 0.99, "teacher_steps": 64, "teacher_solver": "ab2"}
+    config = KDConfig(counts=(2, 4), grids=grids, rungs=rungs, eta=0, **own)
+    cast = Cast(teacher or teacher_of(process, kind), student=student_of(process, kind, **student))
+    pairs = exact_pairs(process, batch_of().noise, times.grid(process, rungs)[:-1])
+    method = KD(cast, config)
+    return max(float(method.loss("student", batch_of(seed=seed, pair=pairs))["kd"]) for seed in range(3))
+
+
+@every_kind
+@every_process
+def test_kd_on_the_students_own_states_is_small_at_the_true_endpoint_map_only(process: Process, kind: Kind) -> None:
+    assert own_loss(process, kind) < 1e-3  # the teacher's path has steps
+    assert own_loss(process, kind, shift=GUIDED_MEAN - MEAN + OFF) > 0.04
+    assert own_loss(process, kind, std=1.2 * STD) > 0.06
+
+
+def test_kd_on_own_states_with_the_other_guidance_convention_fails_the_oracle() -> None:
+    assert own_loss(RF(), "flow", teacher=other_guidance(RF(), "flow")) > 0.1
+
+
 def lsd_loss(process: Process, kind: Kind, *, delta: float, method: type[LSD] = LSD, **student: float) -> float:
     cast = Cast(teacher_of(process, kind), student=student_of(process, kind, **student))
     config = LSDConfig(delta=delta, first_share=0.1, top=top(kind))

@@ -9,7 +9,7 @@ from engines.process import RF
 
 SHAPE = (2, 2, 2)
 STAGES = {
-    "kd": {"batch": 8, "pairs": 64, "teacher_steps": 4},
+    "kd": {"batch": 8, "pairs": 64, "teacher_steps": 4, "own_share": 0.25},
     "dmd": {"batch": 8, "fake_updates": 2, "fake_warmup": 4},
     "sid": {"batch": 8, "fake_updates": 2, "fake_warmup": 4},
     "lsd": {"batch": 8, "generate": 64, "teacher_steps": 4},
