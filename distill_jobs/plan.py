@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from distill_jobs.methods import _schemas
 from distill_jobs.spec import DistillJobSpec
 
 HARD_STOP = 2.0
@@ -34,6 +35,7 @@ class StagePlan:
     settings: dict[str, Any] = field(default_factory=dict)
     hard_stop_s: float | None = None
     seconds: float | None = None
+    terms: tuple[dict[str, Any], ...] = ()  # name, weight and settings of each
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,8 @@ class Plan:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> "Plan":
-        return cls(tuple(StagePlan(**stage) for stage in data["stages"]), data["eval_every"], data["bf16"])
+        stages = (StagePlan(**{**stage, "terms": tuple(stage.get("terms", ()))}) for stage in data["stages"])
+        return cls(tuple(stages), data["eval_every"], data["bf16"])
 
 
 def settings(spec: DistillJobSpec) -> list[dict[str, Any]]:
@@ -72,7 +75,10 @@ def settings(spec: DistillJobSpec) -> list[dict[str, Any]]:
 
 def drafted(spec: DistillJobSpec) -> list[StagePlan]:
     """The stages before anything was measured, as one iteration each."""
-    return [StagePlan(stage.name, 1, told) for stage, told in zip(spec.stages, settings(spec), strict=True)]
+    return [
+        StagePlan(stage.name, 1, told, terms=tuple(term.parts() for term in stage.terms))
+        for stage, told in zip(spec.stages, settings(spec), strict=True)
+    ]
 
 
 def planned(
@@ -106,7 +112,7 @@ def _evaluations(seconds: float, evaluation_s: float) -> int:
 
 def _timed(stage: StagePlan, cost: Costs, pairs: int, *, seconds: float, evaluations: float) -> StagePlan:
     told = dict(stage.settings)
-    if pairs and cost.pair_s > 0 and stage.method == "kd":
+    if pairs and cost.pair_s > 0 and "pairs" in _schemas.schemas()[stage.method]["config"]["properties"]:
         most = int(_MOST_PAIRS_SHARE * seconds / cost.pair_s) // _PAIRS_STEP * _PAIRS_STEP
         pairs = max(_PAIRS_STEP, min(pairs, most))
         told["pairs"] = pairs

@@ -7,7 +7,7 @@ reads these files and never the clock.
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from distill_jobs import plan as plans
 from distill_jobs import times
 from distill_jobs.batches import Source, make_batch
 from distill_jobs.methods.optimal_steps import OptimalSteps, OptimalStepsConfig
-from distill_jobs.plan import Costs, Plan
+from distill_jobs.plan import Costs, Plan, StagePlan
 from distill_jobs.roles import Cast
 from distill_jobs.spec import DistillJobSpec
 from distill_jobs.stage import Precision, Stage
+from distill_jobs.terms.base import Wanted
 from distill_jobs.timing import measure, prepared_rows
 from engines.denoiser import BaseDenoiser
 from engines.manifest import Schedule
@@ -75,6 +76,14 @@ def schedules(found: Mapping[str, Any]) -> dict[int, Schedule]:
     return {int(k): Schedule.model_validate(value) for k, value in found["schedules"].items()}
 
 
+def stages(plan: Sequence[StagePlan]) -> list[Stage]:
+    """A plan's stages as the trainer takes them."""
+    return [
+        Stage(s.method, s.iterations, s.settings, s.hard_stop_s, tuple(Wanted(**term) for term in s.terms))
+        for s in plan
+    ]
+
+
 Evaluate = Callable[[int, BaseDenoiser, Mapping[int, Schedule]], object]
 
 
@@ -90,8 +99,8 @@ def timed_plan(
 ) -> Plan:
     """The job's stages. `spent_s` is gone of the budget, and so is what this takes."""
     began = time.perf_counter()
-    stages = [Stage(draft.method, draft.iterations, draft.settings) for draft in plans.drafted(spec)]
-    tried = [measure(stage, teacher, student, source, precision=precision) for stage in stages]
+    drafts = stages(plans.drafted(spec))
+    tried = [measure(stage, teacher, student, source, precision=precision) for stage in drafts]
     started = time.perf_counter()
     if spec.train.max_minutes is not None:
         evaluate(0, student, _uniform(spec, student))
@@ -99,7 +108,7 @@ def timed_plan(
     costs = [Costs(cost.iteration_s, cost.prepared_row_s, evaluation_s) for cost in tried]
     log.info("measured %s with %s", costs, precision)
     spent_s += time.perf_counter() - began
-    return plans.planned(spec, costs, [prepared_rows(stage) for stage in stages], spent_s=spent_s, bf16=precision.bf16)
+    return plans.planned(spec, costs, [prepared_rows(stage) for stage in drafts], spent_s=spent_s, bf16=precision.bf16)
 
 
 def _uniform(spec: DistillJobSpec, student: BaseDenoiser) -> dict[int, Schedule]:

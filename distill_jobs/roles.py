@@ -1,29 +1,35 @@
 """Who is trained: the networks of a distillation by name, how each is updated, and whose gradients flow.
 
 A method says which roles it needs; the `Cast` makes them and isolates gradients; the trainer owns the optimisers.
+A frozen role is never updated by an optimiser: a target that the method moves itself (`Cast.follow`), or an earlier
+student. It is in every checkpoint like the others.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from engines.denoiser import BaseDenoiser, Guided
 from engines.errors import NotBuilt
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 @dataclass(frozen=True, slots=True)
 class Role:
     """How one network is trained. `steps` updates in each iteration that is due: every `every`-th from `start` on.
 
-    `init`: a copy of the teacher without its guidance, or of the student. LoRA roles are not built yet.
+    `init`: a copy of the teacher without its guidance, or of the student; `new` is made by the method or term. LoRA
+    roles are not built yet.
     """
 
-    init: Literal["teacher", "student"] = "teacher"
-    train: Literal["full", "lora"] = "full"
+    init: Literal["teacher", "student", "new"] = "teacher"
+    train: Literal["full", "lora", "frozen"] = "full"
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
@@ -34,6 +40,8 @@ class Role:
 
     def updates_at(self, iteration: int) -> int:
         """How many updates this role gets in an iteration (counted from 0 within the stage)."""
+        if self.train == "frozen":
+            return 0
         due = iteration >= self.start and (iteration - self.start) % self.every == 0
         return self.steps if due else 0
 
@@ -41,13 +49,20 @@ class Role:
 class Cast:
     """The frozen teacher and the networks in training. Outside `only` nothing of it wants gradients."""
 
-    def __init__(self, teacher: BaseDenoiser, **players: BaseDenoiser) -> None:
+    def __init__(self, teacher: BaseDenoiser, **players: nn.Module) -> None:
         self.teacher = _frozen(teacher)
         self.players = {name: _frozen(player) for name, player in players.items()}
 
     @classmethod
-    def build(cls, teacher: BaseDenoiser, student: BaseDenoiser, roles: Mapping[str, Role]) -> "Cast":
-        """The cast for these roles; `student` itself plays the student, the others are copies.
+    def build(
+        cls,
+        teacher: BaseDenoiser,
+        student: BaseDenoiser,
+        roles: Mapping[str, Role],
+        make: Callable[[str, BaseDenoiser], nn.Module] | None = None,
+    ) -> "Cast":
+        """The cast for these roles; `student` itself plays the student, the others are copies, or what
+        `make(name, unguided teacher)` gives for a role that is new.
 
         Raises:
             NotBuilt: a role wants LoRA.
@@ -56,19 +71,30 @@ class Cast:
         if lora:
             names = ", ".join(lora)
             raise NotBuilt(f"roles {names} ask for LoRA, which is not built yet: use train=full", param="train")
-        others = {
-            name: copy.deepcopy(student if role.init == "student" else unguided(teacher))
-            for name, role in roles.items()
-            if name != "student"
-        }
+
+        def played(name: str, role: Role) -> nn.Module:
+            if role.init == "new":
+                if make is None:
+                    raise TypeError(f"role {name} is new and nobody makes it")
+                return make(name, unguided(teacher))
+            return copy.deepcopy(student if role.init == "student" else unguided(teacher))
+
+        others = {name: played(name, role) for name, role in roles.items() if name != "student"}
         return cls(teacher, student=student, **others)
 
     def __getitem__(self, name: str) -> BaseDenoiser:
+        """A role that is a denoiser. Others are had by `module`."""
+        player = self.players[name]
+        if not isinstance(player, BaseDenoiser):
+            raise TypeError(f"role {name} is a {type(player).__name__}, not a denoiser")
+        return player
+
+    def module(self, name: str) -> nn.Module:
         return self.players[name]
 
     @property
     def student(self) -> BaseDenoiser:
-        return self.players["student"]
+        return self["student"]
 
     def weights(self, name: str) -> dict[str, Tensor]:
         """The live tensors of one role by name (not copies)."""
@@ -77,8 +103,18 @@ class Cast:
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         return dict(self.players[name].named_parameters())
 
+    @torch.no_grad()
+    def follow(self, name: str, leader: str, keep: float) -> None:
+        """Moves a role's weights towards another's of the same network: keep x own + (1 - keep) x the leader's.
+        Integer buffers are copied."""
+        own, theirs = self.weights(name), self.weights(leader)
+        floating = [key for key, value in own.items() if value.is_floating_point()]
+        torch._foreach_lerp_([own[key] for key in floating], [theirs[key] for key in floating], 1 - keep)
+        for key in own.keys() - set(floating):
+            own[key].copy_(theirs[key])
+
     @contextmanager
-    def only(self, name: str) -> Iterator[BaseDenoiser]:
+    def only(self, name: str) -> Iterator[nn.Module]:
         """Within it, `name` alone is in training mode and takes gradients; those of the others stay None."""
         player = self.players[name]
         player.requires_grad_(True).train()
@@ -93,6 +129,6 @@ def unguided(den: BaseDenoiser) -> BaseDenoiser:
     return den.denoiser if isinstance(den, Guided) else den
 
 
-def _frozen(module: BaseDenoiser) -> BaseDenoiser:
+def _frozen(module: _Module) -> _Module:
     module.requires_grad_(False).eval()
     return module

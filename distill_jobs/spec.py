@@ -61,6 +61,10 @@ class TermSpec(BaseModel):
     name: str
     weight: float = Field(1.0, ge=0)
 
+    def parts(self) -> dict[str, Any]:
+        """name, weight and the term's own settings."""
+        return {"name": self.name, "weight": self.weight, "settings": self.model_extra or {}}
+
 
 class MethodSpec(_Frozen):
     """One stage: a method, its own `fields`, and its `share` of the budget. Flat in JSON."""
@@ -266,12 +270,19 @@ def _check_methods(spec: DistillJobSpec) -> None:
             raise type(error)(f"{where}: {error.message}", param=own) from error
         if stage.fields.get("train") == "lora":
             raise NotBuilt(f"{where}.train=lora is not built yet: use full", param=f"{where}.train")
-        if stage.terms:
-            raise NotBuilt(f"{where}.terms: extra loss terms are not built yet", param=f"{where}.terms")
+        for term in stage.terms:
+            _check_term(term, where)
         if not known[stage.name]["roles"] and len(spec.stages) > 1:
             message = f"{where}: {stage.name} trains no weights and is step 0 of every job: leave this stage out"
             raise InvalidRequest(message, param=where)
         _check_needs(stage, frozenset(known[stage.name]["needs"]), where)
+
+
+def _check_term(term: TermSpec, where: str) -> None:
+    try:
+        _schemas.check_term(term.name, term.model_extra or {})
+    except InvalidRequest as error:
+        raise type(error)(f"{where}: {error.message}", param=f"{where}.{error.param}") from error
 
 
 def _check_needs(stage: MethodSpec, needs: frozenset[str], where: str) -> None:

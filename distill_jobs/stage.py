@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from distill_jobs.batches import Batch, Source, make_batch, seed_of
 from distill_jobs.methods.base import Method, resolve
 from distill_jobs.roles import Cast, Role
+from distill_jobs.terms.base import Terms, Wanted
 from engines.denoiser import BaseDenoiser
 from engines.errors import Diverged, InvalidRequest
 from engines.manifest import Schedule
@@ -27,6 +28,7 @@ class Stage:
     iterations: int
     settings: Mapping[str, Any] = field(default_factory=dict)
     hard_stop_s: float | None = None
+    terms: tuple[Wanted, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +84,24 @@ class StageRun:
         preset = resolve(stage.method)
         config = preset.config(stage.settings)
         self.index, self.stage, self.seed, self.precision, self.max_skips = index, stage, seed, precision, max_skips
-        self.roles: dict[str, Role] = preset.method.roles(config)
-        if not self.roles:
+        self.terms = Terms(stage.terms)
+        own = preset.method.roles(config)
+        if not own:
             raise InvalidRequest(f"{stage.method} trains no weights: it is a search, not a stage", param="method")
+        self.roles: dict[str, Role] = self.terms.roles() | own  # the student is the last to be updated
         missing = preset.method.inputs - student.inputs
         if missing:
             raise InvalidRequest(f"{stage.method} needs a student whose network reads {', '.join(sorted(missing))}")
-        self.cast = Cast.build(teacher, student, self.roles)
+
+        def make(name: str, denoiser: BaseDenoiser) -> nn.Module:
+            return preset.method.make(name, denoiser, config) if name in own else self.terms.make(name, denoiser)
+
+        self.cast = Cast.build(teacher, student, self.roles, make)
         self.method: Method = preset.method(self.cast, config)
-        self.optimisers = {name: self._optimiser(name, role) for name, role in self.roles.items()}
+        self.terms.join(self.cast)
+        trained = {name: role for name, role in self.roles.items() if role.train != "frozen"}
+        self.optimisers = {name: self._optimiser(name, role) for name, role in trained.items()}
+        self._own = frozenset(own)
         self.averages = [Average(decay, self.cast.weights("student")) for decay in ema]
         self.iteration = 0
         self.updates = dict.fromkeys(self.roles, 0)
@@ -118,6 +129,7 @@ class StageRun:
                 seen |= self._update(name, source, position + k)
             position += role.steps
         self.method.after(self.iteration)
+        self.terms.after(self.iteration)
         self.iteration += 1
         return seen
 
@@ -138,7 +150,8 @@ class StageRun:
         with self.cast.only(name) as network:
             optimiser.zero_grad(set_to_none=True)
             with self.precision.context():
-                terms = self.method.loss(name, batch)
+                terms = self.method.loss(name, batch) if name in self._own else {}
+                terms = terms | self.terms.loss(name, self.method, batch)
             total = torch.stack([term.float() for term in terms.values()]).sum()
             torch.autograd.backward(total)
             norm = float(nn.utils.clip_grad_norm_(network.parameters(), role.clip))
@@ -184,7 +197,7 @@ class StageRun:
         out: dict[str, Tensor] = {}
         for name in self.roles:
             out |= {f"role/{name}/{key}": value for key, value in self.cast.weights(name).items()}
-            states = self.optimisers[name].state_dict()["state"]
+            states = self.optimisers[name].state_dict()["state"] if name in self.optimisers else {}
             for i, parameter in enumerate(self.cast.parameters(name)):
                 out |= {f"optimiser/{name}/{parameter}/{key}": value for key, value in states.get(i, {}).items()}
         for i, average in enumerate(self.averages):
@@ -204,7 +217,9 @@ class StageRun:
     def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
         """Puts back what `tensors` and `counters` gave: the run goes on as if it had never stopped."""
         for name in self.roles:
-            self.cast[name].load_state_dict(_under(tensors, f"role/{name}/"))
+            self.cast.module(name).load_state_dict(_under(tensors, f"role/{name}/"))
+            if name not in self.optimisers:
+                continue
             parameters = list(self.cast.parameters(name))
             states = {i: _under(tensors, f"optimiser/{name}/{key}/") for i, key in enumerate(parameters)}
             groups = self.optimisers[name].state_dict()["param_groups"]

@@ -34,7 +34,7 @@ from distill_jobs.preparation import PLAN, SCHEDULE
 from distill_jobs.progress import Hooks, Wish
 from distill_jobs.small_evaluation import SmallEvaluation, baked
 from distill_jobs.spec import DistillJobSpec
-from distill_jobs.stage import Precision, Stage
+from distill_jobs.stage import Precision
 from distill_jobs.teachers import diffusers
 from distill_jobs.trainer import Result, TrainConfig, Trainer
 from engines import priority
@@ -87,7 +87,7 @@ class TrainerRun:
             best_by=evals.best_by,
             best_is_highest=evals.best_by != "fd",
         )
-        stages = [Stage(s.method, s.iterations, s.settings, s.hard_stop_s) for s in plan.stages]
+        stages = preparation.stages(plan.stages)
         student = copy.deepcopy(self.teacher.denoiser)
         hooks = Hooks(self.poll, events, self._panel(events), self._evaluation())
         checkpoints = self.folder / "checkpoints"

@@ -1,20 +1,30 @@
-"""`python -m distill_jobs.methods` writes `schemas.json` from the configuration classes; `--check` only compares.
+"""`python -m distill_jobs.methods` writes the `schemas.json` of methods and of terms from their configuration classes.
 
-The file lets the gateway check a job without importing torch. Per method: its file, description, needs, inputs,
-roles, defaults, and the JSON schema of its settings.
+The files let the gateway check a job without importing torch. Per method: its file, description, paper, needs, inputs,
+roles, defaults, and the JSON schema of its settings. `--check` only compares.
 """
 
 import json
 import sys
 from typing import Any
 
-from distill_jobs.methods._schemas import PATH
+from distill_jobs.methods._schemas import PATH, TERMS_PATH
 from distill_jobs.methods.base import Preset, presets
+from distill_jobs.terms.base import Term, terms
 
 
 def generated() -> str:
-    """The text that `schemas.json` must have."""
-    return json.dumps({name: _schema(preset) for name, preset in sorted(presets().items())}, indent=1) + "\n"
+    """The text that the methods' `schemas.json` must have."""
+    return _text({name: _schema(preset) for name, preset in presets().items()})
+
+
+def generated_terms() -> str:
+    """The text that the terms' `schemas.json` must have."""
+    return _text({name: _term_schema(term) for name, term in terms().items()})
+
+
+def _text(found: dict[str, Any]) -> str:
+    return json.dumps(found, indent=1, sort_keys=True) + "\n"
 
 
 def _schema(preset: Preset) -> dict[str, Any]:
@@ -22,6 +32,7 @@ def _schema(preset: Preset) -> dict[str, Any]:
     return {
         "file": preset.method.__module__.rpartition(".")[2],
         "description": preset.description,
+        "paper": preset.paper,
         "needs": sorted(preset.method.needs),
         "inputs": sorted(preset.method.inputs),
         "roles": list(preset.method.roles(config)),
@@ -30,8 +41,20 @@ def _schema(preset: Preset) -> dict[str, Any]:
     }
 
 
+def _term_schema(term: type[Term]) -> dict[str, Any]:
+    return {
+        "description": (term.__doc__ or "").partition("\n")[0],
+        "paper": term.paper,
+        "needs": sorted(term.needs),
+        "roles": list(term.roles(term.Config())),
+        "config": term.Config.model_json_schema(),
+    }
+
+
 if __name__ == "__main__":
+    files = {PATH: generated(), TERMS_PATH: generated_terms()}
     if "--check" in sys.argv[1:]:
-        fresh = PATH.exists() and PATH.read_text() == generated()
-        sys.exit(0 if fresh else f"{PATH.name} is stale: run me without --check")
-    PATH.write_text(generated())
+        stale = [str(path) for path, text in files.items() if not path.exists() or path.read_text() != text]
+        sys.exit(f"stale, run me without --check: {', '.join(stale)}" if stale else 0)
+    for path, text in files.items():
+        path.write_text(text)

@@ -13,6 +13,7 @@ from typing import Any
 from engines.errors import InvalidRequest, UnknownPlugin
 
 PATH = Path(__file__).with_name("schemas.json")
+TERMS_PATH = Path(__file__).parents[1] / "terms" / "schemas.json"
 _TYPES: dict[str, tuple[type, ...]] = {
     "integer": (int,),
     "number": (int, float),
@@ -26,8 +27,15 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 @cache
 def schemas() -> dict[str, dict[str, Any]]:
-    """name -> {file, description, needs, inputs, roles, defaults, config (JSON schema)}."""
+    """Methods: name -> {file, description, paper, needs, inputs, roles, defaults, config (JSON schema)}."""
     found: dict[str, dict[str, Any]] = json.loads(PATH.read_text())
+    return found
+
+
+@cache
+def terms() -> dict[str, dict[str, Any]]:
+    """Loss terms: name -> {description, paper, needs, roles, config (JSON schema)}."""
+    found: dict[str, dict[str, Any]] = json.loads(TERMS_PATH.read_text())
     return found
 
 
@@ -38,19 +46,28 @@ def check(name: str, settings: Mapping[str, Any]) -> None:
         UnknownPlugin: no such method.
         InvalidRequest: an unknown setting, a wrong type or a value out of range; `param` is method.<setting>.
     """
-    if name not in schemas():
-        known = ", ".join(sorted(schemas()))
-        raise UnknownPlugin(f"method {name!r} does not exist: choose from {known}", param="method")
-    properties = schemas()[name]["config"]["properties"]
+    _check("method", name, settings, schemas())
+
+
+def check_term(name: str, settings: Mapping[str, Any]) -> None:
+    """The same for a loss term; `param` is terms.<setting>."""
+    _check("term", name, settings, terms())
+
+
+def _check(what: str, name: str, settings: Mapping[str, Any], known: Mapping[str, dict[str, Any]]) -> None:
+    param = {"method": "method", "term": "terms"}[what]
+    if name not in known:
+        raise UnknownPlugin(f"{what} {name!r} does not exist: choose from {', '.join(sorted(known))}", param=param)
+    properties = known[name]["config"].get("properties", {})
     for key, value in settings.items():
         if key not in properties:
-            known = ", ".join(sorted(properties))
+            own = ", ".join(sorted(properties)) or "none"
             raise InvalidRequest(
-                f"method setting {key}: {name} has no such setting, it has {known}", param=f"method.{key}"
+                f"{what} setting {key}: {name} has no such setting, it has {own}", param=f"{param}.{key}"
             )
         reason = _fault(value, properties[key])
         if reason:
-            raise InvalidRequest(f"method setting {key}: {value!r} {reason}", param=f"method.{key}")
+            raise InvalidRequest(f"{what} setting {key}: {value!r} {reason}", param=f"{param}.{key}")
 
 
 def _fault(value: Any, schema: Mapping[str, Any]) -> str | None:

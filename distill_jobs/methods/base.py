@@ -14,14 +14,16 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill_jobs import times
 from distill_jobs.batches import Batch, Rows, Source
 from distill_jobs.roles import Cast, Role
 from engines import plugins
+from engines.denoiser import BaseDenoiser
 from engines.errors import InvalidRequest, UnknownPlugin
 from engines.manifest import Schedule
+from engines.solvers import sample
 
 Needs = Literal["prompts", "data", "pairs"]
 
@@ -98,6 +100,11 @@ class Method(ABC):
         """Who is trained, in the order of their updates. The fake comes before the student."""
         return {}
 
+    @classmethod
+    def make(cls, name: str, denoiser: BaseDenoiser, config: Any) -> nn.Module:
+        """The network of a role whose init is `new`; `denoiser` is the teacher without its guidance."""
+        raise NotImplementedError(f"{cls.__name__} makes no network for {name}")
+
     @property
     @abstractmethod
     def schedules(self) -> dict[int, Schedule]:
@@ -114,6 +121,17 @@ class Method(ABC):
         """Scalar terms; their sum is differentiated. Called within `cast.only(role)`."""
         raise NotImplementedError(f"{type(self).__name__} trains no weights")
 
+    def generate(self, batch: Batch) -> Tensor:
+        """Backward simulation [B, ...]: one of the student's counts, a rung of its schedule, and the clean prediction
+        made there, the only evaluation that is differentiated. All rows take the same rung."""
+        schedules = [schedule for _, schedule in sorted(self.schedules.items())]
+        schedule = schedules[batch.pick(len(schedules))]
+        eta = schedule.eta if isinstance(schedule.eta, float) else schedule.eta[0]
+        rung = batch.pick(schedule.steps)
+        return sample(
+            self.cast.student, batch.noise, schedule.times, batch.cond, eta, grad=rung, draw=lambda _: batch.randn()
+        )
+
     def after(self, iteration: int) -> None:  # noqa: B027 (most methods have no phases)
         """Called after each iteration: phase changes, which stand in `curriculum` so that checkpoints hold them."""
 
@@ -129,6 +147,7 @@ class Preset:
 
     method: type[Method]
     description: str
+    paper: str = ""  # arXiv number, or where else it is written
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self, settings: Mapping[str, Any]) -> MethodConfig:

@@ -129,4 +129,6 @@ def heun(den: BaseDenoiser, x: Tensor, t: Tensor, s: Tensor, cond: Cond, ask: Te
     return x + over(s - t, x) * (first + second) / 2
 
 
-PRESETS = {"lsd": Preset(LSD, "Lagrangian flow map: any step count, from latents and the teacher, without a critic.")}
+PRESETS = {
+    "lsd": Preset(LSD, "Lagrangian flow map: any step count, from latents and the teacher, no critic.", "2505.18825")
+}

@@ -147,4 +147,9 @@ def few_step_schedules(method: Method, own: dict[int, tuple[float, ...]]) -> dic
     return {k: Schedule(times=grid, eta=c.eta, solver="ddim") for k, grid in grids.items()}
 
 
-PRESETS = {"kd": Preset(KD, "Regression on the endpoints of teacher trajectories; a stable start for score matching.")}
+PRESETS = {
+    "kd": Preset(KD, "Regression on the endpoints of teacher trajectories; a stable start for others.", "2101.02388"),
+    "backward_distillation": Preset(
+        KD, "kd that learns from the student's own states too, for several steps.", "2405.05224", {"own_share": 0.25}
+    ),
+}

@@ -164,4 +164,8 @@ def _moved(levels: Levels, j: int, share: float) -> Levels:
     return (*levels[:j], levels[j] + share * gap, *levels[j + 1 :])
 
 
-PRESETS = {"optimal_steps": Preset(OptimalSteps, "The teacher's own best times and solver for few steps; no training.")}
+PRESETS = {
+    "optimal_steps": Preset(
+        OptimalSteps, "The teacher's own best times and solver for few steps; no training.", "2503.21774"
+    )
+}

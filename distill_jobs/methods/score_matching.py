@@ -72,14 +72,6 @@ class ScoreMatching(Method):
             return {"dsm": self._fake_loss(y, batch)}
         return {self.term: self._student_loss(self.generate(batch), batch)}
 
-    def generate(self, batch: Batch) -> Tensor:
-        """Backward simulation: K of the counts, a rung k < K, and the clean prediction made there."""
-        grid = self._grids[batch.pick(len(self._grids))]
-        rung = batch.pick(len(grid) - 1)
-        return sample(
-            self.cast.student, batch.noise, grid, batch.cond, self.config.eta, grad=rung, draw=lambda _: batch.randn()
-        )
-
     def noised(self, y: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """(y_tau, tau)."""
         levels = times.Bent(times.Uniform(self.config.tau_min, self.config.tau_max), self.config.tau_shift)
@@ -140,6 +132,10 @@ class SiD(ScoreMatching):
 
 
 PRESETS = {
-    "dmd": Preset(DMD, "Distribution matching: follows the score difference of critic and teacher.", {"lr": 5e-4}),
-    "sid": Preset(SiD, "Score identity distillation: a Fisher divergence through both networks; best after kd."),
+    "dmd": Preset(
+        DMD, "Distribution matching: follows the score difference of critic and teacher.", "2311.18828", {"lr": 5e-4}
+    ),
+    "sid": Preset(
+        SiD, "Score identity distillation: a Fisher divergence through both networks; best after kd.", "2404.04057"
+    ),
 }

@@ -81,12 +81,16 @@ def test_an_unknown_method_is_refused_with_those_there_are() -> None:
         specs.parse(job(method={"name": "alchemy"}))
 
 
+def test_an_unknown_term_is_refused_by_name() -> None:
+    with pytest.raises(UnknownPlugin, match="method: term 'alchemy' does not exist"):
+        specs.parse(job(method={"name": "kd", "terms": [{"name": "alchemy"}]}))
+
+
 @pytest.mark.parametrize(
     "body",
     [
         job(student={"name": "small", "steps": [1], "train": {"lora": {"rank": 8}}}),
         job(method={"name": "kd", "train": "lora"}),
-        job(method={"name": "kd", "terms": [{"name": "diversity", "weight": 0.1}]}),
         job(train={"iterations": 1, "processes": 2}),
         job(data={"images": "folder"}),
     ],

@@ -1,19 +1,32 @@
 """The smallest real thing to train: a two-layer network over a Gaussian teacher, in single precision."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from distill_jobs.batches import TensorSource
+from distill_jobs.methods.base import Preset, presets
 from engines.denoiser import Denoiser, Guided
 from engines.process import RF
 
 SHAPE = (2, 2, 2)
-STAGES = {
-    "kd": {"batch": 8, "pairs": 64, "teacher_steps": 4, "own_share": 0.25},
-    "dmd": {"batch": 8, "fake_updates": 2, "fake_warmup": 4},
-    "sid": {"batch": 8, "fake_updates": 2, "fake_warmup": 4},
-    "lsd": {"batch": 8, "generate": 64, "teacher_steps": 4},
+_SMALL = {
+    "batch": 8,
+    "pairs": 64,
+    "generate": 64,
+    "teacher_steps": 4,
+    "fake_updates": 2,
+    "fake_warmup": 4,
 }
+
+
+def _settings(preset: Preset) -> dict[str, Any]:
+    return {name: value for name, value in _SMALL.items() if name in preset.method.Config.model_fields}
+
+
+STAGES = {name: _settings(one) for name, one in presets().items() if one.method.roles(one.config({}))}
+"""Every method that trains, with settings that are quick."""
 
 
 class TinyNet(nn.Module):

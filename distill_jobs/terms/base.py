@@ -1,0 +1,117 @@
+"""What a loss term is: something more that the student's own samples are asked for, beside its method's loss.
+
+One file per term, which ends in `TERM`. A term sees what the student generates under backward simulation and may bring
+roles of its own (a discriminator), which are trained as a method's are.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from distill_jobs.batches import Batch
+from distill_jobs.methods.base import Method, MethodConfig, Needs
+from distill_jobs.roles import Cast, Role
+from engines import plugins
+from engines.denoiser import BaseDenoiser
+from engines.errors import InvalidRequest
+
+_PACKAGE = "distill_jobs.terms"
+
+
+class Term(ABC):
+    """One term over a `Cast`. `own` names the roles that it brings."""
+
+    Config: ClassVar[type[MethodConfig]]
+    needs: ClassVar[frozenset[Needs]] = frozenset()
+    paper: ClassVar[str] = ""
+
+    def __init__(self, cast: Cast, config: Any) -> None:
+        self.cast, self.config, self.process = cast, config, cast.teacher.process
+
+    @classmethod
+    def roles(cls, config: Any) -> dict[str, Role]:
+        return {}
+
+    @classmethod
+    def make(cls, name: str, denoiser: BaseDenoiser, config: Any) -> nn.Module:
+        """The network of a role whose init is `new`; `denoiser` is the teacher without its guidance."""
+        raise NotImplementedError(f"{cls.__name__} makes no network for {name}")
+
+    @abstractmethod
+    def student_loss(self, y: Tensor, batch: Batch) -> Tensor:
+        """A scalar for the student's clean prediction y [B, ...], which carries its gradient."""
+
+    def own_loss(self, role: str, y: Tensor, batch: Batch) -> Tensor:
+        """A scalar for one of the term's own roles; y is without gradient."""
+        raise NotImplementedError(f"{type(self).__name__} trains no role {role}")
+
+    def after(self, iteration: int) -> None:  # noqa: B027 (most terms have no phases)
+        """Called after each iteration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A term as a job says it."""
+
+    name: str
+    weight: float = 1.0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def resolve(self) -> tuple[type[Term], MethodConfig]:
+        """The term's class and its configuration.
+
+        Raises:
+            UnknownPlugin: no file has this term; the message lists those there are.
+            InvalidRequest: a setting is unknown or out of range; the message names it.
+        """
+        term: type[Term] = plugins.load(_PACKAGE, self.name, "TERM")
+        try:
+            return term, term.Config(**self.settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "config"
+            raise InvalidRequest(f"term {self.name}, setting {where}: {first['msg']}", param="method.terms") from error
+
+
+def terms() -> dict[str, type[Term]]:
+    """Every term by name. Imports them all."""
+    return {name: plugins.load(_PACKAGE, name, "TERM") for name in plugins.names(_PACKAGE)}
+
+
+class Terms:
+    """The terms of one stage, as the stage sees them."""
+
+    def __init__(self, wanted: Sequence[Wanted]) -> None:
+        self._found = [(one, *one.resolve()) for one in wanted]
+        self._live: list[tuple[float, Term, str]] = []
+
+    def roles(self) -> dict[str, Role]:
+        return {name: role for _, term, config in self._found for name, role in term.roles(config).items()}
+
+    def make(self, name: str, denoiser: BaseDenoiser) -> nn.Module:
+        term, config = next((term, config) for _, term, config in self._found if name in term.roles(config))
+        return term.make(name, denoiser, config)
+
+    def join(self, cast: Cast) -> None:
+        self._live = [(one.weight, term(cast, config), one.name) for one, term, config in self._found]
+
+    def loss(self, role: str, method: Method, batch: Batch) -> dict[str, Tensor]:
+        """What the terms add to a role's loss: every term to the student's, each to its own roles'."""
+        if role == "student":
+            if not self._live:
+                return {}
+            y = method.generate(batch)
+            return {name: weight * term.student_loss(y, batch) for weight, term, name in self._live}
+        return {
+            name: term.own_loss(role, method.generate(batch).detach(), batch)
+            for _, term, name in self._live
+            if role in term.roles(term.config)
+        }
+
+    def after(self, iteration: int) -> None:
+        for _, term, _ in self._live:
+            term.after(iteration)
