@@ -23,31 +23,22 @@ from engines.denoiser import Guided
 from engines.manifest import Kind
 from engines.process import RF, Process
 from engines.solvers import sample
-from tests.unit.distill_jobs.closed_form import (
-    GUIDED_MEAN,
-    KINDS,
-    MEAN,
-    PROCESSES,
-    STD,
-    batch_of,
-    data_of,
-    exact_pairs,
-    fake_of,
-    student_of,
-    teacher_of,
+from tests.unit.distill_jobs.closed_form import STD, batch_of, data_of, exact_pairs, fake_of, student_of, teacher_of
+from tests.unit.distill_jobs.oracle import (
+    OFF,
+    TRUTH,
+    every_kind,
+    every_process,
+    other_guidance,
+    score_gradients,
+    top,
 )
 
-every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
-every_kind = pytest.mark.parametrize("kind", KINDS)
-OFF = 0.05 * GUIDED_MEAN
+SCORE = {"dmd": (DMD, ScoreMatchingConfig), "sid": (SiD, SiDConfig)}
+every_score = pytest.mark.parametrize("name", SCORE)
 exact_derivative = pytest.mark.filterwarnings(
     "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
 )  # torch's own
-
-
-def top(kind: Kind) -> float:
-    """The first noise level: at pure noise an eps prediction says nothing about x0."""
-    return 0.9 if kind == "eps" else 1.0
 
 
 # trajectory methods --------------------------------------------------------------------------------------------------
@@ -66,7 +57,7 @@ def kd_loss(process: Process, kind: Kind, *, method: type[KD] = KD, reads_s: boo
 @pytest.mark.parametrize("reads_s", [True, False], ids=["flow map", "plain network"])
 def test_kd_is_zero_at_the_true_endpoint_map_only(process: Process, kind: Kind, reads_s: bool) -> None:
     assert kd_loss(process, kind, reads_s=reads_s) < 1e-6
-    assert kd_loss(process, kind, reads_s=reads_s, shift=GUIDED_MEAN - MEAN + OFF) > 0.05
+    assert kd_loss(process, kind, reads_s=reads_s, shift=TRUTH + OFF) > 0.05
     assert kd_loss(process, kind, reads_s=reads_s, std=1.2 * STD) > 0.02
 
 
@@ -98,7 +89,7 @@ def own_loss(process: Process, kind: Kind, *, teacher: Guided | None = None, **s
 @every_process
 def test_kd_on_the_students_own_states_is_small_at_the_true_endpoint_map_only(process: Process, kind: Kind) -> None:
     assert own_loss(process, kind) < 1e-3  # the teacher's path has steps
-    assert own_loss(process, kind, shift=GUIDED_MEAN - MEAN + OFF) > 0.04
+    assert own_loss(process, kind, shift=TRUTH + OFF) > 0.04
     assert own_loss(process, kind, std=1.2 * STD) > 0.06
 
 
@@ -117,7 +108,7 @@ def lsd_loss(process: Process, kind: Kind, *, delta: float, method: type[LSD] = 
 @every_process
 def test_lsd_is_zero_at_the_true_flow_map_only(process: Process, kind: Kind) -> None:
     assert lsd_loss(process, kind, delta=0) < 1e-6
-    assert lsd_loss(process, kind, delta=0, shift=GUIDED_MEAN - MEAN + OFF) > 0.004
+    assert lsd_loss(process, kind, delta=0, shift=TRUTH + OFF) > 0.004
     assert lsd_loss(process, kind, delta=0, std=1.2 * STD) > 0.004
 
 
@@ -125,7 +116,7 @@ def test_lsd_is_zero_at_the_true_flow_map_only(process: Process, kind: Kind) -> 
 def test_lsd_by_differences_tends_to_zero_with_the_teachers_step(kind: Kind) -> None:
     coarse, fine = (lsd_loss(RF(), kind, delta=delta) for delta in (0.1, 0.025))
     assert fine < 0.25 * coarse
-    assert fine < 0.1 * lsd_loss(RF(), kind, delta=0.025, shift=GUIDED_MEAN - MEAN + 0.2)
+    assert fine < 0.1 * lsd_loss(RF(), kind, delta=0.025, shift=TRUTH + 0.2)
 
 
 def test_lsd_with_the_teachers_step_reversed_fails_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,18 +130,6 @@ def test_lsd_with_the_teachers_step_reversed_fails_the_oracle(monkeypatch: pytes
     assert lsd_loss(RF(), "flow", delta=0.025) > 50 * right
 
 
-class OtherGuidance(Guided):
-    """The other convention, c + w (c - u)."""
-
-    def forward(self, x: Tensor, t: Tensor, cond: Any = None, s: Any = None, w: Any = None) -> tuple[Tensor, Tensor]:
-        return super().forward(x, t, cond, s, torch.full_like(t, self.w + 1))
-
-
-def other_guidance(process: Process, kind: Kind) -> OtherGuidance:
-    right = teacher_of(process, kind)
-    return OtherGuidance(right.denoiser, right.null_cond, right.w)
-
-
 @exact_derivative
 def test_lsd_with_the_other_guidance_convention_fails_the_oracle() -> None:
     cast = Cast(other_guidance(RF(), "flow"), student=student_of(RF(), "flow"))
@@ -160,42 +139,12 @@ def test_lsd_with_the_other_guidance_convention_fails_the_oracle() -> None:
 
 # score matching ------------------------------------------------------------------------------------------------------
 
-SCORE = {"dmd": (DMD, ScoreMatchingConfig), "sid": (SiD, SiDConfig)}
-every_score = pytest.mark.parametrize("name", SCORE)
-
-
-def gradients(
-    name: str,
-    process: Process,
-    kind: Kind,
-    *,
-    shift: float = GUIDED_MEAN - MEAN,
-    std: float = STD,
-    teacher: Guided | None = None,
-    counts: tuple[int, ...] = (1,),
-    method: Any = None,
-) -> tuple[float, float]:
-    """d loss / d (mean, log std) of a student N(MEAN + shift, std^2) whose critic is exact."""
-    cls, config = SCORE[name]
-    cast = Cast(
-        teacher or teacher_of(process, kind),
-        student=student_of(process, kind, shift=shift, std=std, reads_s=False),
-        fake=fake_of(process, kind, shift=shift, std=std),
-    )
-    grids = {k: tuple(top(kind) * u for u in score_matching.GRIDS[k]) for k in counts}
-    one = (method or cls)(cast, config(counts=counts, grids=grids))
-    with cast.only("student") as student:
-        for seed in range(4):
-            sum(one.loss("student", batch_of(256, seed)).values()).backward()
-    assert all(p.grad is None for role in (cast.teacher, cast["fake"]) for p in role.parameters())
-    return float(student.net.shift.grad), float(student.net.log_std.grad)
-
 
 @every_kind
 @every_process
 @every_score
 def test_score_matching_is_at_rest_at_the_truth(name: str, process: Process, kind: Kind) -> None:
-    assert gradients(name, process, kind, counts=(1, 2, 4)) == pytest.approx((0, 0), abs=1e-9)
+    assert score_gradients(name, process, kind, counts=(1, 2, 4)) == pytest.approx((0, 0), abs=1e-9)
 
 
 @every_kind
@@ -203,8 +152,8 @@ def test_score_matching_is_at_rest_at_the_truth(name: str, process: Process, kin
 @every_score
 @pytest.mark.parametrize("side", [-1, 1])
 def test_score_matching_points_back_to_the_truth(name: str, process: Process, kind: Kind, side: int) -> None:
-    by_mean, _ = gradients(name, process, kind, shift=GUIDED_MEAN - MEAN + side * 0.5)
-    _, by_std = gradients(name, process, kind, std=STD * (1.5 if side > 0 else 0.6))
+    by_mean, _ = score_gradients(name, process, kind, shift=TRUTH + side * 0.5)
+    _, by_std = score_gradients(name, process, kind, std=STD * (1.5 if side > 0 else 0.6))
     assert side * by_mean > 1e-3
     assert side * by_std > 1e-4
 
@@ -220,13 +169,13 @@ def mutant_of(name: str) -> Any:
 
 @every_score
 def test_score_matching_with_the_wrong_sign_fails_the_oracle(name: str) -> None:
-    by_mean, _ = gradients(name, RF(), "flow", shift=GUIDED_MEAN - MEAN + 0.5, method=mutant_of(name))
+    by_mean, _ = score_gradients(name, RF(), "flow", shift=TRUTH + 0.5, method=mutant_of(name))
     assert by_mean < -1e-3
 
 
 @every_score
 def test_score_matching_with_the_other_guidance_convention_fails_the_oracle(name: str) -> None:
-    by_mean, _ = gradients(name, RF(), "flow", teacher=other_guidance(RF(), "flow"))
+    by_mean, _ = score_gradients(name, RF(), "flow", teacher=other_guidance(RF(), "flow"))
     assert abs(by_mean) > 1e-2
 
 
@@ -241,7 +190,7 @@ def test_the_critic_is_at_rest_at_the_samples_own_distribution(process: Process,
         method = DMD(cast, ScoreMatchingConfig(counts=(1,), grids={1: (top(kind),)}))
         return sum(float(method.loss("fake", batch_of(256, seed))["dsm"]) for seed in range(4))
 
-    at = GUIDED_MEAN - MEAN
+    at = TRUTH
     assert loss(at) < loss(at + 0.3)
     assert loss(at) < loss(at - 0.3)
 
@@ -252,7 +201,7 @@ def test_sid_of_any_alpha_points_back(alpha: float) -> None:
         def __init__(self, cast: Cast, config: SiDConfig) -> None:
             super().__init__(cast, config.model_copy(update={"alpha": alpha}))
 
-    by_mean, _ = gradients("sid", RF(), "flow", shift=GUIDED_MEAN - MEAN + 0.5, method=Fixed)
+    by_mean, _ = score_gradients("sid", RF(), "flow", shift=TRUTH + 0.5, method=Fixed)
     assert by_mean > 1e-3
 
 
