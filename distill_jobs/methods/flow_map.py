@@ -16,11 +16,11 @@ from pydantic import Field
 from torch import Tensor
 
 from distill_jobs import times
-from distill_jobs.batches import Batch, Rows, Source
+from distill_jobs.batches import Batch
 from distill_jobs.losses import root_mse
-from distill_jobs.methods.base import FewStepConfig, Method, Preset, Workspace
+from distill_jobs.methods._data import DataConfig, DataMethod
+from distill_jobs.methods.base import Preset
 from distill_jobs.methods.kd import few_step_schedules
-from distill_jobs.pairs import Pairs, TeacherPath, collect
 from distill_jobs.roles import Cast, Role
 from engines.denoiser import BaseDenoiser, Cond
 from engines.errors import InvalidRequest
@@ -31,7 +31,7 @@ GRIDS = {1: (1.0,), 2: (1.0, 0.5), 4: (1.0, 0.75, 0.5, 0.25)}
 _END = 1e-3  # the last noise level at which the teacher is asked
 
 
-class LSDConfig(FewStepConfig):
+class LSDConfig(DataConfig):
     eta: float = Field(0.0, ge=0, le=1)
     batch: int = Field(64, ge=1)
     lr: float = Field(1e-3, gt=0)
@@ -39,12 +39,9 @@ class LSDConfig(FewStepConfig):
     top: float = Field(1.0, gt=0.01, le=1, description="the most noise a jump starts from")
     first_share: float = Field(0.25, ge=0, le=1, description="share of rows that start at pure noise")
     diagonal: float = Field(0.25, ge=0, le=1, description="share of rows that learn one teacher step only")
-    generate: int = Field(2048, ge=0, description="latents that the teacher makes when there is no data")
-    teacher_steps: int = Field(16, ge=1)
-    teacher_solver: str = "ab2"
 
 
-class LSD(Method):
+class LSD(DataMethod):
     Config = LSDConfig
     inputs = frozenset({"s"})
 
@@ -52,7 +49,6 @@ class LSD(Method):
         super().__init__(cast, config)
         if "s" not in cast.student.inputs:
             raise InvalidRequest("lsd trains a flow map: its student's network must read s")
-        self.made: Pairs | None = None
 
     @classmethod
     def roles(cls, config: Any) -> dict[str, Role]:
@@ -61,23 +57,6 @@ class LSD(Method):
     @property
     def schedules(self) -> dict[int, Schedule]:
         return few_step_schedules(self, GRIDS)
-
-    def prepare(self, source: Source, space: Workspace) -> bool:
-        c = self.config
-        if source.has_data:
-            return True
-        if not c.generate:
-            raise InvalidRequest("lsd needs latents: give data, or let the teacher make some (generate)")
-        how = TeacherPath((), c.teacher_steps, c.teacher_solver)
-        self.made = collect(self.cast.teacher, source, space, how, c.generate)
-        return self.made is not None
-
-    def rows(self, source: Source, position: int) -> Rows:
-        if self.made is None:
-            return source.rows(position, self.config.batch)
-        made = self.made.rows(position, self.config.batch)
-        assert made.pair is not None
-        return Rows(cond=made.cond, x=made.pair[:, -1])
 
     def loss(self, role: str, batch: Batch) -> dict[str, Tensor]:
         assert batch.rows.x is not None
