@@ -13,7 +13,7 @@ from fastapi import APIRouter, Body, Header, Query, Request, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
-from distill_jobs import fine_tuning
+from distill_jobs import catalogue, fine_tuning
 from distill_jobs import spec as specs
 from distill_jobs.estimate import Estimate, estimate, teacher_version
 from distill_jobs.jobs import ENDED, DistillJob, JobState
@@ -215,6 +215,8 @@ def router(jobs: JobQueue, authorise: Authorise) -> APIRouter:  # noqa: C901 - a
         spec = specs.parse(body)
         check_references(spec, records)
         return estimate(spec, records, principal.sees)
+
+    routes.include_router(catalogue.router(lambda header: authorise(header, "distill")), responses=_errors())
 
     both = APIRouter()
     both.include_router(routes)

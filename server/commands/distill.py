@@ -14,6 +14,7 @@ from server.commands.follow import JOBS, follow
 from server.commands.terminal import DEFAULT_URL, Key, Url, connected, out
 
 app = typer.Typer(no_args_is_help=True, help="Make students: submit, list, watch, pause, resume and cancel jobs.")
+METHODS = "/v1/distillation/methods"
 Job = dict[str, Any]
 JobId = Annotated[str, typer.Argument(help="The job's id, dj_…")]
 
@@ -52,6 +53,33 @@ def list_jobs(url: Url = DEFAULT_URL, api_key: Key = None) -> None:
             progress = f"{job.get('step') or 0}/{job.get('total_steps') or '?'}"
             table.add_row(job["id"], job["status"], progress, shown(job.get("student") or ""), verdict)
     out.print(table)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show this one's settings.")] = None,
+    url: Url = DEFAULT_URL,
+    api_key: Key = None,
+) -> None:
+    """List the methods and loss terms that a job may name, with their papers and needs."""
+    with connected(url, api_key) as client:
+        found = client.get(METHODS)
+    known = {one["name"]: one for one in (*found["data"], *found["terms"])}
+    if name is None:
+        table = Table("method", "paper", "needs", "reads", "trains", "what it does")
+        for one in known.values():
+            term = "" if one["object"] == "distillation.method" else " (term)"
+            lists = (", ".join(one[key]) for key in ("needs", "inputs", "roles"))
+            table.add_row(one["name"] + term, one["paper"], *lists, one["description"])
+        out.print(table)
+    elif name not in known:
+        raise InvalidRequest(f"no method or term is called {name!r}: choose from {', '.join(sorted(known))}")
+    else:
+        table = Table("setting", "default", "what it is")
+        for setting, schema in known[name]["settings"].get("properties", {}).items():
+            table.add_row(setting, str(schema.get("default", "")), schema.get("description", ""))
+        out.print(f"{name}: {known[name]['description']}", highlight=False)
+        out.print(table)
 
 
 @app.command()

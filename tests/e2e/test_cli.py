@@ -35,6 +35,16 @@ def test_deployments_names_the_tier_and_the_teacher(stack: Stack) -> None:
     assert "high" in shown
 
 
+def test_the_methods_are_listed_with_their_papers_and_one_with_its_settings(stack: Stack) -> None:
+    listed = fewstep("distill", "methods", url=stack.url).stdout
+    assert "backward_distil" in listed
+    assert "2404.04057" in listed
+    assert "guidance_interval" in fewstep("distill", "methods", "kd", url=stack.url).stdout
+    wrong = fewstep("distill", "methods", "alchemy", url=stack.url)
+    assert wrong.returncode == 1
+    assert "choose from" in wrong.stderr
+
+
 def test_an_error_is_one_sentence_and_no_traceback() -> None:
     done = fewstep("students")
     assert done.returncode == 1

@@ -14,6 +14,7 @@ from openai import BadRequestError, OpenAI
 
 from distill_jobs.api import router
 from distill_jobs.jobs import JobState
+from distill_jobs.methods import _schemas
 from distill_jobs.queue import JobQueue, connect
 from distill_jobs.records import JobRecords
 from engines.errors import AuthenticationFailed, FewstepError
@@ -204,6 +205,17 @@ def test_an_estimate_says_what_it_knows_and_where_from(http: TestClient) -> None
     known = http.post("/v1/distillation/estimate", json=timed).json()
     assert (known["train_seconds"], known["hard_stop_seconds"]) == (300.0, 600.0)
     assert known["memory_bytes"] == 1750 * 4 * (1 + 8 + 1)
+
+
+def test_the_methods_and_terms_that_a_job_may_name_are_listed(http: TestClient) -> None:
+    listed = http.get("/v1/distillation/methods").json()
+    methods = {one["name"]: one for one in listed["data"]}
+    assert methods.keys() == _schemas.schemas().keys()
+    assert methods["kd"]["paper"] == "2101.02388"
+    assert methods["lsd"]["inputs"] == ["s"]
+    assert methods["sid"]["roles"] == ["fake", "student"]
+    assert methods["kd"]["settings"]["properties"]["teacher_steps"]["default"] == 16
+    assert {one["name"] for one in listed["terms"]} == _schemas.terms().keys()
 
 
 def test_the_documented_shapes_are_complete(http: TestClient) -> None:
