@@ -7,7 +7,6 @@ step, checkpoint, go.
 
 import argparse
 import contextlib
-import copy
 import ctypes
 import json
 import logging
@@ -33,11 +32,12 @@ from distill_jobs.plan import Plan
 from distill_jobs.preparation import PLAN, SCHEDULE
 from distill_jobs.progress import Hooks, Wish
 from distill_jobs.small_evaluation import SmallEvaluation, baked
-from distill_jobs.spec import DistillJobSpec
+from distill_jobs.spec import DistillJobSpec, inputs
 from distill_jobs.stage import Precision
 from distill_jobs.teachers import diffusers
 from distill_jobs.trainer import Result, TrainConfig, Trainer
 from engines import priority
+from engines.denoiser import Denoiser
 from engines.errors import FewstepError
 from engines.registry.base import open_registry
 
@@ -88,7 +88,7 @@ class TrainerRun:
             best_is_highest=evals.best_by != "fd",
         )
         stages = preparation.stages(plan.stages)
-        student = copy.deepcopy(self.teacher.denoiser)
+        student = self._beginner()
         hooks = Hooks(self.poll, events, self._panel(events), self._evaluation())
         checkpoints = self.folder / "checkpoints"
         trainer = Trainer(
@@ -99,6 +99,9 @@ class TrainerRun:
             self._keep(result, plan)
         return result
 
+    def _beginner(self) -> Denoiser:
+        return self.teacher.beginner(inputs(self.spec))
+
     def _plan(self) -> Plan:
         """What the budget buys. Measured once, when training begins: the schedule-only student is live by then, and
         what it serves costs the machine much less than what the teacher served."""
@@ -107,7 +110,7 @@ class TrainerRun:
             plan = preparation.timed_plan(
                 self.spec,
                 self.guided,
-                self.teacher.denoiser,
+                self._beginner(),
                 self.source,
                 precision=Precision(found["bf16"]),
                 evaluate=self._evaluation(),

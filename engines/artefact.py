@@ -23,7 +23,8 @@ from engines.registry.base import Registry
 GOLDEN_PROMPTS = ("a red circle", "a small blue square on the left", "two shapes on white", "")
 _PREDICTIONS: dict[str, Kind] = {"flow_prediction": "flow", "epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_FRESH = ("second_time.", "guidance.")
+FRESH = ("second_time.", "guidance.")
+"""Layers of a denoiser that a teacher has not: they begin at zero, where the student is its teacher."""
 
 
 def import_diffusers(
@@ -162,7 +163,7 @@ def _with_weights(
     old = base.components["denoiser"]
     shaped = base.model_copy(update={"inputs": inputs})
     network = ComponentGraph(spec(shaped, "denoiser", reader(registry, base)), Path).module()
-    network.load(load_weights(registry, old) if weights is None else weights, fresh=_FRESH)
+    network.load(load_weights(registry, old) if weights is None else weights, fresh=FRESH)
     stored = {name: value.to(_DTYPES[dtype]).contiguous() for name, value in network.state_dict().items()}
     return Component(weights=registry.put_blob(save(stored)), files=old.files)
 

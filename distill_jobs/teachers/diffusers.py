@@ -5,7 +5,7 @@ here is what its engine computes there.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from engines import plugins, process
+from engines.artefact import FRESH
 from engines.denoiser import BaseDenoiser, Denoiser, Guided
 from engines.families.base import ComponentNetwork, Family
-from engines.graph import ComponentGraph, spec
+from engines.graph import ComponentGraph, ComponentSpec, spec
 from engines.loader import load_weights, reader
 from engines.manifest import Guidance, Schedule, StudentManifest
 from engines.registry.base import Registry
@@ -28,17 +29,28 @@ _PREFIX = "net."  # the name of a Denoiser's network inside it
 
 @dataclass(frozen=True)
 class Teacher:
-    """One version's networks. `denoiser` is unguided and its own; `cond` rows are [B, L, D]."""
+    """One version's networks. `denoiser` is unguided and its own; `cond` rows are [B, L, D]. `graph` is what the
+    denoiser is without its weights."""
 
     manifest: StudentManifest
     denoiser: Denoiser
     decoder: ComponentNetwork
     encoder: ComponentNetwork
     tokenizer: object
+    graph: ComponentSpec
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.manifest.latent_shape(*self.manifest.resolutions[0])
+
+    def beginner(self, inputs: frozenset[str]) -> Denoiser:
+        """A student before its first update: the teacher's network, trainable, which reads `inputs` too. The layers
+        for them begin at zero, so that it is still the teacher."""
+        reads = inputs | self.denoiser.inputs
+        spec = replace(self.graph, inputs=tuple(sorted(reads)))
+        network = ComponentGraph(spec, Path).module()
+        network.load(blob_weights(self.denoiser.state_dict()), fresh=FRESH)
+        return Denoiser(network, self.denoiser.process, self.denoiser.kind, reads)
 
     def guided(self, w: float) -> BaseDenoiser:
         """u + w(c - u) where the empty prompt is u; the plain network for w = 1."""
@@ -95,7 +107,8 @@ def load(registry: Registry, version: str) -> Teacher:
     """
     manifest = registry.student(version)
     read = reader(registry, manifest)
-    networks = {role: _network(registry, manifest, role) for role in ("encoder", "denoiser", "decoder")}
+    graphs = {role: spec(manifest, role, read) for role in ("encoder", "denoiser", "decoder")}
+    networks = {role: _network(registry, manifest, role, graph) for role, graph in graphs.items()}
     family = plugins.load("engines.families", manifest.family, "FAMILY")
     denoiser = Denoiser(networks["denoiser"], process.make(manifest.process), manifest.prediction, manifest.inputs)
     return Teacher(
@@ -104,11 +117,12 @@ def load(registry: Registry, version: str) -> Teacher:
         decoder=networks["decoder"],
         encoder=networks["encoder"],
         tokenizer=family.tokenizer(read, sorted(manifest.components["encoder"].files)),
+        graph=graphs["denoiser"],
     )
 
 
-def _network(registry: Registry, manifest: StudentManifest, role: str) -> ComponentNetwork:
-    network = ComponentGraph(spec(manifest, role, reader(registry, manifest)), Path).module()
+def _network(registry: Registry, manifest: StudentManifest, role: str, graph: ComponentSpec) -> ComponentNetwork:
+    network = ComponentGraph(graph, Path).module()
     network.load(load_weights(registry, manifest.components[role]))
     network.requires_grad_(False).eval()
     return network

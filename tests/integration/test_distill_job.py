@@ -72,6 +72,20 @@ def test_a_job_becomes_a_student_behind_its_deployment(shop: Workshop) -> None:
     assert [event["step"] for event in shop.events(job.id, "metric")] == [6, 12]
 
 
+def test_a_flow_map_is_served_by_a_graph_with_a_second_time(shop: Workshop) -> None:
+    method = {"name": "lsd", "generate": 64, "batch": 8, "teacher_steps": 4}
+    job = shop.submit(method=method, student={"name": "tiny-map", "steps": [1, 2]})
+    with shop.workers(), shop.distiller():
+        shop.await_state(job.id, "succeeded")
+
+    result = shop.records.read(job.id, "result.json") or {}
+    manifest = shop.registry.student(result["student"])
+    assert (manifest.inputs, manifest.guidance.mode) == ({"s"}, "baked")
+    current = shop.registry.current(DEPLOYMENT)
+    assert current is not None
+    assert current.tiers["low"].student == result["student"]
+
+
 def test_a_missed_gate_publishes_nothing_and_is_no_failure(shop: Workshop) -> None:
     before = shop.registry.history(DEPLOYMENT)
     job = shop.submit(gates=LENIENT | {"fd_ratio": 1e-6}, student={"name": "missed", "steps": [1, 2]})

@@ -125,7 +125,6 @@ def test_a_repeated_post_with_its_key_makes_one_job(http: TestClient) -> None:
         ({"teacher": {"id": "shapes", "revision": 9}}, "not_found", "teacher.revision"),
         ({"teacher": {"id": "shapes@" + "0" * 64}}, "student_not_found", "teacher.id"),
         ({"publish": {"deployment": "nowhere", "tiers": {"low": 1}}}, "invalid_request", "publish.deployment"),
-        ({"method": {"name": "lsd"}}, "not_built", "method"),
         ({"train": {"iterations": 1, "processes": 4}}, "not_built", "train.processes"),
     ],
 )

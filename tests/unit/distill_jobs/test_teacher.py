@@ -50,6 +50,36 @@ def test_a_network_in_training_makes_the_pictures_that_its_engine_will_make(
     assert (served.int() - trained.int()).abs().max() <= 1
 
 
+def test_a_student_that_reads_a_second_time_begins_as_its_teacher(teacher: Teacher) -> None:
+    beginner = teacher.beginner(frozenset({"s"}))
+    cond, x, t = teacher.encode(CAPTIONS), torch.randn(3, *teacher.shape), torch.full((3,), 0.7)
+    with torch.no_grad():
+        ours, theirs = beginner(x, t, cond, torch.full((3,), 0.2)), teacher.denoiser(x, t, cond)
+    torch.testing.assert_close(ours, theirs)
+    assert all(parameter.requires_grad for parameter in beginner.parameters())
+
+
+def test_a_second_time_is_served_as_it_was_trained(teacher: Teacher) -> None:
+    registry, student = tiny_sd.teacher().registry, teacher.beginner(frozenset({"s"}))
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for value in student.parameters():
+            value.add_(0.01 * torch.randn_like(value))
+    version = artefact.make_student(
+        registry,
+        teacher.manifest.version,
+        "jumps",
+        denoiser_weights=diffusers.blob_weights(student.state_dict()),
+        schedules=TWO_STEPS,
+        guidance=baked(2.0),
+        inputs=("s",),
+        dtype="fp32",
+    )
+    served = sample(load_student(registry, registry.student(version)), CAPTIONS, SEEDS, 2)
+    trained = sample(teacher.student(student, TWO_STEPS, baked(2.0)), CAPTIONS, SEEDS, 2)
+    assert (served.int() - trained.int()).abs().max() <= 1
+
+
 def test_a_guided_teacher_is_u_plus_w_times_c_minus_u(teacher: Teacher) -> None:
     cond, x, t = teacher.encode(CAPTIONS), torch.randn(3, *teacher.shape), torch.full((3,), 0.7)
     null = teacher.encode([""]).expand_as(cond)
