@@ -8,7 +8,7 @@ TORCH_PIP_ARGS ?=
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev system-packages demo test test-unit test-faults check fmt bench bench-serve bench-swap bench-student teacher dashboards clean
+.PHONY: help install install-dev system-packages demo test test-unit test-faults check fmt bench bench-serve bench-swap bench-student bench-distill teacher dashboards clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -65,6 +65,9 @@ bench-swap: install-dev  ## 20 hot swaps under load against equal windows withou
 
 bench-student: install-dev  ## three students of 15 minutes each, judged at N = 10,000
 	$(BIN)/python -m bench.student
+
+bench-distill: install-dev  ## the leaderboard of distillation methods; stop and go on as you like
+	$(BIN)/python -m bench.distill $(ARGS)
 
 teacher: install-dev  ## train the embedded teacher again (two hours)
 	$(BIN)/python -m distill_jobs.teachers.shapes.train all --out .fewstep/teacher

@@ -1,0 +1,110 @@
+"""The leaderboard of distillation methods: `python -m bench.distill`. A ledger, so it goes on where it was stopped.
+
+Every method that trains gets the same number of network evaluations on the embedded teacher; then the best get more,
+with several seeds. Entries are files of the working folder, one process each; what is there already is kept.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bench import distill_table, machine
+from distill_jobs.methods import _schemas
+
+_OUT = Path(__file__).parent / "distill.json"
+_BEST = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One entry: its file is named by all that decides it."""
+
+    preset: str
+    seed: int
+    evaluations: int
+    n: int
+
+    def file(self, work: Path) -> Path:
+        return work / "entries" / f"{self.preset}-{self.evaluations}-{self.seed}-{self.n}.json"
+
+
+class Ledger:
+    """The entries of one working folder."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.until = time.monotonic() + 60 * options.budget_minutes if options.budget_minutes else None
+        (options.work / "entries").mkdir(parents=True, exist_ok=True)
+
+    def made(self, wanted: Sequence[Wanted], title: str) -> list[dict[str, Any]]:
+        """The entries, those missing made now as far as the time goes."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns) as progress, ThreadPoolExecutor(self.options.workers) as pool:
+            bar = progress.add_task(title, total=len(wanted))
+            for _ in pool.map(self._make, wanted):
+                progress.advance(bar)
+        return [found for one in wanted if (found := self._read(one)) is not None]
+
+    def _read(self, one: Wanted) -> dict[str, Any] | None:
+        """An entry; one whose process ended without any is a failure now and is tried again by the next run."""
+        file = one.file(self.options.work)
+        if file.exists():
+            found: dict[str, Any] = json.loads(file.read_bytes())
+            return found
+        log = file.with_suffix(".log")
+        return {"preset": one.preset, "seed": one.seed, "failed": f"see {log.name}"} if log.exists() else None
+
+    def _make(self, one: Wanted) -> None:
+        file = one.file(self.options.work)
+        if file.exists() or (self.until is not None and time.monotonic() > self.until):
+            return
+        command = [sys.executable, "-m", "bench.distill_entry", "--preset", one.preset, "--seed", str(one.seed)]
+        command += ["--evaluations", str(one.evaluations), "--n", str(one.n)]
+        command += ["--work", str(self.options.work), "--out", str(file)]
+        with file.with_suffix(".log").open("wb") as log:
+            subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, check=False)
+
+
+def trained() -> list[str]:
+    """The methods that train a student: those with roles."""
+    return [name for name, schema in sorted(_schemas.schemas().items()) if schema["roles"]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Rank the distillation methods on the embedded teacher.")
+    parser.add_argument("--presets", nargs="+", default=trained(), help="those to screen; all by default")
+    parser.add_argument("--evaluations", type=int, default=250_000, help="network rows of each in the screening")
+    parser.add_argument("--final", type=int, default=0, help="network rows of the best in the final; 0 leaves it out")
+    parser.add_argument("--seeds", type=int, default=3, help="of the final")
+    parser.add_argument("--n", type=int, default=2000, help="pictures of each evaluation")
+    parser.add_argument("--workers", type=int, default=1, help="entries at a time, one thread each")
+    parser.add_argument("--budget-minutes", type=float, default=None, help="begin no entry after so long")
+    parser.add_argument("--work", type=Path, default=Path(".fewstep/bench-distill"), help="continued from if there")
+    parser.add_argument("--out", type=Path, default=_OUT)
+    options = parser.parse_args()
+    ledger = Ledger(options)
+    screened = ledger.made([Wanted(name, 0, options.evaluations, options.n) for name in options.presets], "screening")
+    finals: list[dict[str, Any]] = []
+    if options.final:
+        best = [row["preset"] for row in distill_table.ranked(screened)][:_BEST]
+        asked = [Wanted(name, seed, options.final, options.n) for name in best for seed in range(options.seeds)]
+        finals = ledger.made(asked, "final")
+    report = machine.described("bench.distill") | {"task": "shapes", "screening": screened, "final": finals}
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    distill_table.README.write_text(distill_table.readme(screened, finals))
+    Console().print(distill_table.table(screened), soft_wrap=True, markup=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""One entry of the leaderboard, in a process of its own: `python -m bench.distill_entry --preset kd --out FILE …`.
+
+Trains the named method on the embedded teacher for so many network evaluations (preparation included) and judges
+the student at its step counts on plain torch, with the questions of every evaluation.
+"""
+
+import argparse
+import copy
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.evaluations import metered
+from distill_jobs.assessment import SEED, SHIPPED, TeacherAs, sampler_of
+from distill_jobs.data import prompts
+from distill_jobs.evaluate.reference import Reference, kept_answers
+from distill_jobs.evaluate.report import evaluate
+from distill_jobs.methods.base import Workspace, resolve
+from distill_jobs.pairs import SHARD
+from distill_jobs.small_evaluation import baked
+from distill_jobs.stage import Precision, Stage, StageRun
+from distill_jobs.teachers import diffusers
+from distill_jobs.teachers.shapes import publish
+from distill_jobs.trainer import TrainConfig, Trainer
+from engines.denoiser import BaseDenoiser
+from engines.errors import FewstepError
+from engines.registry.files import FilesRegistry
+
+COUNTS = (1, 2, 4)
+_PREPARED = ("pairs", "generate")
+_TRIED = 3  # iterations that say what one costs
+_PREPARED_SHARE = 0.4  # of the budget, at most, for what the teacher makes first
+_BATCH = 64
+
+
+class Task:
+    """The embedded teacher, as a job would have it."""
+
+    def __init__(self, work: Path) -> None:
+        registry = FilesRegistry(work / "registry")
+        revision = registry.current("shapes")
+        version = revision.tiers[publish.TIER].student if revision else publish.publish(registry, "shapes")
+        self.teacher = diffusers.load(registry, version)
+        self.asked = TeacherAs.of(self.teacher.manifest)
+        self.guided = self.teacher.guided(self.asked.guidance)
+        self.source = prompts.encoded(self.teacher, prompts.texts("shapes"), work / "prompts")
+
+    def reference(self, n: int) -> Reference:
+        asked = self.asked
+        path = kept_answers([SHIPPED], asked.digest, steps=asked.steps, guidance=asked.guidance, n=n)
+        return Reference.load(path)
+
+
+def planned(task: Task, preset: str, settings: dict[str, Any], evaluations: int, precision: Precision) -> Stage:
+    """The stage that the budget pays for: what one iteration and one prepared row cost is found by trying."""
+    known = resolve(preset).method.Config.model_fields
+    key = next((name for name in _PREPARED if name in known), None)
+    tried = settings | ({key: SHARD} if key else {}) | ({"fake_warmup": 0} if "fake_warmup" in known else {})
+    student = copy.deepcopy(task.teacher.beginner(resolve(preset).method.inputs))
+    run = StageRun(0, Stage(preset, _TRIED, tried), task.guided, student, precision=precision)
+    with metered() as meter, precision.context():
+        run.method.prepare(task.source, Workspace())
+    row = meter.rows / SHARD
+    with metered() as meter:
+        for _ in range(_TRIED):
+            run.iterate(task.source)
+    each = meter.rows / _TRIED
+    told = dict(settings)
+    if key and row:
+        told[key] = max(SHARD, int(_PREPARED_SHARE * evaluations / row) // SHARD * SHARD)
+    rest = evaluations - (told[key] * row if key else 0)
+    return Stage(preset, max(1, int(rest / each)), told)
+
+
+def entry(task: Task, preset: str, seed: int, evaluations: int, n: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """Figures by step count.
+
+    Raises:
+        Diverged: training or sampling left the numbers.
+    """
+    known = resolve(preset).method.Config.model_fields
+    wanted = ({"counts": COUNTS} if "counts" in known else {}) | settings
+    precision = Precision(bf16=True)
+    stage = planned(task, preset, wanted, evaluations, precision)
+    student: BaseDenoiser = task.teacher.beginner(resolve(preset).method.inputs)
+    trainer = Trainer([stage], task.guided, student, task.source, TrainConfig(seed=seed, bf16=True))
+    began = time.monotonic()
+    with metered() as meter:
+        result = trainer.fit()
+    seconds = time.monotonic() - began
+    rss_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    student.load_state_dict(result.weights)
+    loaded = task.teacher.student(student.requires_grad_(False).eval(), result.schedules, baked(task.asked.guidance))
+    ask, reference = sampler_of(loaded, batch=_BATCH), task.reference(n)
+    counts = [k for k in COUNTS if k in result.schedules] or sorted(result.schedules)
+    figures = {k: evaluate(ask, n=n, seed=SEED, steps=k, reference=reference, batch=_BATCH) for k in counts}
+    return {
+        "preset": preset,
+        "method": resolve(preset).method.__module__.rpartition(".")[2],
+        "settings": settings,
+        "seed": seed,
+        "n": n,
+        "iterations": stage.iterations,
+        "evaluations": meter.rows,
+        "seconds": round(seconds, 1),
+        "rss_mb": rss_mb,
+        "figures": {str(k): metrics.model_dump(mode="json") for k, metrics in figures.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--evaluations", type=int, required=True)
+    parser.add_argument("--n", type=int, default=2000)
+    parser.add_argument("--settings", type=json.loads, default={})
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):  # the backward pass of the fused kernel is slow on CPUs
+            made = entry(
+                Task(options.work), options.preset, options.seed, options.evaluations, options.n, options.settings
+            )
+    except FewstepError as error:
+        made = {"preset": options.preset, "seed": options.seed, "failed": f"{error.code}: {error.message}"}
+    partial = options.out.with_suffix(".partial")
+    partial.write_text(json.dumps(made, indent=1))
+    partial.replace(options.out)
+
+
+if __name__ == "__main__":
+    main()
