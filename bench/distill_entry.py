@@ -20,19 +20,20 @@ from distill_jobs.assessment import SEED, SHIPPED, TeacherAs, sampler_of
 from distill_jobs.data import prompts
 from distill_jobs.evaluate.reference import Reference, kept_answers
 from distill_jobs.evaluate.report import evaluate
+from distill_jobs.methods._schemas import PREPARED
 from distill_jobs.methods.base import Workspace, resolve
 from distill_jobs.pairs import SHARD
 from distill_jobs.small_evaluation import baked
 from distill_jobs.stage import Precision, Stage, StageRun
 from distill_jobs.teachers import diffusers
 from distill_jobs.teachers.shapes import publish
+from distill_jobs.timing import shortened
 from distill_jobs.trainer import TrainConfig, Trainer
 from engines.denoiser import BaseDenoiser
 from engines.errors import FewstepError
 from engines.registry.files import FilesRegistry
 
 COUNTS = (1, 2, 4)
-_PREPARED = ("pairs", "generate")
 _TRIED = 3  # iterations that say what one costs
 _PREPARED_SHARE = 0.4  # of the budget, at most, for what the teacher makes first
 _BATCH = 64
@@ -59,10 +60,10 @@ class Task:
 def planned(task: Task, preset: str, settings: dict[str, Any], evaluations: int, precision: Precision) -> Stage:
     """The stage that the budget pays for: what one iteration and one prepared row cost is found by trying."""
     known = resolve(preset).method.Config.model_fields
-    key = next((name for name in _PREPARED if name in known), None)
-    tried = settings | ({key: SHARD} if key else {}) | ({"fake_warmup": 0} if "fake_warmup" in known else {})
+    key = next((name for name in PREPARED if name in known), None)
     student = copy.deepcopy(task.teacher.beginner(resolve(preset).method.inputs))
-    run = StageRun(0, Stage(preset, _TRIED, tried), task.guided, student, precision=precision)
+    tried = shortened(Stage(preset, _TRIED, settings), _TRIED)
+    run = StageRun(0, tried, task.guided, student, precision=precision)
     with metered() as meter, precision.context():
         run.method.prepare(task.source, Workspace())
     row = meter.rows / SHARD

@@ -103,6 +103,19 @@ def make_batch(rows: Rows, shape: tuple[int, ...], seed: int, device: torch.devi
     return Batch(rows=tree_to(rows, device), noise=noise, generator=generator)
 
 
+def repeated(batch: Batch, times: int) -> Batch:
+    """The batch's rows `times` over, each time with other noise; the first ones keep theirs."""
+    rows = batch.rows
+    index = torch.arange(len(batch), device=batch.noise.device).repeat(times)
+    more = Rows(
+        cond=take(rows.cond, index),
+        x=None if rows.x is None else rows.x[index],
+        pair=None if rows.pair is None else rows.pair[index],
+    )
+    noise = torch.cat([batch.noise] + [batch.randn() for _ in range(times - 1)])
+    return Batch(rows=more, noise=noise, generator=batch.generator)
+
+
 def tree_to(rows: Rows, device: torch.device | str) -> Rows:
     def move(part: object) -> object:
         return part.to(device) if isinstance(part, Tensor) else part

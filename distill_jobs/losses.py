@@ -15,8 +15,9 @@ def over_rows(error: Tensor) -> Tensor:
     return error.flatten(1).mean(dim=1)
 
 
-def root_mse(error: Tensor, smooth: float = 1e-3) -> Tensor:
-    """The rows' root mean square, averaged: an outlier row counts linearly. `smooth` rounds the corner at 0."""
+def root_mse(error: Tensor, smooth: float | Tensor = 1e-3) -> Tensor:
+    """The rows' root mean square, averaged: an outlier row counts linearly. `smooth` ([B] or one) rounds the corner at
+    0: it is pseudo-Huber over whole rows, per element."""
     return ((over_rows(error.square()) + smooth**2).sqrt() - smooth).mean()
 
 

@@ -112,10 +112,12 @@ def _evaluations(seconds: float, evaluation_s: float) -> int:
 
 def _timed(stage: StagePlan, cost: Costs, pairs: int, *, seconds: float, evaluations: float) -> StagePlan:
     told = dict(stage.settings)
-    if pairs and cost.pair_s > 0 and "pairs" in _schemas.schemas()[stage.method]["config"]["properties"]:
+    known = _schemas.schemas()[stage.method]["config"]["properties"]
+    prepared = next((key for key in _schemas.PREPARED if key in known), None)
+    if pairs and cost.pair_s > 0 and prepared:
         most = int(_MOST_PAIRS_SHARE * seconds / cost.pair_s) // _PAIRS_STEP * _PAIRS_STEP
         pairs = max(_PAIRS_STEP, min(pairs, most))
-        told["pairs"] = pairs
+        told[prepared] = pairs
     rest_s = seconds - pairs * cost.pair_s - evaluations * cost.evaluation_s
     iterations = max(_LEAST_ITERATIONS, int(rest_s / cost.iteration_s))
     return replace(stage, iterations=iterations, settings=told, hard_stop_s=HARD_STOP * seconds, seconds=seconds)

@@ -75,6 +75,18 @@ def grid(process: Process, levels: tuple[float, ...]) -> tuple[float, ...]:
     return (*(float(t) for t in on(process, u)), 0.0)
 
 
+def between(process: Process, t: float, s: float, steps: int) -> tuple[float, ...]:
+    """The process' times from t to s < t in `steps` equal steps of noise level; exactly t and s at the ends."""
+    high, low = (float(level_of(process, torch.tensor([at], dtype=torch.float64))) for at in (t, s))
+    levels = tuple(high + (low - high) * i / steps for i in range(1, steps))
+    return (t, *grid(process, levels)[:-1], s)
+
+
+def level_of(process: Process, t: Tensor) -> Tensor:
+    """The noise level of the process' time: `on` backwards."""
+    return RF().t_of_angle(process.angle(t))
+
+
 def uniform(steps: int) -> tuple[float, ...]:
     """`steps` equally spaced noise levels from 1, without the end."""
     return tuple(1 - i / steps for i in range(steps))

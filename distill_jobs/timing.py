@@ -5,17 +5,17 @@ The student that is timed is a copy; nothing of the run changes.
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from distill_jobs.batches import Source
+from distill_jobs.methods._schemas import PREPARED
 from distill_jobs.methods.base import Workspace, resolve
 from distill_jobs.pairs import SHARD
 from distill_jobs.stage import Precision, Stage, StageRun
 from engines.denoiser import BaseDenoiser
 
-_PREPARED = ("pairs", "generate")  # settings that say how many rows `prepare` makes
+_LEADS = ("fake_warmup", "disc_warmup", "mse")  # settings that let one role wait for another
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,15 @@ class StageCost:
 def prepared_rows(stage: Stage) -> int:
     """How many rows the stage's `prepare` makes with its settings (for `lsd`: without data)."""
     config = resolve(stage.method).config(stage.settings)
-    return int(sum(getattr(config, key, 0) for key in _PREPARED))
+    return int(sum(getattr(config, key, 0) for key in PREPARED))
+
+
+def shortened(stage: Stage, iterations: int) -> Stage:
+    """The stage for a trial: one shard of preparation, and every role due from the first iteration."""
+    known = resolve(stage.method).method.Config.model_fields
+    fewer = {key: SHARD for key in PREPARED if key in known}
+    due = {key: 0 for key in _LEADS if key in known}
+    return replace(stage, iterations=iterations, settings={**stage.settings, **fewer, **due})
 
 
 def measure(
@@ -47,10 +55,7 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
 ) -> StageCost:
     """Times one shard of preparation and a few iterations with every role due, after one to warm up."""
-    known = resolve(stage.method).method.Config.model_fields
-    fewer: Mapping[str, Any] = {key: SHARD for key in _PREPARED if key in known}
-    due = {"fake_warmup": 0} if "fake_warmup" in known else {}
-    tried = replace(stage, iterations=iterations + 1, settings={**stage.settings, **fewer, **due})
+    tried = shortened(stage, iterations + 1)
     run = StageRun(0, tried, teacher, copy.deepcopy(student), precision=precision or Precision())
     began = clock()
     with run.precision.context():
@@ -60,4 +65,4 @@ def measure(
     warm = clock()
     for _ in range(iterations):
         run.iterate(source)
-    return StageCost((clock() - warm) / iterations, (prepared - began) / SHARD if fewer else 0.0)
+    return StageCost((clock() - warm) / iterations, (prepared - began) / SHARD if prepared_rows(tried) else 0.0)

@@ -28,7 +28,8 @@ class DataMethod(Method):
             return True
         if not c.generate:
             raise InvalidRequest("the method needs latents: give data, or let the teacher make some (generate)")
-        how = TeacherPath((), c.teacher_steps, c.teacher_solver)
+        first = max(c.levels(count, {})[0] for count in c.counts)  # where the student starts, for eps below pure noise
+        how = TeacherPath((first,), c.teacher_steps, c.teacher_solver)
         self.made = collect(self.cast.teacher, source, space, how, c.generate)
         return self.made is not None
 

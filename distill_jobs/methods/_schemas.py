@@ -14,6 +14,8 @@ from engines.errors import InvalidRequest, UnknownPlugin
 
 PATH = Path(__file__).with_name("schemas.json")
 TERMS_PATH = Path(__file__).parents[1] / "terms" / "schemas.json"
+PREPARED = ("pairs", "generate")
+"""Settings that say how many rows a method has its teacher make before the first update; a method has one at most."""
 _TYPES: dict[str, tuple[type, ...]] = {
     "integer": (int,),
     "number": (int, float),

@@ -121,13 +121,17 @@ class Method(ABC):
         """Scalar terms; their sum is differentiated. Called within `cast.only(role)`."""
         raise NotImplementedError(f"{type(self).__name__} trains no weights")
 
-    def generate(self, batch: Batch) -> Tensor:
-        """Backward simulation [B, ...]: one of the student's counts, a rung of its schedule, and the clean prediction
-        made there, the only evaluation that is differentiated. All rows take the same rung."""
+    def rung(self, batch: Batch) -> tuple[Schedule, int]:
+        """One of the student's counts, and a rung of its schedule. All rows take the same."""
         schedules = [schedule for _, schedule in sorted(self.schedules.items())]
         schedule = schedules[batch.pick(len(schedules))]
+        return schedule, batch.pick(schedule.steps)
+
+    def generate(self, batch: Batch) -> Tensor:
+        """Backward simulation [B, ...]: the student's sampling down to a `rung`, and the clean prediction made there,
+        the only evaluation that is differentiated."""
+        schedule, rung = self.rung(batch)
         eta = schedule.eta if isinstance(schedule.eta, float) else schedule.eta[0]
-        rung = batch.pick(schedule.steps)
         return sample(
             self.cast.student, batch.noise, schedule.times, batch.cond, eta, grad=rung, draw=lambda _: batch.randn()
         )

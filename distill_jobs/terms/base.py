@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from distill_jobs.batches import Batch
+from distill_jobs.batches import Batch, repeated
 from distill_jobs.methods.base import Method, MethodConfig, Needs
 from distill_jobs.roles import Cast, Role
 from engines import plugins
@@ -23,11 +24,15 @@ _PACKAGE = "distill_jobs.terms"
 
 
 class Term(ABC):
-    """One term over a `Cast`. `own` names the roles that it brings."""
+    """One term over a `Cast`. Its docstring's first line says in listings what it is.
+
+    `samples` of each condition are what it sees of the student: none (it asks the student itself), one, or two.
+    """
 
     Config: ClassVar[type[MethodConfig]]
     needs: ClassVar[frozenset[Needs]] = frozenset()
     paper: ClassVar[str] = ""
+    samples: ClassVar[int] = 1
 
     def __init__(self, cast: Cast, config: Any) -> None:
         self.cast, self.config, self.process = cast, config, cast.teacher.process
@@ -43,7 +48,15 @@ class Term(ABC):
 
     @abstractmethod
     def student_loss(self, y: Tensor, batch: Batch) -> Tensor:
-        """A scalar for the student's clean prediction y [B, ...], which carries its gradient."""
+        """A scalar for the student's clean prediction y [samples x B, ...], which carries its gradient.
+
+        With two samples the batch has as many rows, and its second half repeats the conditions of the first; with
+        none y is empty.
+        """
+
+    def report(self, y: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Scalars that are logged beside the loss and train nothing."""
+        return {}
 
     def own_loss(self, role: str, y: Tensor, batch: Batch) -> Tensor:
         """A scalar for one of the term's own roles; y is without gradient."""
@@ -102,15 +115,24 @@ class Terms:
     def loss(self, role: str, method: Method, batch: Batch) -> dict[str, Tensor]:
         """What the terms add to a role's loss: every term to the student's, each to its own roles'."""
         if role == "student":
-            if not self._live:
-                return {}
-            y = method.generate(batch)
-            return {name: weight * term.student_loss(y, batch) for weight, term, name in self._live}
+            return self._student_loss(method, batch) if self._live else {}
         return {
             name: term.own_loss(role, method.generate(batch).detach(), batch)
             for _, term, name in self._live
             if role in term.roles(term.config)
         }
+
+    def _student_loss(self, method: Method, batch: Batch) -> dict[str, Tensor]:
+        most, n = max(term.samples for _, term, _ in self._live), len(batch)
+        wide = repeated(batch, most) if most > 1 else batch
+        y = method.generate(wide) if most else batch.noise[:0]
+        seen: dict[str, Tensor] = {}
+        for weight, term, name in self._live:
+            own, rows = y[: term.samples * n], wide if term.samples > 1 else batch
+            seen[name] = weight * term.student_loss(own, rows)
+            with torch.no_grad():
+                seen |= {f"{name}.{what}": value for what, value in term.report(own.detach(), rows).items()}
+        return seen
 
     def after(self, iteration: int) -> None:
         for _, term, _ in self._live:

@@ -96,18 +96,20 @@ def score_gradients(
     counts: tuple[int, ...] = (1,),
     method: Any = None,
     settings: Mapping[str, Any] | None = None,
+    reads_s: bool = False,
+    seeds: int = 4,
 ) -> tuple[float, float]:
-    """d loss / d (mean, log std) of a student N(MEAN + shift, std^2) whose critic is exact."""
+    """d loss / d (mean, log std) of a student N(MEAN + shift, std^2) whose critic is exact, summed over batches."""
     preset = resolve(name)
     cast = Cast(
         teacher or teacher_of(process, kind),
-        student=student_of(process, kind, shift=shift, std=std, reads_s=False),
+        student=student_of(process, kind, shift=shift, std=std, reads_s=reads_s),
         fake=fake_of(process, kind, shift=shift, std=std),
     )
     grids = {k: tuple(top(kind) * u for u in score_matching.GRIDS[k]) for k in counts}
     one = (method or preset.method)(cast, preset.config({"counts": counts, "grids": grids, **(settings or {})}))
     with cast.only("student") as student:
-        for seed in range(4):
+        for seed in range(seeds):
             sum(one.loss("student", batch_of(256, seed)).values()).backward()
     assert all(p.grad is None for role in (cast.teacher, cast["fake"]) for p in role.parameters())
     return float(student.net.shift.grad), float(student.net.log_std.grad)

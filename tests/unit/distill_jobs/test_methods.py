@@ -109,13 +109,15 @@ def test_schedules_are_what_training_samples_and_other_counts_get_a_uniform_grid
 def test_each_role_alone_takes_the_gradients_of_its_loss(name: str) -> None:
     run = StageRun(0, Stage(name, 4, STAGES[name]), tiny_teacher(), tiny_student())
     run.method.prepare(tiny_source(), Workspace())
-    for role in run.roles:
+    for role in run.optimisers:
         with run.cast.only(role):
             sum(run.method.loss(role, run.batch(tiny_source(), 0)).values()).backward()
-        touched = {player for player in run.roles if any(p.grad is not None for p in run.cast[player].parameters())}
+        touched = {
+            player for player in run.roles if any(p.grad is not None for p in run.cast.module(player).parameters())
+        }
         assert touched == {role}
         assert all(p.grad is None for p in run.cast.teacher.parameters())
-        run.cast[role].zero_grad(set_to_none=True)
+        run.cast.module(role).zero_grad(set_to_none=True)
 
 
 def test_the_critic_leads_by_its_warm_up_and_its_updates() -> None:

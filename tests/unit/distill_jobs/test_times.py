@@ -48,3 +48,12 @@ def test_a_share_starts_at_pure_noise() -> None:
 
 def test_uniform_steps_start_at_one() -> None:
     assert times.uniform(4) == (1.0, 0.75, 0.5, 0.25)
+
+
+@pytest.mark.parametrize("process", [RF(), VP(), VP(curve="linear"), EDM(), TRIG(), Shifted(RF(), 3.0)])
+def test_times_between_two_are_equal_steps_of_noise_level_with_exact_ends(process: object) -> None:
+    first, last, _ = times.grid(process, (0.9, 0.3))  # type: ignore[arg-type]
+    found = times.between(process, first, last, 3)  # type: ignore[arg-type]
+    assert (found[0], found[-1]) == (first, last)
+    levels = times.level_of(process, torch.tensor(found, dtype=torch.float64))  # type: ignore[arg-type]
+    torch.testing.assert_close(levels, torch.tensor([0.9, 0.7, 0.5, 0.3], dtype=torch.float64), atol=1e-5, rtol=0)

@@ -18,6 +18,13 @@ _SMALL = {
     "teacher_steps": 4,
     "fake_updates": 2,
     "fake_warmup": 4,
+    "phase_every": 2,
+    "phase": 2,
+    "anneal": 5,
+    "disc_warmup": 2,
+    "easy": 3,
+    "mse": 2,
+    "conditional": 2,
 }
 
 

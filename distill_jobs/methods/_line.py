@@ -1,0 +1,66 @@
+"""Straight lines between two states of a path, and the teacher's path between two noise levels.
+
+A line is a pair (x0, eps): its state at any t is alpha x0 + sigma eps. It is straight in rectified flow and what one
+DDIM step follows in every process, so a student that predicts the line through both ends of a piece of path takes that
+piece in one step.
+"""
+
+import torch
+from torch import Tensor
+
+from distill_jobs import times
+from distill_jobs.batches import Batch
+from distill_jobs.losses import over_rows
+from distill_jobs.methods.base import Method
+from engines.denoiser import BaseDenoiser, Cond
+from engines.process import Process, over
+from engines.solvers import sample, trajectory
+
+Line = tuple[Tensor, Tensor]  # (x0, eps)
+END = 0.02  # the least noise level at which a student learns a line: near 0 every line through x is right
+
+
+def secant(process: Process, x: Tensor, t: Tensor, there: Tensor, s: Tensor) -> Line:
+    """The line through x at t and `there` at s: [[alpha_t, sigma_t], [alpha_s, sigma_s]] (x0, eps) = (x, there)."""
+    (a, b), (c, d) = ((over(process.alpha(time), x), over(process.sigma(time), x)) for time in (t, s))
+    det = a * d - b * c
+    return (d * x - b * there) / det, (a * there - c * x) / det
+
+
+def flow_error(guess: Line, line: Line) -> Tensor:
+    """The error of rectified flow's velocity eps - x0, whatever the process."""
+    return (guess[1] - guess[0]) - (line[1] - line[0])
+
+
+def snr_error(guess: Line, line: Line) -> Tensor:
+    """max(SNR, 1) |x0 error|^2 per row [B]. Two lines through one x_t have eps errors of alpha / sigma times the x0
+    error, so this is the greater of both errors. Source: arXiv 2202.00512 §4, truncated SNR."""
+    x0, eps = (over_rows((ours - theirs).square()) for ours, theirs in zip(guess, line, strict=True))
+    return torch.maximum(x0, eps)
+
+
+def ask(student: BaseDenoiser, x: Tensor, t: Tensor, low: Tensor, batch: Batch) -> Line:
+    """The student's line at x. A network that reads s is asked for a random s in `low`..t: its sampler will give it
+    one, and the line does not depend on it."""
+    s = low + batch.draw(times.Uniform()) * (t - low)
+    line: Line = student(x, t, batch.cond, s if "s" in student.inputs else None)
+    return line
+
+
+def path(
+    teacher: BaseDenoiser, x: Tensor, high: float, low: float, steps: int, cond: Cond, solver: str
+) -> list[Tensor]:
+    """The states of the teacher's path from x at noise level `high` to `low` in equal steps, both ends with them."""
+    levels = tuple(high + (low - high) * i / steps for i in range(steps + 1))
+    grid = times.grid(teacher.process, levels)[: steps + 1]
+    unit = x / teacher.process.sigma(torch.tensor(grid[:1], dtype=torch.float64)).item()
+    return trajectory(teacher, unit, grid, cond, solver=solver)
+
+
+@torch.no_grad()
+def shown(method: Method, batch: Batch) -> dict[str, Tensor]:
+    """What the student makes in its least count of steps."""
+    schedule = method.schedules[min(method.schedules)]
+    eta = schedule.eta if isinstance(schedule.eta, float) else schedule.eta[0]
+    y = sample(method.cast.student, batch.noise, schedule.times, batch.cond, eta, draw=lambda _: batch.randn())
+    return {"gen": y}

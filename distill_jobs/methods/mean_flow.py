@@ -1,0 +1,232 @@
+"""Mean velocities: a student that reads s learns u(x, t, s), the mean of the teacher's velocity v from t down to s.
+
+Everything is said in rectified flow, where u of any process is eps - x0 and the jump is x + (s - t) u. A share of the
+rows has s = t, where u must be v; the others are held to an identity that makes the means of one flow agree.
+
+`mean_flow`: u = v - (t - s) du/dt, the derivative along the path, (v d_x + d_t) u, without gradient. With a warm-up of
+the derivative and normalised rows this is `ayf` (Eulerian map distillation). `imean_flow`: the compound velocity
+u + (t - s) du/dt is regressed on v, with du/dt along the student's own velocity u(x, t, t), which, unlike a velocity
+sampled from data, is a function of the state; the teacher's path is not asked for. `esd`: the end of the jump must not
+move, d/dt X_{t->s} = 0 along v, with the gradient through the derivative too. `psd`: the jump t -> s is the jump
+u -> s of the jump t -> u; as mean velocities, so the division by t - s is exact. `shortcut`: two half jumps of a slowly
+moving average, between dyadic times.
+
+Source: arXiv 2505.13447 §4 (MeanFlow); 2506.14603 §3 (AYF-EMD); 2512.02012 §4 (improved MeanFlow);
+2505.18825 §3 (ESD, PSD); 2410.12557 §3 (shortcut). Where these train from data, v is here the teacher's velocity.
+Left out: guidance as an input and auxiliary heads (iMF), autoguidance and adversarial finetuning (AYF), learned loss
+weights; a shortcut's smallest halves are jumps like the others, as the student reads s and not a step size.
+Checked against: the closed-form flow map of Gaussian data (tests).
+"""
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from distill_jobs import times
+from distill_jobs.batches import Batch, take
+from distill_jobs.losses import over_rows
+from distill_jobs.methods._data import DataConfig, DataMethod
+from distill_jobs.methods._tangent import Rebased, along, most_noise, warmed
+from distill_jobs.methods.base import MethodConfig, Preset
+from distill_jobs.methods.flow_map import GRIDS
+from distill_jobs.methods.kd import few_step_schedules
+from distill_jobs.roles import Cast, Role
+from engines.denoiser import Cond
+from engines.errors import InvalidRequest
+from engines.manifest import Schedule
+from engines.process import RF, over
+from engines.solvers import sample
+
+_LEAST = 2e-3  # the least noise level that a jump starts from
+
+
+class MeanVelocityConfig(DataConfig):
+    eta: float = Field(0.0, ge=0, le=1)
+    batch: int = Field(64, ge=1)
+    top: float = Field(1.0, gt=0.01, le=1, description="the most noise a jump starts from")
+    first_share: float = Field(0.25, ge=0, le=1, description="share of rows that start at pure noise")
+    diagonal: float = Field(0.5, ge=0, lt=1, description="share of rows with s = t, which learn the teacher's velocity")
+    power: float = Field(0.5, ge=0, le=1, description="p of the weight 1 / (|error|^2 + floor)^p of a row; 0 is none")
+    floor: float = Field(1e-3, gt=0)
+
+
+class MeanVelocity(DataMethod):
+    """The parent: rows, the diagonal and the weighting. `Config` must be a `MeanVelocityConfig`."""
+
+    Config: ClassVar[type[MethodConfig]] = MeanVelocityConfig
+    inputs = frozenset({"s"})
+
+    def __init__(self, cast: Cast, config: Any) -> None:
+        super().__init__(cast, config)
+        if "s" not in cast.student.inputs:
+            raise InvalidRequest("mean velocities need a student whose network reads s")
+        self.student, self.tutor = Rebased(cast.student, RF()), Rebased(cast.teacher, RF())
+        self._top = min(config.top, most_noise(self.process))
+
+    @classmethod
+    def roles(cls, config: Any) -> dict[str, Role]:
+        return {"student": config.student_role()}
+
+    @property
+    def schedules(self) -> dict[int, Schedule]:
+        return few_step_schedules(self, GRIDS)
+
+    def loss(self, role: str, batch: Batch) -> dict[str, Tensor]:
+        assert batch.rows.x is not None
+        t, s = self.levels(batch)
+        x = RF().mix(batch.rows.x, batch.noise, t)
+        n = min(round(self.config.diagonal * len(batch)), len(batch) - 1)
+        same, apart = torch.arange(n), torch.arange(n, len(batch))
+        cond = take(batch.cond, same)
+        flow = self.student.velocity(x[same], t[same], cond) - self._flow(x[same], t[same], cond)
+        jump = self.error(x[apart], t[apart], s[apart], take(batch.cond, apart), batch)
+        return {"mean_velocity": weighted(torch.cat([flow, jump]), self.config.power, self.config.floor)}
+
+    def levels(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Noise levels (t, s) with s < t."""
+        t = self._top * batch.draw(times.WithFirst(times.Uniform(_LEAST, 1.0), self.config.first_share))
+        return t, t * batch.draw(times.Uniform(0.0, 0.98))
+
+    @abstractmethod
+    def error(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond, batch: Batch) -> Tensor:
+        """How far the mean velocity from t to s breaks the identity: zero for the teacher's flow map."""
+
+    @torch.no_grad()
+    def _flow(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return self.tutor.velocity(x, t, cond)
+
+    @torch.no_grad()
+    def panel(self, batch: Batch) -> dict[str, Tensor]:
+        schedule = next(iter(self.schedules.values()))
+        return {"gen": sample(self.cast.student, batch.noise, schedule.times, batch.cond)}
+
+
+class MeanFlowConfig(MeanVelocityConfig):
+    warmup: int = Field(0, ge=0, description="iterations until the derivative counts fully")
+    difference: float = Field(
+        0.0, ge=0, le=0.05, description="step of a difference (1e-3) for networks without forward-mode derivatives"
+    )
+
+
+class MeanFlow(MeanVelocity):
+    Config: ClassVar[type[MethodConfig]] = MeanFlowConfig
+
+    def __init__(self, cast: Cast, config: MeanFlowConfig) -> None:
+        super().__init__(cast, config)
+        self.curriculum = {"tangent": warmed(0, config.warmup)}
+
+    def error(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond, batch: Batch) -> Tensor:
+        flow = self._flow(x, t, cond)
+        with torch.no_grad():
+            _, slope = self.slope(x, t, s, cond, self.direction(x, t, cond, flow))
+        target = flow - self.curriculum["tangent"] * over(t - s, x) * slope
+        return self.student.velocity(x, t, cond, s) - target
+
+    def direction(self, x: Tensor, t: Tensor, cond: Cond, flow: Tensor) -> Tensor:
+        """dx/dt of the path along which u is differentiated."""
+        return flow
+
+    def slope(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond, direction: Tensor) -> tuple[Tensor, Tensor]:
+        """(u, du/dt) with s held."""
+        step = self.config.difference
+        ways = (direction, torch.ones_like(t))
+        return along(lambda x, t: self.student.velocity(x, t, cond, s), (x, t), ways, step)
+
+    def after(self, iteration: int) -> None:
+        self.curriculum["tangent"] = warmed(iteration + 1, self.config.warmup)
+
+
+class ImprovedMeanFlow(MeanFlow):
+    def direction(self, x: Tensor, t: Tensor, cond: Cond, flow: Tensor) -> Tensor:
+        return self.student.velocity(x, t, cond)
+
+
+class ESD(MeanFlow):
+    def error(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond, batch: Batch) -> Tensor:
+        """-d/dt of x + (s - t) u."""
+        flow = self._flow(x, t, cond)
+        mean, slope = self.slope(x, t, s, cond, flow)
+        return mean - flow + self.curriculum["tangent"] * over(t - s, x) * slope
+
+
+class PSDConfig(MeanVelocityConfig):
+    midpoint: bool = Field(False, description="whether the jump is parted in the middle, and not anywhere")
+
+
+class PSD(MeanVelocity):
+    Config: ClassVar[type[MethodConfig]] = PSDConfig
+
+    def error(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond, batch: Batch) -> Tensor:
+        parted = times.Uniform(0.5, 0.5) if self.config.midpoint else times.Uniform(0.02, 0.98)
+        share = batch.draw(parted)[-len(t) :]
+        return self.student.velocity(x, t, cond, s) - joined(self.student, x, t, s, share, cond)
+
+
+class ShortcutConfig(MeanVelocityConfig):
+    halvings: int = Field(6, ge=0, description="jumps are as long as 1, 1/2, ... to 1/2 to this power")
+    keep: float = Field(0.99, ge=0, lt=1, description="of the moving average that makes the half jumps; paper .999")
+
+
+class Shortcut(MeanVelocity):
+    Config: ClassVar[type[MethodConfig]] = ShortcutConfig
+
+    def __init__(self, cast: Cast, config: ShortcutConfig) -> None:
+        super().__init__(cast, config)
+        self.target = Rebased(cast["target"], RF())
+
+    @classmethod
+    def roles(cls, config: Any) -> dict[str, Role]:
+        return {"target": Role(init="student", train="frozen"), "student": config.student_role()}
+
+    def levels(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """A jump from a multiple of its dyadic length to the next."""
+        parts = 2 ** (batch.draw(times.Uniform()) * (self.config.halvings + 1)).floor()
+        start = times.WithFirst(times.Uniform(), self.config.first_share)
+        end = torch.minimum((batch.draw(start) * parts).floor(), parts - 1) / parts
+        return self._top * (end + 1 / parts), self._top * end
+
+    def error(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond, batch: Batch) -> Tensor:
+        half = torch.full_like(t, 0.5)
+        return self.student.velocity(x, t, cond, s) - joined(self.target, x, t, s, half, cond)
+
+    def after(self, iteration: int) -> None:
+        self.cast.follow("target", "student", self.config.keep)
+
+
+@torch.no_grad()
+def joined(den: Rebased, x: Tensor, t: Tensor, s: Tensor, share: Tensor, cond: Cond) -> Tensor:
+    """The mean velocity from t to s of two jumps, the first of which is `share` of the way."""
+    between = t + share * (s - t)
+    first = den.velocity(x, t, cond, between)
+    second = den.velocity(x + over(between - t, x) * first, between, cond, s)
+    return second + over(share, x) * (first - second)
+
+
+def weighted(error: Tensor, power: float, floor: float) -> Tensor:
+    """The rows' mean squares, each over (itself + floor)^power without gradient, averaged."""
+    square = over_rows(error.square())
+    return (square / (square.detach() + floor) ** power).mean()
+
+
+PRESETS = {
+    "mean_flow": Preset(MeanFlow, "Mean velocities by the MeanFlow identity, from the teacher's field.", "2505.13447"),
+    "imean_flow": Preset(
+        ImprovedMeanFlow, "mean_flow whose derivative follows the student's own velocity.", "2512.02012"
+    ),
+    "ayf": Preset(
+        MeanFlow,
+        "Eulerian flow map distillation with normalised tangents that are warmed up.",
+        "2506.14603",
+        {"warmup": 300, "floor": 0.01, "diagonal": 0.25},
+    ),
+    "esd": Preset(
+        ESD, "Eulerian flow map: where a jump ends must not move along the path.", "2505.18825", {"power": 0.0}
+    ),
+    "psd": Preset(PSD, "Progressive flow map: a jump is two jumps, parted anywhere.", "2505.18825", {"power": 0.0}),
+    "shortcut": Preset(
+        Shortcut, "Shortcuts: two half jumps of a moving average are one jump.", "2410.12557", {"power": 0.0}
+    ),
+}
