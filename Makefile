@@ -63,7 +63,7 @@ bench-serve: install-dev  ## overhead and throughput against the bare engine loo
 bench-swap: install-dev  ## 20 hot swaps under load against equal windows without
 	$(BIN)/python -m bench.swap
 
-bench-student: install-dev  ## three students of 15 minutes each, judged at N = 10,000
+bench-student: install-dev  ## three students of 20 minutes each, judged at N = 10,000
 	$(BIN)/python -m bench.student
 
 bench-distill: install-dev  ## the leaderboard of distillation methods; stop and go on as you like

@@ -154,7 +154,7 @@ def _cpu() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Distil the embedded teacher with several seeds and judge them.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--minutes", type=float, default=15, help="of one trainer thread for each seed")
+    parser.add_argument("--minutes", type=float, default=20, help="of one trainer thread for each seed")
     parser.add_argument("--n", type=int, default=10_000, help="pictures of each evaluation")
     parser.add_argument("--preset", default="shapes-fast", help="the job that is run")
     parser.add_argument("--pipeline", type=Path, default=publish.PIPELINE, help="the teacher's diffusers directory")

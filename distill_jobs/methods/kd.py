@@ -8,9 +8,9 @@ Where trajectories are nearly straight it is the other way round: re-noising the
 (embedded teacher, fd ratio at 4 steps 1.02 with eta 0, 1.06 with eta 1; diversity 1.00 and .88 of real pictures').
 
 A student of several steps is asked where its own sampling leads it, which is beside the teacher's path. `own_share` of
-the rows start there (backward distillation): the student samples from fresh noise down to the last rung of one of its
-counts, the teacher goes on from there, and the student learns where that ends. Only the last jump is trained so: it is
-the one that ends in the picture, and the nearer the end, the fewer steps the teacher needs.
+the rows start there (backward distillation): the student samples from fresh noise down to the last rung of its largest
+count, the teacher goes on from there, and the student learns where that ends. Only this jump is trained so: it is the
+one that ends in the picture, the nearer the end the fewer steps the teacher needs, and smaller counts gain nothing.
 
 Source: arXiv 2101.02388; as initialisation of distribution matching 2405.14867 §4.5, 2412.07772. Guiding the teacher
 in an interval of noise levels only: 2404.07724. Backward distillation: 2405.05224 §3.1.
@@ -116,8 +116,7 @@ class KD(Method):
     def _own(self, batch: Batch, rows: int) -> tuple[float, Tensor, Tensor]:
         """Time, states [rows, ...] where the student's own sampling makes its last jump, and their ends."""
         c, noise, cond = self.config, batch.noise[:rows], take(batch.cond, torch.arange(rows))
-        counts = [k for k in sorted(c.counts) if k > 1]
-        levels = c.levels(counts[batch.pick(len(counts))], GRIDS)
+        levels = c.levels(max(c.counts), GRIDS)
         grid = times.grid(self.process, levels)[:-1]
         states = sample(self.cast.student, noise, grid, cond, c.eta, draw=lambda _: batch.randn()[:rows])
         steps = max(1, round(levels[-1] * c.teacher_steps))

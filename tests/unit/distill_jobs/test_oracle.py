@@ -76,9 +76,9 @@ def test_kd_with_time_reversed_fails_the_oracle() -> None:
 def own_loss(process: Process, kind: Kind, *, teacher: Guided | None = None, **student: float) -> float:
     """Of a batch whose rows all stand where the student's own sampling makes its last jump."""
     rungs = tuple(top(kind) * u for u in KDConfig().rungs)
-    grids = {2: (rungs[0], rungs[2]), 4: rungs}
+    grids = {4: rungs}
     own = {"own_share": 0.99, "teacher_steps": 64, "teacher_solver": "ab2"}
-    config = KDConfig(counts=(2, 4), grids=grids, rungs=rungs, eta=0, **own)
+    config = KDConfig(counts=(4,), grids=grids, rungs=rungs, eta=0, **own)
     cast = Cast(teacher or teacher_of(process, kind), student=student_of(process, kind, **student))
     pairs = exact_pairs(process, batch_of().noise, times.grid(process, rungs)[:-1])
     method = KD(cast, config)
