@@ -12,7 +12,7 @@ from distill_jobs.methods import _schemas
 from distill_jobs.spec import DistillJobSpec
 
 HARD_STOP = 2.0
-_MOST_PAIRS_SHARE = 0.5  # of a stage's time for the teacher's pairs: few of them are learnt by heart
+_MOST_PAIRS_SHARE = 1 / 3  # of a stage's time for the teacher's pairs: few of them are learnt by heart
 _LEAST_ITERATIONS = 10
 _EVALUATIONS_SHARE = 0.06  # of the budget for small evaluations,
 _MOST_EVALUATIONS, _LEAST_EVALUATIONS = 10, 2  # so many of them

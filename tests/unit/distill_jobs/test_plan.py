@@ -32,8 +32,8 @@ def test_the_hard_stop_is_at_twice_the_time() -> None:
 def test_pairs_are_paid_for_and_take_no_more_than_their_share() -> None:
     plan = planned(spec(max_minutes=2), [Costs(0.1, pair_s=0.01), Costs(0.1)], [4992, 0])
     kd = plan.stages[0]
-    assert kd.settings["pairs"] == 2944  # 30 of 60 s, in whole shards of 64
-    assert kd.iterations == int((60 - 2944 * 0.01) / 0.1)
+    assert kd.settings["pairs"] == 1984  # 20 of 60 s, in whole shards of 64
+    assert kd.iterations == int((60 - 1984 * 0.01) / 0.1)
     affordable = planned(spec(max_minutes=2), [Costs(0.1, pair_s=0.001), Costs(0.1)], [4992, 0])
     assert affordable.stages[0].settings["pairs"] == 4992
 
