@@ -30,7 +30,7 @@ from distill_jobs.teachers.shapes import publish
 from distill_jobs.timing import shortened
 from distill_jobs.trainer import TrainConfig, Trainer
 from engines.denoiser import BaseDenoiser
-from engines.errors import FewstepError
+from engines.errors import FewstepError, InvalidRequest
 from engines.registry.files import FilesRegistry
 
 COUNTS = (1, 2, 4)
@@ -54,6 +54,8 @@ class Task:
     def reference(self, n: int) -> Reference:
         asked = self.asked
         path = kept_answers([SHIPPED], asked.digest, steps=asked.steps, guidance=asked.guidance, n=n)
+        if path is None:
+            raise InvalidRequest(f"n={n}: the teacher's shipped answers are fewer, take --n 10000 or less", param="n")
         return Reference.load(path)
 
 

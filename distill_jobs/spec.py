@@ -264,7 +264,7 @@ def _check_methods(spec: DistillJobSpec) -> None:
     for position, stage in enumerate(spec.stages):
         where = f"method.{position}" if isinstance(spec.method, tuple) else "method"
         try:
-            _schemas.check(stage.name, stage.fields)
+            _schemas.check(stage.name, {"counts": list(spec.student.steps), **stage.fields})
         except InvalidRequest as error:
             own = (error.param or "method").replace("method", where, 1)
             raise type(error)(f"{where}: {error.message}", param=own) from error

@@ -103,6 +103,8 @@ def _out_of_range(value: float, schema: Mapping[str, Any]) -> str | None:
 def _fault_inside(values: Any, schema: Mapping[str, Any]) -> str | None:
     if len(values) < schema.get("minItems", 0):
         return f"needs at least {schema['minItems']} entries"
+    if len(values) > schema.get("maxItems", len(values)):
+        return f"has room for {schema['maxItems']} at most"
     if schema["type"] == "array":
         inner, parts = schema.get("items", {}), list(values)
     else:

@@ -81,6 +81,12 @@ def test_an_unknown_method_is_refused_with_those_there_are() -> None:
         specs.parse(job(method={"name": "alchemy"}))
 
 
+def test_more_counts_than_a_method_makes_a_student_for_are_refused_when_submitted() -> None:
+    with pytest.raises(InvalidRequest, match=r"counts.*1 at most"):
+        specs.parse(job(method={"name": "progressive"}, student={"name": "small", "steps": [1, 2, 4]}))
+    specs.parse(job(method={"name": "progressive"}, student={"name": "small", "steps": [4]}))
+
+
 def test_an_unknown_term_is_refused_by_name() -> None:
     with pytest.raises(UnknownPlugin, match="method: term 'alchemy' does not exist"):
         specs.parse(job(method={"name": "kd", "terms": [{"name": "alchemy"}]}))
