@@ -266,6 +266,19 @@ def test_own_rows_are_the_students_states_before_its_last_jump() -> None:
     torch.testing.assert_close(ends, trajectory(run.cast.teacher, states / 0.25, (0.25, 0.0), cond, solver="euler")[-1])
 
 
+def test_own_rows_are_guided_within_the_interval_only() -> None:
+    def ends(teacher: BaseDenoiser, **settings: Any) -> torch.Tensor:
+        told = {**STAGES["kd"], "counts": [4], "eta": 0, "own_share": 0.25, **settings}
+        run = StageRun(0, Stage("kd", 1, told), teacher, tiny_student())
+        assert isinstance(run.method, KD)
+        run.method.prepare(tiny_source(), Workspace())
+        return run.method._own(run.batch(tiny_source(), 0), 2)[2]
+
+    guided, unguided = ends(tiny_teacher()), ends(tiny_teacher().denoiser)
+    assert not torch.allclose(guided, unguided)
+    torch.testing.assert_close(ends(tiny_teacher(), guidance_interval=[0.3, 1.0]), unguided)  # the last rung is at .25
+
+
 def test_an_interval_without_guidance_changes_nothing() -> None:
     plain = tiny_teacher().denoiser
     assert torch.equal(kd_pairs(plain, guidance_interval=[0.2, 0.8]), kd_pairs(plain))
