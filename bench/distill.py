@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,16 +94,36 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=_OUT)
     options = parser.parse_args()
     ledger = Ledger(options)
+    (teacher,) = ledger.made([Wanted(distill_table.TEACHER, 0, 0, options.n)], "teacher")
+    if "failed" in teacher:
+        sys.exit(f"the teacher could not be judged: {teacher['failed']}")
     screened = ledger.made([Wanted(name, 0, options.evaluations, options.n) for name in options.presets], "screening")
     finals: list[dict[str, Any]] = []
     if options.final:
         best = [row["preset"] for row in distill_table.ranked(screened)][:_BEST]
         asked = [Wanted(name, seed, options.final, options.n) for name in best for seed in range(options.seeds)]
         finals = ledger.made(asked, "final")
-    report = machine.described("bench.distill") | {"task": "shapes", "screening": screened, "final": finals}
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
-    distill_table.README.write_text(distill_table.readme(screened, finals))
-    Console().print(distill_table.table(screened), soft_wrap=True, markup=False)
+    tasks = {"shapes": {"teacher": teacher, "screening": screened, "final": finals}}
+    options.out.write_text(json.dumps(report(tasks), indent=1) + "\n")
+    distill_table.write(tasks)
+    Console().print(distill_table.table(screened, teacher), soft_wrap=True, markup=False)
+
+
+def report(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Per task the teacher, one entry for each preset, round and step count, and what failed."""
+    found = {
+        name: {
+            "teacher": task["teacher"],
+            "entries": [
+                {"round": title} | record
+                for title in ("screening", "final")
+                for record in distill_table.entries(task[title], task["teacher"])
+            ],
+            "failed": [one for title in ("screening", "final") for one in task[title] if "failed" in one],
+        }
+        for name, task in tasks.items()
+    }
+    return machine.described("bench.distill") | {"tasks": found}
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.distill_table import TEACHER
 from bench.evaluations import metered
 from distill_jobs.assessment import SEED, SHIPPED, TeacherAs, sampler_of
 from distill_jobs.data import prompts
 from distill_jobs.evaluate.reference import Reference, kept_answers
-from distill_jobs.evaluate.report import evaluate
+from distill_jobs.evaluate.report import evaluate, teacher_metrics
 from distill_jobs.methods._schemas import PREPARED
 from distill_jobs.methods.base import Workspace, resolve
 from distill_jobs.pairs import SHARD
@@ -29,7 +30,6 @@ from distill_jobs.teachers import diffusers
 from distill_jobs.teachers.shapes import publish
 from distill_jobs.timing import shortened
 from distill_jobs.trainer import TrainConfig, Trainer
-from engines.denoiser import BaseDenoiser
 from engines.errors import FewstepError, InvalidRequest
 from engines.registry.files import FilesRegistry
 
@@ -90,7 +90,7 @@ def entry(task: Task, preset: str, seed: int, evaluations: int, n: int, settings
     wanted = ({"counts": COUNTS} if "counts" in known else {}) | settings
     precision = Precision(bf16=True)
     stage = planned(task, preset, wanted, evaluations, precision)
-    student: BaseDenoiser = task.teacher.beginner(resolve(preset).method.inputs)
+    student = task.teacher.beginner(resolve(preset).method.inputs)
     trainer = Trainer([stage], task.guided, student, task.source, TrainConfig(seed=seed, bf16=True))
     began = time.monotonic()
     with metered() as meter:
@@ -116,9 +116,27 @@ def entry(task: Task, preset: str, seed: int, evaluations: int, n: int, settings
     }
 
 
+def teacher(task: Task, n: int) -> dict[str, Any]:
+    """The guided teacher itself at the same step counts: what a student has to beat."""
+    manifest, asked = task.teacher.manifest, task.asked
+    loaded = task.teacher.student(task.teacher.denoiser, manifest.schedules, manifest.guidance)
+    ask, reference = sampler_of(loaded, guidance=asked.guidance, batch=_BATCH), task.reference(n)
+    counts = [k for k in COUNTS if k in manifest.schedules]
+    figures = {k: evaluate(ask, n=n, seed=SEED, steps=k, reference=reference, batch=_BATCH) for k in counts}
+    full = teacher_metrics(n, SEED, reference)
+    return {
+        "preset": TEACHER,
+        "steps": asked.steps,
+        "guidance": asked.guidance,
+        "n": n,
+        "full": full.model_dump(mode="json"),
+        "figures": {str(k): metrics.model_dump(mode="json") for k, metrics in figures.items()},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", required=True)
+    parser.add_argument("--preset", required=True, help=f"a method, or {TEACHER} for the teacher at few steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluations", type=int, required=True)
     parser.add_argument("--n", type=int, default=2000)
@@ -129,9 +147,11 @@ def main() -> None:
     torch.set_num_threads(1)
     try:
         with sdpa_kernel(SDPBackend.MATH):  # the backward pass of the fused kernel is slow on CPUs
-            made = entry(
-                Task(options.work), options.preset, options.seed, options.evaluations, options.n, options.settings
-            )
+            task = Task(options.work)
+            if options.preset == TEACHER:
+                made = teacher(task, options.n)
+            else:
+                made = entry(task, options.preset, options.seed, options.evaluations, options.n, options.settings)
     except FewstepError as error:
         made = {"preset": options.preset, "seed": options.seed, "failed": f"{error.code}: {error.message}"}
     partial = options.out.with_suffix(".partial")

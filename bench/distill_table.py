@@ -1,65 +1,209 @@
-"""The leaderboard as tables: ranked by how near the students are to the teacher, failures at the end."""
+"""The leaderboard: ranked by how near the students are to the teacher, as JSON entries, as tables and as the short
+file that `fewstep distill methods` reads."""
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from distill_jobs.methods import _schemas
 
 README = Path(_schemas.__file__).with_name("README.md")
-Entry = Mapping[str, Any]
+Made = Mapping[str, Any]
+"""What `bench.distill_entry` wrote for one method and seed: figures by step count, or `failed`."""
+TEACHER = "teacher"
+COUNTS = ("1", "2", "4")
 
 _HEAD = """# Distillation methods
 
-Written by `make bench-distill` from measurements on the embedded teacher; do not edit. One line a method: the Fréchet
-distance of its student as a ratio to that of the guided teacher at 32 steps, with the same captions and seeds (1 is as
-good as the teacher, lower is better). In the screening every method gets the same number of network evaluations (a row
-forward is 1, backward 2, a forward-mode derivative 1), what the teacher makes first included, with its own default
-settings and nothing tuned for this teacher. `evaluations` are those really used.
+Written by `make bench-distill` from measurements on the embedded teachers; do not edit. One line a method: the Fréchet
+distance of its student as a ratio to that of the guided teacher at its own steps, with the same captions and seeds (1
+is as good as the teacher, lower is better). In the screening every method gets the same number of network evaluations
+(a row forward is 1, backward 2, a forward-mode derivative 1), what the teacher makes first included, with its own
+default settings and nothing tuned for this teacher. `evaluations` are those really used; alignment, diversity and
+grain are ratios to the teacher's, averaged over step counts. *experimental*: with this budget its students are, over
+their step counts together, no better than the teacher itself at the same counts, so there is no reason yet to take it.
 """
 
 
-def score(entry: Entry) -> float:
+def score(made: Made) -> float:
     """The geometric mean of the ratios over step counts; infinite for a failure."""
-    figures = entry.get("figures")
+    figures = made.get("figures")
+    return _mean([one["fd_ratio"] for one in figures.values()]) if figures else math.inf
+
+
+def ranked(made: Sequence[Made]) -> list[Made]:
+    return sorted(made, key=lambda one: (score(one), one["preset"]))
+
+
+def experimental(one: Made, teacher: Made) -> bool:
+    """Whether a student is no better than the teacher at the same step counts."""
+    figures = one.get("figures")
     if not figures:
-        return math.inf
-    return math.exp(sum(math.log(one["fd_ratio"]) for one in figures.values()) / len(figures))
+        return True
+    theirs = [teacher["figures"][steps]["fd_ratio"] for steps in figures if steps in teacher["figures"]]
+    return bool(theirs) and score(one) >= _mean(theirs)
 
 
-def ranked(entries: Sequence[Entry]) -> list[Entry]:
-    return sorted(entries, key=lambda entry: (score(entry), entry["preset"]))
+def entries(made: Sequence[Made], teacher: Made) -> list[dict[str, Any]]:
+    """One record for each preset and step count, the seeds of a preset together: medians of the figures."""
+    records = []
+    for runs in _by_preset(made).values():
+        done = [one for one in runs if one.get("figures")]
+        if done:
+            mark = all(experimental(one, teacher) for one in done)
+            records += [_record(done, steps) | {"experimental": mark} for steps in done[0]["figures"]]
+    return records
 
 
-def table(entries: Sequence[Entry]) -> str:
+def ranks(made: Sequence[Made], teacher: Made) -> dict[str, dict[str, Any]]:
+    """For the listing of methods: place, ratios by step count and the mark."""
+    return {
+        one["preset"]: {
+            "rank": place,
+            "fd_ratio": {steps: round(figures["fd_ratio"], 3) for steps, figures in one["figures"].items()},
+            "experimental": experimental(one, teacher),
+        }
+        for place, one in enumerate((one for one in ranked(made) if one.get("figures")), 1)
+    }
+
+
+def table(made: Sequence[Made], teacher: Made) -> str:
     """Markdown."""
     head = ("", "method", "paper", "fd 1", "fd 2", "fd 4", "alignment", "diversity", "grain", "evaluations", "s", "MB")
-    rows = [_row(place, entry) for place, entry in enumerate(ranked(entries), 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+    rows = [_row(str(place), one, teacher) for place, one in enumerate(ranked(made), 1)]
+    return _markdown(head, [_row("", teacher, teacher), *rows])
 
 
-def readme(screening: Sequence[Entry], finals: Sequence[Entry]) -> str:
-    parts = [_HEAD, "## Screening\n", table(screening)]
-    if finals:
-        parts += ["\n## Final: the best, several seeds\n", table(finals)]
-    failed = [f"- `{entry['preset']}`: {entry['failed']}" for entry in (*screening, *finals) if "failed" in entry]
-    if failed:
-        parts += ["\n## Failed\n", *failed]
-    return "\n".join(parts) + "\n"
+def recommendations(made: Sequence[Made], teacher: Made) -> str:
+    """Markdown: the best method of each situation, by the figure that this situation asks for."""
+    known = _schemas.schemas()
+    good = [one for one in made if one.get("figures") and one["preset"] in known and not experimental(one, teacher)]
+
+    def able(needs_data: bool) -> list[Made]:
+        return [one for one in good if ("data" in known[one["preset"]]["needs"]) == needs_data]
+
+    def where(fits: Callable[[dict[str, Any]], bool]) -> list[Made]:
+        return [one for one in good if fits(known[one["preset"]])]
+
+    situations = [
+        *((f"prompts only, {k} step{'s' * (k != '1')}", k, able(needs_data=False)) for k in COUNTS),
+        ("pictures of your own", None, able(needs_data=True)),
+        ("nothing made first by the teacher", None, where(lambda schema: not _prepares(schema))),
+        ("any number of steps (the student reads s)", None, where(lambda schema: "s" in schema["inputs"])),
+        ("least memory (one network in training)", None, where(lambda schema: schema["roles"] == ["student"])),
+    ]
+    rows = []
+    for situation, steps, candidates in situations:
+        ordered = sorted((_figure(one, steps), one["preset"]) for one in candidates)
+        if ordered and math.isfinite(ordered[0][0]):
+            best = next(one for one in candidates if one["preset"] == ordered[0][1])
+            cost = [f"{best['seconds']:.0f}", str(best["rss_mb"])]
+            rows.append([situation, f"`{best['preset']}`", *_ratios(best), *cost])
+    return _markdown(("situation", "take", "fd 1", "fd 2", "fd 4", "s", "MB"), rows)
 
 
-def _row(place: int, entry: Entry) -> list[str]:
-    name = entry["preset"]
+def readme(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+    """`tasks`: by name, each with `teacher`, `screening` and `final` as made."""
+    parts = [_HEAD]
+    for name, task in tasks.items():
+        made = [*task["screening"], *task["final"]]
+        parts += [f"## {name}: which to take\n", recommendations(task["screening"], task["teacher"])]
+        parts += [f"\n## {name}: screening\n", table(task["screening"], task["teacher"])]
+        if task["final"]:
+            parts += [f"\n## {name}: final, the best with several seeds\n", table(task["final"], task["teacher"])]
+        marked = [one for one in ranked(task["screening"]) if one.get("figures") and experimental(one, task["teacher"])]
+        if marked:
+            parts += [f"\n## {name}: experimental\n", *(f"- `{one['preset']}`: {_why(one)}" for one in marked)]
+        if failed := [f"- `{one['preset']}`: {one['failed']}" for one in made if "failed" in one]:
+            parts += [f"\n## {name}: failed\n", *failed]
+        parts.append("")
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def write(tasks: Mapping[str, Mapping[str, Any]]) -> None:
+    """The generated files beside the methods; ranks are those of the first task's screening."""
+    README.write_text(readme(tasks))
+    first = next(iter(tasks.values()))
+    _schemas.LEADERBOARD.write_text(json.dumps(ranks(first["screening"], first["teacher"]), indent=1) + "\n")
+
+
+def _record(done: Sequence[Made], steps: str) -> dict[str, Any]:
+    runs = [one["figures"][steps] for one in done]
+
+    def median(figure: str) -> float:
+        return round(float(statistics.median(run[figure] for run in runs)), 4)
+
+    intervals = [run["fd_ratio_ci"] for run in runs if run["fd_ratio_ci"]]
+    figures = ("fd", "fd_ratio", "fd_floor", "alignment_ratio", "diversity_ratio", "grain_ratio")
+    return {
+        "method": done[0]["method"],
+        "preset": done[0]["preset"],
+        "steps": int(steps),
+        **{figure: median(figure) for figure in figures},
+        "evaluations": round(statistics.median(one["evaluations"] for one in done)),
+        "iterations": round(statistics.median(one["iterations"] for one in done)),
+        "seconds": round(statistics.median(one["seconds"] for one in done), 1),
+        "rss_mb": max(one["rss_mb"] for one in done),
+        "n": done[0]["n"],
+        "seeds": [one["seed"] for one in done],
+        "interval": [round(min(low for low, _ in intervals), 4), round(max(high for _, high in intervals), 4)]
+        if intervals
+        else None,
+    }
+
+
+def _row(place: str, one: Made, teacher: Made) -> list[str]:
+    name = one["preset"]
     paper = _schemas.schemas().get(name, {}).get("paper", "")
-    figures = entry.get("figures")
+    figures = one.get("figures")
     if not figures:
-        return [str(place), f"`{name}`", paper, *["–"] * 9]
+        return [place, f"`{name}`", paper, *["–"] * 9]
 
     def mean(figure: str) -> str:
-        return f"{sum(one[figure] for one in figures.values()) / len(figures):.2f}"
+        return f"{sum(found[figure] for found in figures.values()) / len(figures):.2f}"
 
-    fds = [f"{figures[k]['fd_ratio']:.2f}" if k in figures else "–" for k in ("1", "2", "4")]
     means = [mean("alignment_ratio"), mean("diversity_ratio"), mean("grain_ratio")]
-    cost = [f"{entry['evaluations']:,}", f"{entry['seconds']:.0f}", str(entry["rss_mb"])]
-    return [str(place), f"`{name}`", paper, *fds, *means, *cost]
+    if name == TEACHER:
+        return [place, "*the teacher itself*", "", *_ratios(one), *means, "", "", ""]
+    mark = " *experimental*" if experimental(one, teacher) else ""
+    cost = [f"{one['evaluations']:,}", f"{one['seconds']:.0f}", str(one["rss_mb"])]
+    return [place, f"`{name}`{mark}", paper, *_ratios(one), *means, *cost]
+
+
+def _figure(one: Made, steps: str | None) -> float:
+    """The ratio at a step count, infinite where it is not made for it; over all counts for None."""
+    if steps is None:
+        return score(one)
+    return float(one["figures"][steps]["fd_ratio"]) if steps in one["figures"] else math.inf
+
+
+def _ratios(one: Made) -> list[str]:
+    return [f"{one['figures'][k]['fd_ratio']:.2f}" if k in one["figures"] else "–" for k in COUNTS]
+
+
+def _why(one: Made) -> str:
+    known = _schemas.schemas()[one["preset"]]
+    updates = f"{one['iterations']} updates in this budget"
+    return f"{updates}, ratios {' / '.join(_ratios(one))}. {known['description'].rstrip('.')}."
+
+
+def _prepares(schema: Mapping[str, Any]) -> bool:
+    return any(name in schema["config"].get("properties", {}) for name in _schemas.PREPARED)
+
+
+def _by_preset(made: Sequence[Made]) -> dict[str, list[Made]]:
+    groups: dict[str, list[Made]] = {}
+    for one in made:
+        groups.setdefault(one["preset"], []).append(one)
+    return groups
+
+
+def _mean(ratios: Sequence[float]) -> float:
+    return math.exp(sum(math.log(ratio) for ratio in ratios) / len(ratios))
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))

@@ -20,6 +20,15 @@ class MethodView(BaseModel):
     inputs: list[str] = Field(description="of s (second time) and w (guidance): what the student's network must read")
     roles: list[str] = Field(description="networks that are trained or kept beside the teacher")
     settings: dict[str, Any] = Field(description="JSON schema of its own fields, with defaults")
+    rank: int | None = Field(
+        None, description="place in the leaderboard, of methods given equal work; none if not in it"
+    )
+    fd_ratio: dict[int, float] = Field(
+        {}, description="there: distance by steps as a ratio to the teacher's; 1 is equal"
+    )
+    experimental: bool = Field(
+        False, description="its students there were no better than the teacher at the same steps"
+    )
 
 
 class MethodList(BaseModel):
@@ -54,4 +63,5 @@ def _view(kind: Literal["distillation.method", "distillation.term"], name: str, 
         inputs=schema.get("inputs", []),
         roles=schema["roles"],
         settings=schema["config"],
+        **(_schemas.leaderboard().get(name, {}) if kind == "distillation.method" else {}),
     )

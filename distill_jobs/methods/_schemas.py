@@ -14,6 +14,7 @@ from engines.errors import InvalidRequest, UnknownPlugin
 
 PATH = Path(__file__).with_name("schemas.json")
 TERMS_PATH = Path(__file__).parents[1] / "terms" / "schemas.json"
+LEADERBOARD = Path(__file__).with_name("leaderboard.json")
 PREPARED = ("pairs", "generate")
 """Settings that say how many rows a method has its teacher make before the first update; a method has one at most."""
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -31,6 +32,13 @@ _TYPES: dict[str, tuple[type, ...]] = {
 def schemas() -> dict[str, dict[str, Any]]:
     """Methods: name -> {file, description, paper, needs, inputs, roles, defaults, config (JSON schema)}."""
     found: dict[str, dict[str, Any]] = json.loads(PATH.read_text())
+    return found
+
+
+@cache
+def leaderboard() -> dict[str, dict[str, Any]]:
+    """What `make bench-distill` measured: name -> {rank, fd_ratio by steps, experimental}, of the methods it ran."""
+    found: dict[str, dict[str, Any]] = json.loads(LEADERBOARD.read_text())
     return found
 
 

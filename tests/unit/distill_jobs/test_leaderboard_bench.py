@@ -1,0 +1,68 @@
+"""The leaderboard's table, entries and ranks, from figures that are given."""
+
+import json
+from typing import Any
+
+import pytest
+
+from bench import distill_table as table
+from distill_jobs.methods import _schemas
+
+
+def made(preset: str, ratios: dict[str, float], seed: int = 0) -> dict[str, Any]:
+    figures = {
+        steps: {
+            "fd": ratio / 2,
+            "fd_ratio": ratio,
+            "fd_floor": 0.1,
+            "fd_ratio_ci": (ratio - 0.1, ratio + 0.1),
+            "alignment_ratio": 1.0,
+            "diversity_ratio": 1.0,
+            "grain_ratio": 1.0,
+        }
+        for steps, ratio in ratios.items()
+    }
+    cost = {"evaluations": 1000, "iterations": 10, "seconds": 1.0, "rss_mb": 100}
+    return {"preset": preset, "method": "file", "seed": seed, "n": 2000, "figures": figures} | cost
+
+
+TEACHER = made(table.TEACHER, {"1": 5.0, "2": 1.2, "4": 1.0})
+GOOD = made("kd", {"1": 1.2, "2": 1.0, "4": 1.0})
+WORSE = made("sid", {"1": 2.0, "2": 1.9, "4": 1.8})
+BAD = made("boot", {"1": 6.0})
+FAILED = {"preset": "dmd", "seed": 0, "failed": "diverged: not a number"}
+
+
+def test_a_student_no_better_than_the_teacher_at_the_same_counts_is_experimental() -> None:
+    assert not table.experimental(GOOD, TEACHER)
+    assert table.experimental(WORSE, TEACHER)  # better at 1 step, worse over all: (2 1.9 1.8)^1/3 > (5 1.2 1)^1/3
+    assert table.experimental(BAD, TEACHER)
+
+
+def test_ranks_go_by_the_geometric_mean_and_leave_failures_out() -> None:
+    ranks = table.ranks([FAILED, WORSE, GOOD], TEACHER)
+    assert [(name, one["rank"], one["experimental"]) for name, one in ranks.items()] == [
+        ("kd", 1, False),
+        ("sid", 2, True),
+    ]
+    assert ranks["kd"]["fd_ratio"] == {"1": 1.2, "2": 1.0, "4": 1.0}
+
+
+def test_seeds_of_a_preset_become_one_entry_of_medians_with_the_widest_interval() -> None:
+    runs = [made("kd", {"4": ratio}, seed) for seed, ratio in enumerate((1.0, 1.3, 1.1))]
+    (entry,) = table.entries(runs, TEACHER)
+    assert (entry["fd_ratio"], entry["steps"], entry["seeds"]) == (1.1, 4, [0, 1, 2])
+    assert entry["interval"] == pytest.approx([0.9, 1.4])
+
+
+def test_the_page_names_failures_and_recommends_the_best_of_each_situation() -> None:
+    page = table.readme({"shapes": {"teacher": TEACHER, "screening": [FAILED, WORSE, GOOD], "final": []}})
+    assert "| prompts only, 1 step | `kd` | 1.20 | 1.00 | 1.00 |" in page
+    assert "- `dmd`: diverged: not a number" in page
+    assert "`sid` *experimental*" in page
+
+
+def test_the_committed_ranks_are_of_methods_that_exist() -> None:
+    ranks = json.loads(_schemas.LEADERBOARD.read_text())
+    assert ranks.keys() <= _schemas.schemas().keys()
+    assert sorted(one["rank"] for one in ranks.values()) == list(range(1, len(ranks) + 1))
