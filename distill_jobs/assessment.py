@@ -100,12 +100,16 @@ class Assessor:
         self._registry = registry
         self._features = tuple(features)
         self._check = check
+        self._references: dict[Path, Reference] = {}
         profile = Profile(batches=(1, BATCH), precision=choice.precision, threads=threads)
         self._loader = Loader(registry, choice, profile, GraphStore(DiskCache(cache)))
 
     def reference(self, teacher: TeacherAs, n: int) -> Reference:
-        """What students are compared with."""
-        return Reference.load(self.features_file(teacher, n))
+        """What students are compared with; one for each file, because it keeps what it drew."""
+        path = self.features_file(teacher, n)
+        if path not in self._references:
+            self._references[path] = Reference.load(path)
+        return self._references[path]
 
     def features_file(self, teacher: TeacherAs, n: int) -> Path:
         """Where the teacher's answers are; it is asked 2 n times where nobody has asked as much yet."""
@@ -150,7 +154,7 @@ class Assessor:
         """The guided teacher at few steps, what a student has to beat; kept beside its answers. Counts that it was not
         made for are left out."""
         own = self._registry.student(teacher.version).schedules
-        path = self._features[-1] / f"at-{teacher.digest[:12]}-{teacher.guidance:g}-{n}.json"
+        path = self._features[-1] / f"few-steps-{teacher.digest[:12]}-{teacher.guidance:g}-{n}.json"
         read = json.loads(path.read_bytes()) if path.exists() else {}
         kept = {int(k): Metrics.model_validate(figures) for k, figures in read.items()}
         missing = [k for k in counts if k in own and k not in kept]

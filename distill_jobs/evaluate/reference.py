@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from distill_jobs.evaluate import alignment, diversity, features, frechet, sample
+from distill_jobs.evaluate import alignment, diversity, features, frechet, neighbours, sample
 from distill_jobs.evaluate.features import FeatureNetwork
 from distill_jobs.evaluate.frechet import Gaussian
 from distill_jobs.evaluate.questions import Questions, questions, real_set
@@ -65,6 +65,7 @@ class Reference:
         self.size = size
         self.teacher = teacher
         self._baselines: dict[tuple[int, int], Baseline] = {}
+        self._real_rows: dict[tuple[int, int], features.Floats] = {}
 
     @classmethod
     def load(cls, teacher: Path | None = None, *, real: Path = REAL, weights: Path = features.WEIGHTS) -> Reference:
@@ -85,7 +86,7 @@ class Reference:
 
     def with_teacher(self, teacher: TeacherSample) -> Reference:
         copy = Reference(self.network, self.real, self.size, teacher)
-        copy._baselines = self._baselines
+        copy._baselines, copy._real_rows = self._baselines, self._real_rows
         return copy
 
     def baseline(self, asked: Questions) -> Baseline:
@@ -94,6 +95,14 @@ class Reference:
         if key not in self._baselines:
             self._baselines[key] = self._measure(asked)
         return self._baselines[key]
+
+    def real_rows(self, asked: Questions) -> features.Floats:
+        """Features [at most `MOST_ROWS`, D] of real pictures of the captions, not the baseline's; drawn once."""
+        n = min(asked.n, neighbours.MOST_ROWS)
+        if (n, asked.seed) not in self._real_rows:
+            drawn = questions(n, asked.seed).draw(1, self.size)
+            self._real_rows[n, asked.seed] = self.network.observe(drawn).features
+        return self._real_rows[n, asked.seed]
 
     def _measure(self, asked: Questions) -> Baseline:
         seen = sample.of(asked.draw(0, self.size), self.network)
@@ -141,7 +150,7 @@ def save_teacher(path: Path, teacher: TeacherSample, network: FeatureNetwork) ->
         "other_covariance": teacher.other.covariance.astype(np.float32),
     }
     fields = {name: getattr(teacher, name) for name in ("digest", "steps", "guidance", "seed")}
-    pixels = {"grain": teacher.sample.grain, "saturation": teacher.sample.saturation}
+    pixels = {name: getattr(teacher.sample, name) for name in ("grain", "saturation", "clipped")}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, metadata={"network": network.digest, "teacher": json.dumps(fields | pixels)})
@@ -153,7 +162,8 @@ def load_teacher(path: Path, network: FeatureNetwork) -> TeacherSample:
         fields = json.loads(_checked(file.metadata(), path, network)["teacher"])
         other = _gaussian(file.get_tensor("other_mean"), file.get_tensor("other_covariance"))
         seen = file.get_tensor("features").astype(np.float32)
-        found = Sample(seen, file.get_tensor("attributes").astype(np.int64), fields["grain"], fields["saturation"])
+        read = file.get_tensor("attributes").astype(np.int64)
+    found = Sample(seen, read, fields["grain"], fields["saturation"], fields.get("clipped"))
     return TeacherSample(fields["digest"], fields["steps"], fields["guidance"], fields["seed"], found, other)
 
 

@@ -7,16 +7,21 @@ None where the reference has no teacher, as when the teacher itself is judged.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from distill_jobs.evaluate import alignment, diversity, frechet, grain
+from distill_jobs.evaluate.density_coverage import density_coverage
 from distill_jobs.evaluate.pixels import Pixels
+from distill_jobs.evaluate.precision_recall import precision_recall
 from distill_jobs.evaluate.questions import Questions, questions
 from distill_jobs.evaluate.reference import Reference, TeacherSample, load_teacher, save_teacher, teacher_path
 from distill_jobs.evaluate.sample import Sample, Tally
 from distill_jobs.evaluate.sheet import sheet as sheet
+from distill_jobs.evaluate.sizes import Sized, at_sizes
 from engines.errors import InvalidRequest
 
 Sampler = Callable[[Sequence[str], Sequence[int], int], Pixels]
@@ -52,6 +57,12 @@ class Metrics(BaseModel):
     diversity_ratio: float | None = None
     grain_ratio: float | None = None
     saturation_ratio: float | None = None
+    clipped: float | None = None  # share of values at an end of the range
+    precision: float | None = None  # these four are to real pictures of the captions; density may pass 1
+    recall: float | None = None
+    density: float | None = None
+    coverage: float | None = None
+    fd_at: tuple[Sized, ...] = ()  # at smaller sample counts
 
 
 def evaluate(
@@ -65,7 +76,7 @@ def evaluate(
     rounds: int = ROUNDS,
     progress: Progress | None = None,
 ) -> Metrics:
-    """Asks `sampler` for n pictures and measures them; `rounds` 0 leaves the intervals out.
+    """Asks `sampler` for n pictures and measures them; `rounds` 0 leaves out the intervals and what nobody gates by.
 
     Raises:
         Diverged: the sampler made values that are no numbers.
@@ -78,7 +89,10 @@ def evaluate(
 def measure(seen: Sample, asked: Questions, *, steps: int, reference: Reference, rounds: int = ROUNDS) -> Metrics:
     """Figures of what was seen in the answers to `asked`."""
     own = _measure_alone(seen, asked, steps, reference, rounds)
-    return own if reference.teacher is None else own.model_copy(update=_compared(own, seen, asked, reference, rounds))
+    if reference.teacher is None:
+        return own
+    theirs = _part(reference.teacher, asked)
+    return own.model_copy(update=_compared(own, seen, theirs, asked, reference, rounds))
 
 
 def teacher_metrics(n: int, seed: int, reference: Reference) -> Metrics:
@@ -159,16 +173,25 @@ def _measure_alone(seen: Sample, asked: Questions, steps: int, reference: Refere
         diversity=diversity.ratio(seen.features, asked.groups, real.spread),
         grain=seen.grain,
         saturation=seen.saturation,
+        clipped=seen.clipped,
+        **(_beside(seen, asked, reference, rounds) if rounds else {}),
     )
 
 
+def _beside(seen: Sample, asked: Questions, reference: Reference, rounds: int) -> dict[str, Any]:
+    """The fields that no gate reads."""
+    real = reference.real_rows(asked)
+    found = precision_recall(seen.features, real), density_coverage(seen.features, real)
+    named = {name: value for figures in found for name, value in asdict(figures).items()}
+    return named | {"fd_at": at_sizes(seen.features, asked, reference.real, rounds=rounds)}
+
+
 def _compared(
-    own: Metrics, seen: Sample, asked: Questions, reference: Reference, rounds: int
-) -> dict[str, float | tuple[float, float] | None]:
+    own: Metrics, seen: Sample, theirs_seen: Sample, asked: Questions, reference: Reference, rounds: int
+) -> dict[str, Any]:
     """The fields that need a teacher."""
     teacher = reference.teacher
     assert teacher is not None
-    theirs_seen = _part(teacher, asked)
     theirs = _measure_alone(theirs_seen, asked, teacher.steps, reference, rounds=0)
     ends = (
         frechet.ratio_interval(seen.features, theirs_seen.features, reference.real, asked.groups, rounds=rounds)
@@ -192,4 +215,4 @@ def _part(teacher: TeacherSample, asked: Questions) -> Sample:
         has = f"n = {teacher.sample.n} of seed {teacher.seed}"
         raise InvalidRequest(f"the teacher's features are for {has}, not n = {asked.n} of seed {asked.seed}")
     whole = teacher.sample
-    return Sample(whole.features[: asked.n], whole.attributes[: asked.n], whole.grain, whole.saturation)
+    return replace(whole, features=whole.features[: asked.n], attributes=whole.attributes[: asked.n])

@@ -1,4 +1,4 @@
-"""What is kept of a generator's pictures: features, attributes found and two pixel figures, never the pictures."""
+"""What is kept of a generator's pictures: features, attributes found and three pixel figures, never the pictures."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distill_jobs.evaluate import grain
+from distill_jobs.evaluate.clipping import clipped
 from distill_jobs.evaluate.features import FeatureNetwork
 from distill_jobs.evaluate.pixels import Pixels
 from engines.errors import Diverged, InvalidRequest
@@ -21,6 +22,7 @@ class Sample:
     attributes: npt.NDArray[np.int64]  # [N, A], as the feature network reads them
     grain: float
     saturation: float
+    clipped: float | None  # None: an older file of answers does not say
 
     @property
     def n(self) -> int:
@@ -35,7 +37,7 @@ class Tally:
         self._features: list[npt.NDArray[np.float32]] = []
         self._attributes: list[npt.NDArray[np.int64]] = []
         self._grain = grain.GrainTally()
-        self._saturation = 0.0
+        self._saturation = self._clipped = 0.0
 
     def add(self, pixels: Pixels) -> None:
         """Looks at one batch of pictures.
@@ -52,11 +54,12 @@ class Tally:
         self._attributes.append(seen.attributes)
         self._grain.add(pixels)
         self._saturation += grain.saturation(pixels) * len(pixels)
+        self._clipped += clipped(pixels) * len(pixels)
 
     def sample(self) -> Sample:
         features = np.concatenate(self._features)
-        saturation = self._saturation / len(features)
-        return Sample(features, np.concatenate(self._attributes), self._grain.mean(), saturation)
+        saturation, share = self._saturation / len(features), self._clipped / len(features)
+        return Sample(features, np.concatenate(self._attributes), self._grain.mean(), saturation, share)
 
 
 def of(pixels: Pixels, network: FeatureNetwork) -> Sample:

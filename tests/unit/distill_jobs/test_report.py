@@ -217,7 +217,23 @@ def test_a_quick_evaluation_has_the_same_figures_without_intervals(taught: Refer
     assert (quick.fd_ci, quick.fd_ratio_ci) == (None, None)
     assert whole.fd_ci is not None
     assert whole.fd_ci[0] < whole.fd < whole.fd_ci[1]
-    assert quick == whole.model_copy(update={"fd_ci": None, "fd_ratio_ci": None})
+    left_out = ("fd_ci", "fd_ratio_ci", "precision", "recall", "density", "coverage")
+    assert quick == whole.model_copy(update=dict.fromkeys(left_out))
+
+
+def test_real_pictures_are_precise_and_cover_real_ones(real: Reference, asked: Questions) -> None:
+    drawn = dict(zip(asked.seeds, asked.draw(0, 64), strict=True))
+    found = judge(lambda captions, seeds, steps: np.stack([drawn[seed] for seed in seeds]), real, n=200, rounds=2)
+    assert found.density == pytest.approx(1, abs=0.3)
+    assert min(found.precision or 0, found.recall or 0, found.coverage or 0) > 0.7
+
+
+def test_noise_is_nowhere_near_real_pictures(real: Reference) -> None:
+    rng = np.random.default_rng(0)
+    noise = lambda captions, *_: rng.integers(0, 256, (len(captions), 3, 64, 64), dtype=np.uint8)  # noqa: E731
+    found = judge(noise, real, n=100, rounds=2)
+    assert (found.precision, found.recall, found.density, found.coverage) == (0, 0, 0, 0)
+    assert found.clipped == pytest.approx(2 / 256, rel=0.05)
 
 
 def test_metrics_survive_json() -> None:
