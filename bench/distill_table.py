@@ -82,15 +82,16 @@ def recommendations(made: Sequence[Made], teacher: Made) -> str:
     known = _schemas.schemas()
     good = [one for one in made if one.get("figures") and one["preset"] in known and not experimental(one, teacher)]
 
-    def able(needs_data: bool) -> list[Made]:
-        return [one for one in good if ("data" in known[one["preset"]]["needs"]) == needs_data]
-
     def where(fits: Callable[[dict[str, Any]], bool]) -> list[Made]:
         return [one for one in good if fits(known[one["preset"]])]
 
     situations = [
-        *((f"prompts only, {k} step{'s' * (k != '1')}", k, able(needs_data=False)) for k in COUNTS),
-        ("pictures of your own", None, able(needs_data=True)),
+        *((f"{k} step{'s' * (k != '1')}", k, good) for k in COUNTS),
+        (
+            "clean latents: your own pictures, or the teacher's",
+            None,
+            where(lambda schema: "generate" in _settings(schema)),
+        ),
         ("nothing made first by the teacher", None, where(lambda schema: not _prepares(schema))),
         ("any number of steps (the student reads s)", None, where(lambda schema: "s" in schema["inputs"])),
         ("least memory (one network in training)", None, where(lambda schema: schema["roles"] == ["student"])),
@@ -191,7 +192,12 @@ def _why(one: Made) -> str:
 
 
 def _prepares(schema: Mapping[str, Any]) -> bool:
-    return any(name in schema["config"].get("properties", {}) for name in _schemas.PREPARED)
+    return any(name in _settings(schema) for name in _schemas.PREPARED)
+
+
+def _settings(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = schema["config"].get("properties", {})
+    return found
 
 
 def _by_preset(made: Sequence[Made]) -> dict[str, list[Made]]:

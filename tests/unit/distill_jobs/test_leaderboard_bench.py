@@ -57,7 +57,7 @@ def test_seeds_of_a_preset_become_one_entry_of_medians_with_the_widest_interval(
 
 def test_the_page_names_failures_and_recommends_the_best_of_each_situation() -> None:
     page = table.readme({"shapes": {"teacher": TEACHER, "screening": [FAILED, WORSE, GOOD], "final": []}})
-    assert "| prompts only, 1 step | `kd` | 1.20 | 1.00 | 1.00 |" in page
+    assert "| 1 step | `kd` | 1.20 | 1.00 | 1.00 |" in page
     assert "- `dmd`: diverged: not a number" in page
     assert "`sid` *experimental*" in page
 
