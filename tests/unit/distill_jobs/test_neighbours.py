@@ -38,7 +38,8 @@ def test_a_set_against_itself_is_perfect() -> None:
     found = precision_recall(rows, rows)
     assert (found.precision, found.recall) == (1, 1)
     assert density_coverage(rows, rows).coverage == 1
-    assert density_coverage(rows, rows).density == pytest.approx(1)  # itself and the k - 1 nearer than the k-th
+    # A ball holds its centre and the k − 1 nearer than the k-th, which stands on the edge and may round either way.
+    assert 1 <= density_coverage(rows, rows).density <= 6 / 5
 
 
 def test_sets_apart_share_nothing() -> None:
