@@ -21,6 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench import distill_table, machine
 from distill_jobs.methods import _schemas
+from distill_jobs.tasks import base
+from engines import plugins
 
 _OUT = Path(__file__).parent / "distill.json"
 _BEST = 6
@@ -30,13 +32,14 @@ _BEST = 6
 class Wanted:
     """One entry: its file is named by all that decides it."""
 
+    task: str
     preset: str
     seed: int
     evaluations: int
     n: int
 
     def file(self, work: Path) -> Path:
-        return work / "entries" / f"{self.preset}-{self.evaluations}-{self.seed}-{self.n}.json"
+        return work / "entries" / f"{self.task}-{self.preset}-{self.evaluations}-{self.seed}-{self.n}.json"
 
 
 class Ledger:
@@ -69,8 +72,8 @@ class Ledger:
         file = one.file(self.options.work)
         if file.exists() or (self.until is not None and time.monotonic() > self.until):
             return
-        command = [sys.executable, "-m", "bench.distill_entry", "--preset", one.preset, "--seed", str(one.seed)]
-        command += ["--evaluations", str(one.evaluations), "--n", str(one.n)]
+        command = [sys.executable, "-m", "bench.distill_entry", "--task", one.task, "--preset", one.preset]
+        command += ["--seed", str(one.seed), "--evaluations", str(one.evaluations), "--n", str(one.n)]
         command += ["--work", str(self.options.work), "--out", str(file)]
         with file.with_suffix(".log").open("wb") as log:
             subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, check=False)
@@ -81,8 +84,29 @@ def trained() -> list[str]:
     return [name for name, schema in sorted(_schemas.schemas().items()) if schema["roles"]]
 
 
+def measured(task: str, ledger: Ledger) -> dict[str, Any]:
+    """The teacher, the screening and the final of one task.
+
+    Raises:
+        SystemExit: its teacher could not be judged.
+    """
+    options = ledger.options
+    (teacher,) = ledger.made([Wanted(task, distill_table.TEACHER, 0, 0, options.n)], f"{task}: teacher")
+    if "failed" in teacher:
+        sys.exit(f"the teacher of {task} could not be judged: {teacher['failed']}")
+    wanted = [Wanted(task, name, 0, options.evaluations, options.n) for name in options.presets]
+    screened = ledger.made(wanted, f"{task}: screening")
+    finals: list[dict[str, Any]] = []
+    if options.final:
+        best = [row["preset"] for row in distill_table.ranked(screened)][:_BEST]
+        asked = [Wanted(task, name, seed, options.final, options.n) for name in best for seed in range(options.seeds)]
+        finals = ledger.made(asked, f"{task}: final")
+    return {"teacher": teacher, "screening": screened, "final": finals}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Rank the distillation methods on the embedded teacher.")
+    parser = argparse.ArgumentParser(description="Rank the distillation methods on the embedded teachers.")
+    parser.add_argument("--tasks", nargs="+", default=[base.DEFAULT], choices=plugins.names(base.PACKAGE))
     parser.add_argument("--presets", nargs="+", default=trained(), help="those to screen; all by default")
     parser.add_argument("--evaluations", type=int, default=250_000, help="network rows of each in the screening")
     parser.add_argument("--final", type=int, default=0, help="network rows of the best in the final; 0 leaves it out")
@@ -94,19 +118,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=_OUT)
     options = parser.parse_args()
     ledger = Ledger(options)
-    (teacher,) = ledger.made([Wanted(distill_table.TEACHER, 0, 0, options.n)], "teacher")
-    if "failed" in teacher:
-        sys.exit(f"the teacher could not be judged: {teacher['failed']}")
-    screened = ledger.made([Wanted(name, 0, options.evaluations, options.n) for name in options.presets], "screening")
-    finals: list[dict[str, Any]] = []
-    if options.final:
-        best = [row["preset"] for row in distill_table.ranked(screened)][:_BEST]
-        asked = [Wanted(name, seed, options.final, options.n) for name in best for seed in range(options.seeds)]
-        finals = ledger.made(asked, "final")
-    tasks = {"shapes": {"teacher": teacher, "screening": screened, "final": finals}}
+    tasks = {task: measured(task, ledger) for task in options.tasks}
     options.out.write_text(json.dumps(report(tasks), indent=1) + "\n")
     distill_table.write(tasks)
-    Console().print(distill_table.table(screened, teacher), soft_wrap=True, markup=False)
+    for name, task in tasks.items():
+        table = distill_table.table(task["screening"], task["teacher"])
+        Console().print(f"{name}\n{table}", soft_wrap=True, markup=False)
 
 
 def report(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.distill_table import TEACHER
 from bench.evaluations import metered
-from distill_jobs.assessment import SEED, SHIPPED, TeacherAs, sampler_of
+from distill_jobs.assessment import SEED, TeacherAs, sampler_of
 from distill_jobs.data import prompts
 from distill_jobs.evaluate.reference import Reference, kept_answers
 from distill_jobs.evaluate.report import evaluate, teacher_metrics
@@ -26,8 +26,9 @@ from distill_jobs.methods.base import Workspace, resolve
 from distill_jobs.pairs import SHARD
 from distill_jobs.small_evaluation import baked
 from distill_jobs.stage import Precision, Stage, StageRun
-from distill_jobs.teachers import diffusers
-from distill_jobs.teachers.shapes import publish
+from distill_jobs.tasks import base as tasks
+from distill_jobs.tasks.base import Task
+from distill_jobs.teachers import diffusers, publish
 from distill_jobs.timing import shortened
 from distill_jobs.trainer import TrainConfig, Trainer
 from engines.errors import FewstepError, InvalidRequest
@@ -39,39 +40,43 @@ _PREPARED_SHARE = 0.4  # of the budget, at most, for what the teacher makes firs
 _BATCH = 64
 
 
-class Task:
-    """The embedded teacher, as a job would have it."""
+class Stand:
+    """A task's embedded teacher, as a job would have it."""
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, name: str, work: Path) -> None:
+        self.task: Task = tasks.load(name)
         registry = FilesRegistry(work / "registry")
-        revision = registry.current("shapes")
-        version = revision.tiers[publish.TIER].student if revision else publish.publish(registry, "shapes")
+        revision = registry.current(name)
+        if revision is None:
+            version = publish.publish(registry, name, task=self.task)
+        else:
+            version = revision.tiers[publish.TIER].student
         self.teacher = diffusers.load(registry, version)
         self.asked = TeacherAs.of(self.teacher.manifest)
         self.guided = self.teacher.guided(self.asked.guidance)
-        self.source = prompts.encoded(self.teacher, prompts.texts("shapes"), work / "prompts")
+        self.source = prompts.encoded(self.teacher, prompts.texts(name), work / "prompts")
 
     def reference(self, n: int) -> Reference:
         asked = self.asked
-        path = kept_answers([SHIPPED], asked.digest, steps=asked.steps, guidance=asked.guidance, n=n)
+        path = kept_answers([self.task.answers], asked.digest, steps=asked.steps, guidance=asked.guidance, n=n)
         if path is None:
-            raise InvalidRequest(f"n={n}: the teacher's shipped answers are fewer, take --n 10000 or less", param="n")
-        return Reference.load(path)
+            raise InvalidRequest(f"n={n}: the teacher's shipped answers are fewer, take a smaller --n", param="n")
+        return Reference.load(path, task=self.task)
 
 
-def planned(task: Task, preset: str, settings: dict[str, Any], evaluations: int, precision: Precision) -> Stage:
+def planned(stand: Stand, preset: str, settings: dict[str, Any], evaluations: int, precision: Precision) -> Stage:
     """The stage that the budget pays for: what one iteration and one prepared row cost is found by trying."""
     known = resolve(preset).method.Config.model_fields
     key = next((name for name in PREPARED if name in known), None)
-    student = copy.deepcopy(task.teacher.beginner(resolve(preset).method.inputs))
+    student = copy.deepcopy(stand.teacher.beginner(resolve(preset).method.inputs))
     tried = shortened(Stage(preset, _TRIED, settings), _TRIED)
-    run = StageRun(0, tried, task.guided, student, precision=precision)
+    run = StageRun(0, tried, stand.guided, student, precision=precision)
     with metered() as meter, precision.context():
-        run.method.prepare(task.source, Workspace())
+        run.method.prepare(stand.source, Workspace())
     row = meter.rows / SHARD
     with metered() as meter:
         for _ in range(_TRIED):
-            run.iterate(task.source)
+            run.iterate(stand.source)
     each = meter.rows / _TRIED
     told = dict(settings)
     if key and row:
@@ -80,7 +85,7 @@ def planned(task: Task, preset: str, settings: dict[str, Any], evaluations: int,
     return Stage(preset, max(1, int(rest / each)), told)
 
 
-def entry(task: Task, preset: str, seed: int, evaluations: int, n: int, settings: dict[str, Any]) -> dict[str, Any]:
+def entry(stand: Stand, preset: str, seed: int, evaluations: int, n: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Figures by step count.
 
     Raises:
@@ -89,17 +94,17 @@ def entry(task: Task, preset: str, seed: int, evaluations: int, n: int, settings
     known = resolve(preset).method.Config.model_fields
     wanted = ({"counts": COUNTS} if "counts" in known else {}) | settings
     precision = Precision(bf16=True)
-    stage = planned(task, preset, wanted, evaluations, precision)
-    student = task.teacher.beginner(resolve(preset).method.inputs)
-    trainer = Trainer([stage], task.guided, student, task.source, TrainConfig(seed=seed, bf16=True))
+    stage = planned(stand, preset, wanted, evaluations, precision)
+    student = stand.teacher.beginner(resolve(preset).method.inputs)
+    trainer = Trainer([stage], stand.guided, student, stand.source, TrainConfig(seed=seed, bf16=True))
     began = time.monotonic()
     with metered() as meter:
         result = trainer.fit()
     seconds = time.monotonic() - began
     rss_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     student.load_state_dict(result.weights)
-    loaded = task.teacher.student(student.requires_grad_(False).eval(), result.schedules, baked(task.asked.guidance))
-    ask, reference = sampler_of(loaded, batch=_BATCH), task.reference(n)
+    loaded = stand.teacher.student(student.requires_grad_(False).eval(), result.schedules, baked(stand.asked.guidance))
+    ask, reference = sampler_of(loaded, batch=_BATCH), stand.reference(n)
     counts = [k for k in COUNTS if k in result.schedules] or sorted(result.schedules)
     figures = {k: evaluate(ask, n=n, seed=SEED, steps=k, reference=reference, batch=_BATCH) for k in counts}
     return {
@@ -116,11 +121,11 @@ def entry(task: Task, preset: str, seed: int, evaluations: int, n: int, settings
     }
 
 
-def teacher(task: Task, n: int) -> dict[str, Any]:
+def teacher(stand: Stand, n: int) -> dict[str, Any]:
     """The guided teacher itself at the same step counts: what a student has to beat."""
-    manifest, asked = task.teacher.manifest, task.asked
-    loaded = task.teacher.student(task.teacher.denoiser, manifest.schedules, manifest.guidance)
-    ask, reference = sampler_of(loaded, guidance=asked.guidance, batch=_BATCH), task.reference(n)
+    manifest, asked = stand.teacher.manifest, stand.asked
+    loaded = stand.teacher.student(stand.teacher.denoiser, manifest.schedules, manifest.guidance)
+    ask, reference = sampler_of(loaded, guidance=asked.guidance, batch=_BATCH), stand.reference(n)
     counts = [k for k in COUNTS if k in manifest.schedules]
     figures = {k: evaluate(ask, n=n, seed=SEED, steps=k, reference=reference, batch=_BATCH) for k in counts}
     full = teacher_metrics(n, SEED, reference)
@@ -136,6 +141,7 @@ def teacher(task: Task, n: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--task", default=tasks.DEFAULT)
     parser.add_argument("--preset", required=True, help=f"a method, or {TEACHER} for the teacher at few steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluations", type=int, required=True)
@@ -147,11 +153,11 @@ def main() -> None:
     torch.set_num_threads(1)
     try:
         with sdpa_kernel(SDPBackend.MATH):  # the backward pass of the fused kernel is slow on CPUs
-            task = Task(options.work)
+            stand = Stand(options.task, options.work)
             if options.preset == TEACHER:
-                made = teacher(task, options.n)
+                made = teacher(stand, options.n)
             else:
-                made = entry(task, options.preset, options.seed, options.evaluations, options.n, options.settings)
+                made = entry(stand, options.preset, options.seed, options.evaluations, options.n, options.settings)
     except FewstepError as error:
         made = {"preset": options.preset, "seed": options.seed, "failed": f"{error.code}: {error.message}"}
     partial = options.out.with_suffix(".partial")

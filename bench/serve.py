@@ -21,7 +21,7 @@ from rich.console import Console
 from bench.load import Record
 from bench.machine import described, quantile, spread
 from bench.system import CACHE, MODEL, PROMPTS, System, system
-from distill_jobs.teachers.shapes import publish
+from distill_jobs.tasks import shapes
 from engines.backends.base import Profile, choose
 from engines.cache import DiskCache
 from engines.graph import GraphStore
@@ -41,7 +41,7 @@ _ALONE = 400  # requests of one run of (c)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pipeline", type=Path, default=publish.PIPELINE, help="a diffusers directory")
+    parser.add_argument("--pipeline", type=Path, default=shapes.TASK.pipeline, help="a diffusers directory")
     parser.add_argument("--seconds", type=float, default=15.0, help="length of a throughput window")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="of the real engine")

@@ -21,13 +21,13 @@ from rich.console import Console
 
 from bench import student_table
 from distill_jobs import spec as specs
-from distill_jobs.assessment import SHIPPED, Assessor, TeacherAs, as_json, chosen
+from distill_jobs.assessment import Assessor, TeacherAs, as_json, chosen
 from distill_jobs.jobs import JobState
 from distill_jobs.metrics import DistillMetrics
 from distill_jobs.records import RESULT, JobRecords
 from distill_jobs.run import JobRun, Surroundings
 from distill_jobs.settings import DistillerSettings
-from distill_jobs.teachers.shapes import publish
+from distill_jobs.teachers import publish
 from distill_jobs.watch import Watch
 from engines.errors import FewstepError, JobFailed
 from engines.registry.base import Registry
@@ -109,7 +109,7 @@ class Bench:
             self.registry,
             choice=chosen(self.settings.backend, self.settings.precision),
             cache=self.settings.work_dir / "engines",
-            features=(SHIPPED, self.settings.work_dir / "answers"),
+            answers=self.settings.work_dir / "answers",
             threads=self.settings.threads,
             check=check,
         )
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20, help="of one trainer thread for each seed")
     parser.add_argument("--n", type=int, default=10_000, help="pictures of each evaluation")
     parser.add_argument("--preset", default="shapes-fast", help="the job that is run")
-    parser.add_argument("--pipeline", type=Path, default=publish.PIPELINE, help="the teacher's diffusers directory")
+    parser.add_argument("--pipeline", type=Path, help="the teacher's diffusers directory, if another")
     parser.add_argument("--work", type=Path, default=Path(".fewstep/bench-student"), help="continued from if there")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--backend", default="auto")

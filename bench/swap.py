@@ -28,7 +28,7 @@ from rich.console import Console
 from bench.load import Record
 from bench.machine import described, quantile, spread
 from bench.system import CACHE, MODEL, PROMPTS, SEEDS, System, system
-from distill_jobs.teachers.shapes import publish
+from distill_jobs.tasks import shapes
 from engines.backends.base import Profile, Tolerance, choose, tolerance
 from engines.cache import DiskCache
 from engines.graph import GraphStore
@@ -79,7 +79,7 @@ class Step(msgspec.Struct, frozen=True):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pipeline", type=Path, default=publish.PIPELINE, help="a diffusers directory")
+    parser.add_argument("--pipeline", type=Path, default=shapes.TASK.pipeline, help="a diffusers directory")
     parser.add_argument("--swaps", type=int, default=20)
     parser.add_argument("--requests", type=int, default=2000, help="at least so many in each run")
     parser.add_argument("--runs", type=int, default=3)

@@ -19,7 +19,8 @@ from safetensors.torch import load
 
 from bench import load as load_generator
 from bench.load import Record
-from distill_jobs.teachers.shapes import publish
+from distill_jobs.tasks.shapes import TASK
+from distill_jobs.teachers import publish
 from engines.artefact import import_diffusers, make_student
 from engines.manifest import Guidance
 from engines.registry.base import Registry, Revision, TierTarget
@@ -43,10 +44,10 @@ def ring(registry: Registry, pipeline: Path, count: int, steps: int) -> list[str
     base = import_diffusers(
         pipeline,
         registry,
-        name=publish.NAME,
-        schedules=[publish.uniform(publish.STEPS)],
-        guidance=publish.GUIDANCE,
-        solver=publish.SOLVER,
+        name=TASK.teacher.name,
+        schedules=[publish.uniform(TASK.teacher.steps)],
+        guidance=TASK.teacher.guidance,
+        solver=TASK.teacher.solver,
     )
     weights = load(registry.read_blob(registry.student(base).components["denoiser"].weights))
     return [

@@ -17,6 +17,8 @@ from distill_jobs.evaluate.pixels import Pixels
 from distill_jobs.evaluate.questions import questions
 from distill_jobs.evaluate.reference import Reference, kept_answers, teacher_path
 from distill_jobs.evaluate.report import Metrics, Sampler, evaluate, sheet, teacher_metrics, teacher_reference
+from distill_jobs.tasks import base as tasks
+from distill_jobs.tasks.base import Task
 from engines.backends.base import Choice, Profile, choose
 from engines.cache import DiskCache
 from engines.graph import GraphStore
@@ -25,8 +27,6 @@ from engines.manifest import StudentManifest, shown
 from engines.registry.base import Registry
 from engines.student import LoadedStudent, sample
 
-SHIPPED = Path(__file__).parent / "teachers" / "shapes" / "answers"
-"""Answers of the embedded teacher that come with its weights."""
 BATCH = 8
 _REPEATS = 15
 _SHEET_COLUMNS = 8
@@ -60,6 +60,7 @@ class TeacherAs:
     digest: str
     steps: int
     guidance: float
+    task: Task
 
     @classmethod
     def of(cls, manifest: StudentManifest, *, steps: int | None = None, guidance: float | None = None) -> "TeacherAs":
@@ -71,7 +72,7 @@ class TeacherAs:
         own_steps = max(manifest.schedules) if steps is None else steps
         own_guidance = manifest.guidance.default if guidance is None else guidance
         manifest.plan(own_steps, own_guidance)
-        return cls(manifest.version, answers_digest(manifest), own_steps, own_guidance)
+        return cls(manifest.version, answers_digest(manifest), own_steps, own_guidance, tasks.of(manifest))
 
 
 def answers_digest(manifest: StudentManifest) -> str:
@@ -83,7 +84,7 @@ def answers_digest(manifest: StudentManifest) -> str:
 class Assessor:
     """Loads versions on one engine and asks them. `check` is called between batches and may raise to stop the work.
 
-    `features` are folders with teachers' answers, the last one writable.
+    `answers` is where teachers' answers are kept, beside those that a task ships.
     """
 
     def __init__(
@@ -92,13 +93,13 @@ class Assessor:
         *,
         choice: Choice,
         cache: Path,
-        features: Sequence[Path],
+        answers: Path,
         threads: int = 1,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.choice = choice
         self._registry = registry
-        self._features = tuple(features)
+        self._answers = answers
         self._check = check
         self._references: dict[Path, Reference] = {}
         profile = Profile(batches=(1, BATCH), precision=choice.precision, threads=threads)
@@ -108,16 +109,15 @@ class Assessor:
         """What students are compared with; one for each file, because it keeps what it drew."""
         path = self.features_file(teacher, n)
         if path not in self._references:
-            self._references[path] = Reference.load(path)
+            self._references[path] = Reference.load(path, task=teacher.task)
         return self._references[path]
 
     def features_file(self, teacher: TeacherAs, n: int) -> Path:
         """Where the teacher's answers are; it is asked 2 n times where nobody has asked as much yet."""
         name: dict[str, Any] = {"steps": teacher.steps, "guidance": teacher.guidance, "n": n}
-        found = kept_answers(self._features, teacher.digest, **name)
+        found = kept_answers((teacher.task.answers, self._answers), teacher.digest, **name)
         if found is not None:
             return found
-        folder = self._features[-1]
         loaded = self._loader.load(self._registry.student(teacher.version))
         try:
             teacher_reference(
@@ -125,13 +125,13 @@ class Assessor:
                 digest=teacher.digest,
                 seed=SEED,
                 **name,
-                reference=Reference.load(),
-                folder=folder,
+                reference=Reference.load(task=teacher.task),
+                folder=self._answers,
                 progress=lambda done, total: self._check(),
             )
         finally:
             self._loader.release(loaded)
-        return teacher_path(folder, teacher.digest, **name)
+        return teacher_path(self._answers, teacher.digest, **name)
 
     def metrics(
         self,
@@ -154,7 +154,7 @@ class Assessor:
         """The guided teacher at few steps, what a student has to beat; kept beside its answers. Counts that it was not
         made for are left out."""
         own = self._registry.student(teacher.version).schedules
-        path = self._features[-1] / f"few-steps-{teacher.digest[:12]}-{teacher.guidance:g}-{n}.json"
+        path = self._answers / f"few-steps-{teacher.digest[:12]}-{teacher.guidance:g}-{n}.json"
         read = json.loads(path.read_bytes()) if path.exists() else {}
         kept = {int(k): Metrics.model_validate(figures) for k, figures in read.items()}
         missing = [k for k in counts if k in own and k not in kept]
@@ -177,9 +177,9 @@ class Assessor:
         other = self._loader.load(self._registry.student(teacher.version))
         try:
             runs: dict[str, Callable[[int], Pixels]] = {
-                str(k): _rows(sampler_of(student, guidance=guidance), k) for k in sorted(counts)
+                str(k): _rows(sampler_of(student, guidance=guidance), teacher.task, k) for k in sorted(counts)
             }
-            runs["teacher"] = _rows(sampler_of(other, guidance=teacher.guidance), teacher.steps)
+            runs["teacher"] = _rows(sampler_of(other, guidance=teacher.guidance), teacher.task, teacher.steps)
             return self._timed(runs)
         finally:
             self._loader.release(student)
@@ -187,7 +187,7 @@ class Assessor:
 
     def sheet(self, version: str, teacher: TeacherAs, counts: Sequence[int]) -> bytes:
         """PNG: the teacher and the student at each count, the same captions and seeds."""
-        asked = questions(2 * _SHEET_COLUMNS, SEED)
+        asked = questions(2 * _SHEET_COLUMNS, SEED, teacher.task)
         captions, seeds = asked.captions[::2], asked.seeds[::2]
         rows: list[tuple[str, Pixels]] = []
         for name, steps, guidance in (
@@ -233,8 +233,8 @@ def as_json(metrics: Metrics, speed: Speed | None = None) -> dict[str, Any]:
     return metrics.model_dump(mode="json") | (asdict(speed) if speed else {})
 
 
-def _rows(ask: Sampler, steps: int) -> Callable[[int], Pixels]:
-    asked = questions(BATCH, SEED)
+def _rows(ask: Sampler, task: Task, steps: int) -> Callable[[int], Pixels]:
+    asked = questions(BATCH, SEED, task)
     return lambda rows: ask(asked.captions[:rows], asked.seeds[:rows], steps)
 
 

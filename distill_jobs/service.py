@@ -14,7 +14,7 @@ import psutil
 import redis
 from prometheus_client import CollectorRegistry, start_http_server
 
-from distill_jobs.assessment import SHIPPED, Assessor, chosen
+from distill_jobs.assessment import Assessor, chosen
 from distill_jobs.jobs import DistillJob, JobState
 from distill_jobs.metrics import DistillMetrics
 from distill_jobs.queue import JobQueue, Lease
@@ -132,7 +132,7 @@ class Service:
             self.registry,
             choice=chosen(self.settings.backend, self.settings.precision),
             cache=self.settings.work_dir / "engines",
-            features=(SHIPPED, self.settings.work_dir / "answers"),
+            answers=self.settings.work_dir / "answers",
             threads=self.settings.threads,
             check=check,
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 from distill_jobs.assessment import SEED, sampler_of
 from distill_jobs.evaluate.reference import Reference
 from distill_jobs.evaluate.report import Metrics, evaluate
+from distill_jobs.tasks import base as tasks
 from distill_jobs.teachers.diffusers import Teacher
 from engines.denoiser import BaseDenoiser, Denoiser
 from engines.manifest import Guidance, Schedule
@@ -19,7 +20,7 @@ class SmallEvaluation:
 
     def __init__(self, teacher: Teacher, guidance: Guidance, n: int, features: Path | None) -> None:
         self._teacher, self._guidance, self._n = teacher, guidance, n
-        self._reference = Reference.load(features)
+        self._reference = Reference.load(features, task=tasks.of(teacher.manifest))
 
     def __call__(self, iteration: int, student: BaseDenoiser, schedules: Mapping[int, Schedule]) -> Mapping[str, float]:
         """`fd` (the ratio to the teacher where there is one) and so on: means over the step counts, and each alone."""

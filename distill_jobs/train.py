@@ -57,7 +57,8 @@ class TrainerRun:
         self.spec = DistillJobSpec.model_validate(json.loads((folder / "spec.json").read_bytes())["spec"])
         self.teacher = diffusers.load(open_registry(told["registry"]), told["teacher"])
         self.w = float(told["guidance"])
-        texts = prompts.texts(self.spec.data.prompts, seed=self.spec.train.seed)
+        own = self.teacher.manifest.task
+        texts = prompts.texts(self.spec.data.prompts, seed=self.spec.train.seed, default=own)
         self.source = prompts.encoded(self.teacher, texts, Path(told["work"]), seed=self.spec.train.seed)
         self.guided = self.teacher.guided(self.w)
         self._features = Path(told["features"]) if told["features"] else None

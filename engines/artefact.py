@@ -39,6 +39,7 @@ def import_diffusers(
     process: ProcessSpec | None = None,
     prediction: Kind | None = None,
     licence: str = "apache-2.0",
+    task: str | None = None,
     golden_prompts: Sequence[str] = GOLDEN_PROMPTS,
 ) -> str:
     """Publishes a diffusers directory and returns its version; the same directory gives the same version.
@@ -74,6 +75,7 @@ def import_diffusers(
         latent_channels=unet["in_channels"],
         downscale=downscale,
         licence=licence,
+        task=task,
     )
     return _publish(registry, manifest, golden_prompts)
 

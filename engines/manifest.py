@@ -135,6 +135,7 @@ class StudentManifest(_Frozen):
     downscale: int = Field(ge=1, description="pixels per latent position")
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     licence: str = "apache-2.0"
+    task: Name | None = Field(None, description="whose captions it knows: a file of distill_jobs/tasks")
     parents: tuple[str, ...] = ()
     golden: Sha256 | None = Field(None, description="blob of prompts, noise and reference pictures")
 
@@ -157,6 +158,8 @@ class StudentManifest(_Frozen):
         """The one byte string of this manifest: sorted keys, no spaces, UTF-8."""
         data = self.model_dump(mode="json")
         data["inputs"] = sorted(data["inputs"])
+        if self.task is None:
+            del data["task"]  # so that students made before there were tasks keep their digest
         return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
     @cached_property

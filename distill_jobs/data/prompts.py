@@ -7,44 +7,38 @@ again after a death, under the hash of teacher and texts.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill_jobs.batches import TensorSource
+from distill_jobs.tasks import base as tasks
 from distill_jobs.teachers.diffusers import Teacher
+from engines import plugins
 from engines.errors import InvalidRequest
 
 COUNT = 8192
-_DEFAULT = "shapes"
 
 
-def texts(source: str | Sequence[str] | None, *, count: int = COUNT, seed: int = 0) -> list[str]:
-    """The prompts of a job: its own list, or `count` of a named source.
+def texts(
+    source: str | Sequence[str] | None, *, count: int = COUNT, seed: int = 0, default: str | None = None
+) -> list[str]:
+    """The prompts of a job: its own list, or `count` of the named task; of `default`, the teacher's, if it names none.
 
     Raises:
-        InvalidRequest: no source has this name.
+        InvalidRequest: no task has this name.
     """
     if source is not None and not isinstance(source, str):
         return list(source)
-    name = source or _DEFAULT
-    if name not in _SOURCES:
+    name, known = source or default or tasks.DEFAULT, plugins.names(tasks.PACKAGE)
+    if name not in known:
         raise InvalidRequest(
-            f"data.prompts={name!r} is no source: choose from {', '.join(_SOURCES)}, or list the prompts",
+            f"data.prompts={name!r} is no source: choose from {', '.join(known)}, or list the prompts",
             param="data.prompts",
         )
-    return _SOURCES[name](count, seed)
-
-
-def _shapes(count: int, seed: int) -> list[str]:
-    from distill_jobs.teachers.shapes.data import captions
-
-    return captions(count, seed)
-
-
-_SOURCES: dict[str, Callable[[int, int], list[str]]] = {"shapes": _shapes}
+    return tasks.load(name).captions(count, seed)
 
 
 class PromptSource(TensorSource):

@@ -5,10 +5,12 @@ Attributes that the caption leaves open do not count. A blurry average can score
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
-from distill_jobs.teachers.shapes.data import ABSENT, ATTRIBUTES
+from distill_jobs.tasks.base import ABSENT
 
 Ints = npt.NDArray[np.int64]
 
@@ -19,6 +21,6 @@ def accuracy(found: Ints, stated: Ints) -> float | None:
     return float((found == stated)[counted].mean()) if counted.any() else None
 
 
-def by_attribute(found: Ints, stated: Ints) -> dict[str, float | None]:
+def by_attribute(found: Ints, stated: Ints, names: Sequence[str]) -> dict[str, float | None]:
     """Accuracy of each attribute by its name, to see which one a generator gets wrong."""
-    return {name: accuracy(found[:, [i]], stated[:, [i]]) for i, name in enumerate(ATTRIBUTES)}
+    return {name: accuracy(found[:, [i]], stated[:, [i]]) for i, name in enumerate(names)}

@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distill_jobs.evaluate.pixels import Pixels, levels
-from distill_jobs.teachers.shapes.data import CLASSES
+from distill_jobs.tasks import shapes
+from distill_jobs.tasks.base import Task
 from engines.errors import CorruptBlob
 
-WEIGHTS = Path(__file__).parent / "weights" / "features.safetensors"
+WEIGHTS = "features.safetensors"
 EMBEDDING, TEXTURE = 64, 24
 ROUGHNESS = 6  # 3 channels at 2 sizes
 DIMENSIONS = EMBEDDING + 2 * TEXTURE + ROUGHNESS
@@ -38,7 +39,7 @@ class Observation:
     """What the network saw in N pictures."""
 
     features: Floats  # [N, DIMENSIONS]
-    attributes: npt.NDArray[np.int64]  # [N, len(CLASSES)], the most likely class of each attribute
+    attributes: npt.NDArray[np.int64]  # [N, A], the most likely class of each attribute
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +57,14 @@ class FeatureNet(nn.Module):
     centre: Tensor
     scale: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, classes: tuple[int, ...]) -> None:
         super().__init__()
+        self.classes = classes
         self.first = _convolution(12, TEXTURE)
         self.middle = nn.Sequential(_convolution(TEXTURE, 64, 2), _convolution(64, 64))
         self.last = nn.Sequential(_convolution(64, 112, 2), _convolution(112, 112))
         self.embed = nn.Linear(112 * _GRID * _GRID, EMBEDDING)
-        self.heads = nn.Linear(EMBEDDING, sum(CLASSES))
+        self.heads = nn.Linear(EMBEDDING, sum(classes))
         self.register_buffer("centre", torch.zeros(DIMENSIONS))  # of the real pictures' features, set after training
         self.register_buffer("scale", torch.ones(DIMENSIONS))
 
@@ -73,17 +75,18 @@ class FeatureNet(nn.Module):
         embedding = self.embed(nn.functional.adaptive_avg_pool2d(last, _GRID).flatten(1)).float()
         texture = torch.cat([first.float().mean((2, 3)), first.float().std((2, 3)), _roughness(x)], 1)
         logits = self.heads(nn.functional.gelu(embedding)).float()
-        return Seen(embedding, texture, tuple(logits.split(list(CLASSES), 1)))
+        return Seen(embedding, texture, tuple(logits.split(list(self.classes), 1)))
 
     def features(self, seen: Seen) -> Tensor:
         return (torch.cat([seen.embedding, seen.texture], 1) - self.centre) * self.scale
 
 
 class FeatureNetwork:
-    """`FeatureNet` with its committed weights, in numpy terms."""
+    """`FeatureNet` with its committed weights, in numpy terms; `task` is what it was taught to read."""
 
-    def __init__(self, net: FeatureNet, digest: str) -> None:
+    def __init__(self, net: FeatureNet, task: Task, digest: str) -> None:
         self._net: FeatureNet = net.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.task = task
         self.digest = digest  # of the weights: figures of two digests must not be compared
 
     @torch.no_grad()
@@ -99,19 +102,20 @@ class FeatureNetwork:
         return Observation(torch.cat(features).numpy(), torch.cat(attributes).numpy())
 
 
-def load(path: Path = WEIGHTS) -> FeatureNetwork:
-    """The committed network.
+def load(task: Task = shapes.TASK, path: Path | None = None) -> FeatureNetwork:
+    """The task's committed network, or another one of its kind.
 
     Raises:
         CorruptBlob: the file does not hold exactly this network's tensors.
     """
-    net = FeatureNet()
+    path = path or task.weights / WEIGHTS
+    net = FeatureNet(task.classes)
     tensors = {name: value.float() for name, value in load_file(path).items()}
     try:
         net.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         raise CorruptBlob(f"{path.name} does not fit the feature network: {error}; train it again") from error
-    return FeatureNetwork(net, hashlib.sha256(path.read_bytes()).hexdigest())
+    return FeatureNetwork(net, task, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def _roughness(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Trains the feature network on clean drawn pictures: `python -m distill_jobs.evaluate.features_train`.
+"""Trains a task's feature network on clean real pictures: `python -m distill_jobs.evaluate.features_train`.
 
 Batch i depends on the seed and on i alone, so a stopped run continues from its checkpoint as if it had not been.
 The learning rate falls to zero over `--updates`, never by the clock.
@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distill_jobs.evaluate import features
-from distill_jobs.teachers.shapes import data
+from distill_jobs.tasks import base as tasks
+from distill_jobs.tasks.base import ABSENT, Pictures, Task
 
 log = logging.getLogger(__name__)
 _SEED_OFFSET = 3_000_000_000  # keeps these pictures apart from the teacher's and from those of the evaluation
@@ -31,6 +32,7 @@ _LOG_EVERY, _SAVE_EVERY = 100, 1000
 
 @dataclass(frozen=True, slots=True)
 class Options:
+    task: Task
     updates: int
     batch: int
     lr: float
@@ -47,7 +49,7 @@ class Training:
         torch.manual_seed(options.seed)
         self.options = options
         self.done = 0
-        self.net = features.FeatureNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.net = features.FeatureNet(options.task.classes).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimiser = torch.optim.AdamW(self.net.parameters(), lr=options.lr, weight_decay=0.02)
         if options.checkpoint.exists():
             self._restore(options.checkpoint)
@@ -95,16 +97,16 @@ def attribute_loss(logits: tuple[Tensor, ...], attributes: Tensor) -> Tensor:
     """Cross-entropy summed over the attributes that the captions state."""
     return torch.stack(
         [
-            nn.functional.cross_entropy(head, attributes[:, i], ignore_index=data.ABSENT, reduction="sum")
+            nn.functional.cross_entropy(head, attributes[:, i], ignore_index=ABSENT, reduction="sum")
             for i, head in enumerate(logits)
         ]
     ).sum() / len(attributes)
 
 
-def accuracy(net: features.FeatureNet, pictures: data.Pictures) -> float:
+def accuracy(net: features.FeatureNet, task: Task, pictures: Pictures) -> float:
     """Share of the stated attributes that the heads read from real pictures."""
-    seen = features.FeatureNetwork(net, digest="").observe(pictures.pixels).attributes
-    stated = pictures.attributes != data.ABSENT
+    seen = features.FeatureNetwork(net, task, digest="").observe(pictures.pixels).attributes
+    stated = pictures.attributes != ABSENT
     return float((seen == pictures.attributes)[stated].mean())
 
 
@@ -117,7 +119,8 @@ def export(net: features.FeatureNet, options: Options) -> None:
                 value.copy_(value.half().float())
         net.centre.zero_()
         net.scale.fill_(1)
-        seen = features.FeatureNetwork(net, digest="").observe(_pictures(options, -1, _SCALE_PICTURES).pixels).features
+        pixels = _pictures(options, -1, _SCALE_PICTURES).pixels
+        seen = features.FeatureNetwork(net, options.task, digest="").observe(pixels).features
         net.centre.copy_(torch.from_numpy(seen.mean(0)))
         net.scale.copy_(torch.from_numpy(1 / seen.std(0).clip(1e-3)))
         net.scale[-features.ROUGHNESS :] *= _ROUGHNESS_WEIGHT
@@ -141,15 +144,15 @@ def train(options: Options) -> float:
             training.save()
     training.save()
     export(training.net, options)
-    reached = accuracy(training.net, _pictures(options, -2, _CHECK_PICTURES))
+    reached = accuracy(training.net, options.task, _pictures(options, -2, _CHECK_PICTURES))
     log.info("accuracy %.4f", reached)
     return reached
 
 
-def _pictures(options: Options, index: int, n: int) -> data.Pictures:
+def _pictures(options: Options, index: int, n: int) -> Pictures:
     """Batch `index` of a run; negative indices are kept for what is not trained on."""
     seed = _SEED_OFFSET + options.seed * 10_000_000 + index + 1000
-    return data.sample(n, seed, size=options.size, split="all")
+    return options.task.sample(n, seed, split="all", size=options.size)
 
 
 def _falling(done: int, updates: int) -> float:
@@ -158,15 +161,19 @@ def _falling(done: int, updates: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the feature network of the metrics.")
+    parser.add_argument("--task", type=tasks.load, default=tasks.load(tasks.DEFAULT))
     parser.add_argument("--updates", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--size", type=int, help="pixels; the task's own if missing")
     parser.add_argument("--checkpoint", type=Path, required=True, help="continued from when it exists")
-    parser.add_argument("--out", type=Path, default=features.WEIGHTS)
+    parser.add_argument("--out", type=Path, help="the task's committed file if missing")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    train(Options(**vars(parser.parse_args())))
+    told = parser.parse_args()
+    told.size = told.size or told.task.size_px
+    told.out = told.out or told.task.weights / features.WEIGHTS
+    train(Options(**vars(told)))
 
 
 if __name__ == "__main__":

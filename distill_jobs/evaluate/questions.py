@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from distill_jobs.teachers.shapes import data
+from distill_jobs.tasks import shapes
+from distill_jobs.tasks.base import Scene, Task
 
 SEEDS_PER_CAPTION = 2
 HELD_OUT_EVERY = 8
@@ -27,8 +28,9 @@ _OTHER_SEEDS = 500_000
 class Questions:
     """Row i of every field belongs to picture i."""
 
+    task: Task
     seed: int
-    scenes: list[data.Scene]
+    scenes: list[Scene]
     seeds: list[int]  # of the noise; two rows of one caption differ in nothing else
     other_seeds: list[int]  # for a second sample of the same generator
     attributes: npt.NDArray[np.int64]  # [N, A], ABSENT where the caption is silent
@@ -45,15 +47,16 @@ class Questions:
 
     def draw(self, again: int, size: int) -> npt.NDArray[np.uint8]:
         """Real pictures of the captions: the answers of a perfect generator. Another `again` draws new ones."""
-        return data.draw(self.scenes, _SCENE_SEEDS + self.seed * 1000 + again, size=size).pixels
+        return self.task.draw(self.scenes, _SCENE_SEEDS + self.seed * 1000 + again, size).pixels
 
 
-def questions(n: int, seed: int = 0) -> Questions:
+def questions(n: int, seed: int = 0, task: Task = shapes.TASK) -> Questions:
     num_captions = -(-n // SEEDS_PER_CAPTION)
-    asked = _scenes(num_captions, _SCENE_SEEDS + seed * 1_000_000)
+    asked = _scenes(task, num_captions, _SCENE_SEEDS + seed * 1_000_000)
     rows = [scene for scene in asked for _ in range(SEEDS_PER_CAPTION)][:n]
     first = _PICTURE_SEEDS + seed * 1_000_000
     return Questions(
+        task=task,
         seed=seed,
         scenes=rows,
         seeds=list(range(first, first + n)),
@@ -64,18 +67,18 @@ def questions(n: int, seed: int = 0) -> Questions:
     )
 
 
-def real_set(n: int, size: int) -> npt.NDArray[np.uint8]:
+def real_set(n: int, size: int, task: Task = shapes.TASK) -> npt.NDArray[np.uint8]:
     """The fixed real pictures that `fd` is measured to: other captions, with the same share of unseen combinations."""
-    return data.draw(_scenes(n, _REAL_SET_SEEDS), _REAL_SET_SEEDS, size=size).pixels
+    return task.draw(_scenes(task, n, _REAL_SET_SEEDS), _REAL_SET_SEEDS, size).pixels
 
 
-def _scenes(num: int, seed: int) -> list[data.Scene]:
+def _scenes(task: Task, num: int, seed: int) -> list[Scene]:
     """Drawn in blocks, each with its share of held-out combinations: a longer list starts like a shorter one."""
     unseen = _BLOCK_CAPTIONS // HELD_OUT_EVERY
-    found: list[data.Scene] = []
+    found: list[Scene] = []
     for block in range(-(-num // _BLOCK_CAPTIONS)):
-        common = data.scenes(_BLOCK_CAPTIONS - unseen, seed + 2 * block, "train")
-        rare = data.scenes(unseen, seed + 2 * block + 1, "heldout")
+        common = [*task.scenes(_BLOCK_CAPTIONS - unseen, seed + 2 * block, "train")]
+        rare = task.scenes(unseen, seed + 2 * block + 1, "heldout")
         for i, scene in enumerate(rare):
             common.insert(i * HELD_OUT_EVERY, scene)
         found += common

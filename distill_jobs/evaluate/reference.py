@@ -21,9 +21,11 @@ from distill_jobs.evaluate.features import FeatureNetwork
 from distill_jobs.evaluate.frechet import Gaussian
 from distill_jobs.evaluate.questions import Questions, questions, real_set
 from distill_jobs.evaluate.sample import Sample
+from distill_jobs.tasks import shapes
+from distill_jobs.tasks.base import Task
 from engines.errors import ArtefactRejected
 
-REAL = Path(__file__).parent / "weights" / "real.safetensors"
+REAL = "real.safetensors"
 REAL_SET_PICTURES = 20_000
 COMMITTED_N = (500, 1000, 2000, 10_000)
 
@@ -67,14 +69,18 @@ class Reference:
         self._baselines: dict[tuple[int, int], Baseline] = {}
         self._real_rows: dict[tuple[int, int], features.Floats] = {}
 
+    @property
+    def task(self) -> Task:
+        return self.network.task
+
     @classmethod
-    def load(cls, teacher: Path | None = None, *, real: Path = REAL, weights: Path = features.WEIGHTS) -> Reference:
-        """The committed reference, with a teacher's sample from `save_teacher` if its file is given.
+    def load(cls, teacher: Path | None = None, *, task: Task = shapes.TASK) -> Reference:
+        """The task's committed reference, with a teacher's sample from `save_teacher` if its file is given.
 
         Raises:
             ArtefactRejected: a file was made with another feature network.
         """
-        network = features.load(weights)
+        network, real = features.load(task), task.weights / REAL
         with safe_open(real, framework="numpy") as file:
             metadata = _checked(file.metadata(), real, network)
             gaussian = _gaussian(file.get_tensor("mean"), file.get_tensor("covariance"))
@@ -100,7 +106,7 @@ class Reference:
         """Features [at most `MOST_ROWS`, D] of real pictures of the captions, not the baseline's; drawn once."""
         n = min(asked.n, neighbours.MOST_ROWS)
         if (n, asked.seed) not in self._real_rows:
-            drawn = questions(n, asked.seed).draw(1, self.size)
+            drawn = questions(n, asked.seed, self.task).draw(1, self.size)
             self._real_rows[n, asked.seed] = self.network.observe(drawn).features
         return self._real_rows[n, asked.seed]
 
@@ -119,9 +125,9 @@ class Reference:
 
 def make_real(path: Path, size: int, network: FeatureNetwork) -> list[Baseline]:
     """Draws the real set and writes its statistics; to be done again whenever the feature network changes."""
-    gaussian = frechet.fit(network.observe(real_set(REAL_SET_PICTURES, size)).features)
+    gaussian = frechet.fit(network.observe(real_set(REAL_SET_PICTURES, size, network.task)).features)
     made = Reference(network, gaussian, size)
-    baselines = [made.baseline(questions(n)) for n in COMMITTED_N]
+    baselines = [made.baseline(questions(n, task=network.task)) for n in COMMITTED_N]
     tensors = {"mean": gaussian.mean.astype(np.float32), "covariance": gaussian.covariance.astype(np.float32)}
     rows = json.dumps([baseline.model_dump() for baseline in baselines])
     metadata = {"network": network.digest, "size": str(size), "baselines": rows}

@@ -81,7 +81,7 @@ def evaluate(
     Raises:
         Diverged: the sampler made values that are no numbers.
     """
-    asked = questions(n, seed)
+    asked = questions(n, seed, reference.task)
     seen = _ask(sampler, asked, asked.seeds, steps, reference, batch=batch, progress=progress)
     return measure(seen, asked, steps=steps, reference=reference, rounds=rounds)
 
@@ -99,7 +99,7 @@ def teacher_metrics(n: int, seed: int, reference: Reference) -> Metrics:
     """The figures of the reference's own teacher at n, without ratios."""
     if reference.teacher is None:
         raise InvalidRequest("the reference has no teacher; load it with a teacher's features")
-    asked = questions(n, seed)
+    asked = questions(n, seed, reference.task)
     return _measure_alone(_part(reference.teacher, asked), asked, reference.teacher.steps, reference, ROUNDS)
 
 
@@ -120,7 +120,7 @@ def teacher_reference(
     path = teacher_path(folder, digest, steps=steps, guidance=guidance, n=n)
     if path.exists():
         return reference.with_teacher(load_teacher(path, reference.network))
-    asked = questions(n, seed)
+    asked = questions(n, seed, reference.task)
     first, second = (
         _ask(sampler, asked, seeds, steps, reference, batch=batch, progress=_shifted(progress, i * n, 2 * n))
         for i, seeds in enumerate((asked.seeds, asked.other_seeds))

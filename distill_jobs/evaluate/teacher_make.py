@@ -11,18 +11,20 @@ import argparse
 import json
 import logging
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from distill_jobs.assessment import BATCH, SEED, SHIPPED, Assessor, TeacherAs, chosen, sampler_of
+from distill_jobs.assessment import BATCH, SEED, Assessor, TeacherAs, chosen, sampler_of
 from distill_jobs.evaluate.pixels import Pixels
 from distill_jobs.evaluate.questions import questions
 from distill_jobs.evaluate.reference import Reference
 from distill_jobs.evaluate.report import Metrics, Progress, evaluate, measure, teacher_metrics
 from distill_jobs.evaluate.sample import Tally
-from distill_jobs.teachers.shapes import publish
+from distill_jobs.tasks import base as tasks
+from distill_jobs.teachers import publish
 from engines.backends.base import Profile
 from engines.cache import DiskCache
 from engines.graph import GraphStore
@@ -34,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 def judge(
-    loaded: LoadedStudent, teacher: TeacherAs, counts: list[int], *, reference: Reference, n: int
+    loaded: LoadedStudent, teacher: TeacherAs, counts: Sequence[int], *, reference: Reference, n: int
 ) -> dict[str, Metrics]:
     """The guided teacher at its own steps (in `reference`), unguided, and guided at few steps."""
     rows = {f"teacher {teacher.steps} steps": teacher_metrics(n, SEED, reference)}
@@ -50,7 +52,7 @@ def reconstructions(vae: Path, reference: Reference, n: int) -> Metrics:
     """Real pictures of the questions through the VAE, not rounded, as the teacher's are not."""
     from diffusers import AutoencoderKL
 
-    asked = questions(n, SEED)
+    asked = questions(n, SEED, reference.task)
     network = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32, local_files_only=True).eval()
     drawn = asked.draw(1, reference.size)
     tally = Tally(reference.network)
@@ -72,15 +74,19 @@ def _said(name: str) -> Progress:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make a teacher's features and print what it scores.")
-    parser.add_argument("--pipeline", type=Path, default=publish.PIPELINE, help="its diffusers directory")
-    parser.add_argument("--out", type=Path, default=SHIPPED, help="folder of the features file")
+    parser.add_argument("--task", type=tasks.load, default=tasks.load(tasks.DEFAULT))
+    parser.add_argument("--pipeline", type=Path, help="its diffusers directory; the task's shipped one if missing")
+    parser.add_argument("--out", type=Path, help="folder of the features file; the task's shipped one if missing")
     parser.add_argument("--report", type=Path, help="JSON to write the figures to")
     parser.add_argument("--n", type=int, default=2000)
-    parser.add_argument("--counts", type=int, nargs="*", default=list(publish.COMPARED))
+    parser.add_argument("--counts", type=int, nargs="*", help="those of the task if missing")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
+    options.pipeline = options.pipeline or options.task.pipeline
+    options.out = options.out or options.task.answers
+    options.counts = options.task.teacher.compared if options.counts is None else options.counts
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
     rows = run(options)
@@ -95,9 +101,9 @@ def run(options: argparse.Namespace) -> dict[str, Metrics]:
     choice = chosen(options.backend, options.precision)
     with tempfile.TemporaryDirectory() as scratch:
         registry, cache = FilesRegistry(Path(scratch) / "registry"), Path(scratch) / "cache"
-        version = publish.publish(registry, "teacher", options.pipeline)
+        version = publish.publish(registry, "teacher", options.pipeline, task=options.task)
         teacher = TeacherAs.of(registry.student(version))
-        assessor = Assessor(registry, choice=choice, cache=cache, features=[options.out], threads=options.threads)
+        assessor = Assessor(registry, choice=choice, cache=cache, answers=options.out, threads=options.threads)
         log.info("asking %s on %s %s", version, choice.backend, choice.precision)
         reference = assessor.reference(teacher, options.n)
         profile = Profile(batches=(1, BATCH), precision=choice.precision, threads=options.threads)

@@ -103,6 +103,6 @@ def seed(
     registry = open_registry(registry_url)
     if deployment in registry.deployments():
         return
-    from distill_jobs.teachers.shapes.publish import publish
+    from distill_jobs.teachers.publish import publish
 
     publish(registry, deployment)

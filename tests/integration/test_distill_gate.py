@@ -9,7 +9,8 @@ from torch import Tensor
 
 from distill_jobs.assessment import Assessor, TeacherAs, chosen
 from distill_jobs.small_evaluation import baked
-from distill_jobs.teachers.shapes import publish
+from distill_jobs.tasks.shapes import TASK
+from distill_jobs.teachers import publish
 from engines import artefact
 from engines.loader import load_weights
 from engines.registry.base import Registry
@@ -18,7 +19,7 @@ from tests.redis_server import RedisServer
 
 pytestmark = [
     pytest.mark.timeout(900),
-    pytest.mark.skipif(not (publish.PIPELINE / "model_index.json").exists(), reason="no embedded teacher yet"),
+    pytest.mark.skipif(not (TASK.pipeline / "model_index.json").exists(), reason="no embedded teacher yet"),
 ]
 
 N, TEACHER_STEPS, STEPS, GUIDANCE = 96, 8, 4, 2.0
@@ -45,7 +46,7 @@ def shop(server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Works
 @pytest.fixture(scope="module")
 def own(shop: Workshop) -> dict[str, Tensor]:
     """The teacher's weights."""
-    teacher = shop.registry.student(shop.registry.students(publish.NAME)[0])
+    teacher = shop.registry.student(shop.registry.students(TASK.teacher.name)[0])
     return {name: value.float() for name, value in load_weights(shop.registry, teacher.components["denoiser"]).items()}
 
 
@@ -60,13 +61,13 @@ def noised(weights: dict[str, Tensor], share: float) -> dict[str, Tensor]:
 
 def fd_ratio(shop: Workshop, weights: dict[str, Tensor]) -> float:
     """What the gate will measure of these weights."""
-    teacher = shop.registry.students(publish.NAME)[0]
+    teacher = shop.registry.students(TASK.teacher.name)[0]
     version = artefact.make_student(
         shop.registry, teacher, "probe", denoiser_weights=weights, schedules=SCHEDULES, guidance=baked(GUIDANCE)
     )
     work = shop.settings.work_dir
     choice = chosen(shop.settings.backend, shop.settings.precision)
-    assessor = Assessor(shop.registry, choice=choice, cache=work / "engines", features=[work / "answers"])
+    assessor = Assessor(shop.registry, choice=choice, cache=work / "engines", answers=work / "answers")
     asked = TeacherAs.of(shop.registry.student(teacher), steps=TEACHER_STEPS, guidance=GUIDANCE)
     seen = assessor.metrics(version, N, assessor.reference(asked, N), [STEPS])[STEPS].fd_ratio
     assert seen is not None

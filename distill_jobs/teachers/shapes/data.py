@@ -10,14 +10,13 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from distill_jobs.tasks.base import ABSENT, Pictures, Split, pictures_of
 from distill_jobs.teachers.shapes import contact_sheet, outlines
 
-Split = Literal["train", "heldout", "all"]
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
@@ -27,7 +26,6 @@ SIZES = ("small", "large")
 PLACES = ("left", "right", "top", "bottom", "centre")
 BACKGROUNDS = ("white", "grey", "black", "white over grey", "grey over black")
 MAX_SHAPES = 3
-ABSENT = -1
 
 SLOT_ATTRIBUTES = ("kind", "colour", "size", "place")
 ATTRIBUTES = ("count", "background", *(f"{name}_{slot}" for slot in range(MAX_SHAPES) for name in SLOT_ATTRIBUTES))
@@ -105,24 +103,9 @@ class Scene:
         return [len(self.shapes) - 1, self.background, *slots, *[ABSENT] * (len(SLOT_ATTRIBUTES) * missing)]
 
 
-@dataclass(frozen=True, slots=True)
-class Pictures:
-    """A batch of drawings; row i of every field belongs to picture i."""
-
-    pixels: npt.NDArray[np.uint8]  # [N, 3, H, W]
-    captions: list[str]
-    attributes: Ints  # [N, len(ATTRIBUTES)], ABSENT where the caption is silent
-    heldout: npt.NDArray[np.bool_]  # [N]
-
-
 def sample(n: int, seed: int, *, size: int = 64, split: Split = "train") -> Pictures:
     """Draws `n` pictures of `n` new scenes."""
-    return draw(scenes(n, seed, split), seed, size=size)
-
-
-def captions(n: int, seed: int, split: Split = "train") -> list[str]:
-    """The captions of `sample(n, seed, split=split)`, without drawing."""
-    return [scene.caption for scene in scenes(n, seed, split)]
+    return draw(scenes(n, seed, split), seed, size)
 
 
 def scenes(n: int, seed: int, split: Split = "train") -> list[Scene]:
@@ -133,16 +116,15 @@ def scenes(n: int, seed: int, split: Split = "train") -> list[Scene]:
     return [_scene(int(count), row, pools, split) for count, row in zip(counts, dice, strict=True)]
 
 
-def draw(batch: Sequence[Scene], seed: int, *, size: int = 64) -> Pictures:
+def draw(batch: Sequence[Scene], seed: int, size: int = 64) -> Pictures:
     """Draws each scene once; another seed fills in differently what the captions leave open."""
     rng = np.random.default_rng([seed, 2])
     pixels = np.empty((len(batch), 3, size, size), dtype=np.uint8)
-    attributes = np.array([scene.attributes() for scene in batch], dtype=np.int64).reshape(-1, len(ATTRIBUTES))
+    drawn = pictures_of(pixels, batch)
     for start in range(0, len(batch), _CHUNK):
         part = slice(start, start + _CHUNK)
-        pixels[part] = _paint(attributes[part], rng, size)
-    heldout = np.array([scene.heldout for scene in batch], dtype=np.bool_)
-    return Pictures(pixels, [scene.caption for scene in batch], attributes, heldout)
+        pixels[part] = _paint(drawn.attributes[part], rng, size)
+    return drawn
 
 
 # --- scenes and captions ---------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distill_jobs.tasks.base import Pictures, Split
 from distill_jobs.teachers.shapes import data, tokenizer
 
 _log = logging.getLogger(__name__)
@@ -57,16 +58,16 @@ def chunk(folder: Path, index: int) -> Tensor:
     return coded.float()
 
 
-def chunk_pictures(index: int) -> data.Pictures:
+def chunk_pictures(index: int) -> Pictures:
     return data.sample(CHUNK, _SEED + index, split="train")
 
 
-def pictures(n: int, seed: int, split: data.Split) -> Tensor:
+def pictures(n: int, seed: int, split: Split) -> Tensor:
     """Pictures [N, 3, 64, 64] in [-1, 1]."""
     return as_input(data.sample(n, seed, split=split))
 
 
-def as_input(batch: data.Pictures) -> Tensor:
+def as_input(batch: Pictures) -> Tensor:
     return torch.from_numpy(batch.pixels).float() / 127.5 - 1
 
 

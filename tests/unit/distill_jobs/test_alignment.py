@@ -28,7 +28,7 @@ def test_each_attribute_can_be_seen_apart() -> None:
     stated[:, ATTRIBUTES.index("size_2")] = ABSENT
     found = stated.copy()
     found[0, ATTRIBUTES.index("colour_0")] = 5
-    apart = alignment.by_attribute(found, stated)
+    apart = alignment.by_attribute(found, stated, ATTRIBUTES)
     assert apart["colour_0"] == 0.75
     assert apart["kind_0"] == 1
     assert apart["size_2"] is None

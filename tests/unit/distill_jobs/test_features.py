@@ -10,8 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from distill_jobs.evaluate import alignment, features, features_train
 from distill_jobs.evaluate.features import FeatureNetwork
+from distill_jobs.tasks.shapes import TASK
 from distill_jobs.teachers.shapes import data
 from engines.errors import CorruptBlob
+
+WEIGHTS = TASK.weights / features.WEIGHTS
 
 
 @pytest.fixture(scope="module")
@@ -21,20 +24,27 @@ def network() -> FeatureNetwork:
 
 def options(folder: Path, updates: int) -> features_train.Options:
     return features_train.Options(
-        updates=updates, batch=4, lr=1e-3, seed=1, size=32, checkpoint=folder / "check.safetensors", out=folder / "out"
+        task=TASK,
+        updates=updates,
+        batch=4,
+        lr=1e-3,
+        seed=1,
+        size=32,
+        checkpoint=folder / "check.safetensors",
+        out=folder / "out",
     )
 
 
 def test_it_is_small() -> None:
-    assert features.WEIGHTS.stat().st_size <= 2_000_000
-    assert {value.dtype for value in load_file(features.WEIGHTS).values()} <= {torch.float16, torch.int64}
+    assert WEIGHTS.stat().st_size <= 2_000_000
+    assert {value.dtype for value in load_file(WEIGHTS).values()} <= {torch.float16, torch.int64}
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_it_reads_what_the_captions_of_real_pictures_state(network: FeatureNetwork, split: data.Split) -> None:
     pictures = data.sample(300, 12_345, split=split)
     found = network.observe(pictures.pixels).attributes
-    by_name = alignment.by_attribute(found, pictures.attributes)
+    by_name = alignment.by_attribute(found, pictures.attributes, TASK.attributes)
     assert min(share for share in by_name.values() if share is not None) > 0.98
 
 
@@ -73,18 +83,18 @@ def test_faint_grain_moves_its_features(network: FeatureNetwork) -> None:
 
 
 def test_a_file_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
-    tensors = load_file(features.WEIGHTS)
+    tensors = load_file(WEIGHTS)
     tensors.pop("embed.weight")
     save_file(tensors, tmp_path / "part.safetensors")
     with pytest.raises(CorruptBlob, match=r"embed\.weight"):
-        features.load(tmp_path / "part.safetensors")
+        features.load(path=tmp_path / "part.safetensors")
 
 
 def test_another_file_has_another_digest(network: FeatureNetwork, tmp_path: Path) -> None:
-    tensors = load_file(features.WEIGHTS)
+    tensors = load_file(WEIGHTS)
     tensors["heads.bias"][0] += 1
     save_file(tensors, tmp_path / "other.safetensors")
-    assert features.load(tmp_path / "other.safetensors").digest != network.digest
+    assert features.load(path=tmp_path / "other.safetensors").digest != network.digest
 
 
 def test_a_continued_training_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
@@ -109,4 +119,4 @@ def test_training_writes_a_network_that_loads(tmp_path: Path, monkeypatch: pytes
     small = replace(options(tmp_path, 2), out=tmp_path / "net.safetensors")
     reached = features_train.train(small)
     assert 0 <= reached <= 1
-    assert features.load(small.out).observe(data.sample(2, 0).pixels).features.shape == (2, features.DIMENSIONS)
+    assert features.load(path=small.out).observe(data.sample(2, 0).pixels).features.shape == (2, features.DIMENSIONS)

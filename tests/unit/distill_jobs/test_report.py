@@ -166,9 +166,9 @@ def test_the_teacher_is_asked_once(real: Reference, painter: Painter, tmp_path: 
     assert Reference.load(path).teacher is not None
 
 
-def test_features_of_another_network_are_refused(taught: Reference, tmp_path: Path) -> None:
+def test_features_of_another_network_are_refused(real: Reference, taught: Reference, tmp_path: Path) -> None:
     assert taught.teacher is not None
-    other = features.FeatureNetwork(features.FeatureNet(), digest="other")
+    other = features.FeatureNetwork(features.FeatureNet(real.task.classes), real.task, digest="other")
     reference.save_teacher(tmp_path / "t.safetensors", taught.teacher, other)
     with pytest.raises(ArtefactRejected, match="another feature network"):
         Reference.load(tmp_path / "t.safetensors")

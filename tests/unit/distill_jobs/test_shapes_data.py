@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from distill_jobs.tasks.shapes import TASK
 from distill_jobs.teachers.shapes import contact_sheet, data
 
 
@@ -18,7 +19,7 @@ def test_the_same_seed_draws_the_same_pictures_and_another_does_not() -> None:
 
 
 def test_captions_can_be_had_without_drawing() -> None:
-    assert data.captions(32, 3) == data.sample(32, 3).captions
+    assert TASK.captions(32, 3) == data.sample(32, 3).captions
 
 
 def test_drawing_is_fast_enough(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,10 +7,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
+from distill_jobs.tasks.shapes import TASK
 from distill_jobs.teachers.shapes import data, latents, vae
-from distill_jobs.teachers.shapes.publish import PIPELINE
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what diffusers warns about while loading is not ours
+PIPELINE = TASK.pipeline
 RED, BLUE = np.array([214, 56, 48]), np.array([56, 92, 206])
 
 

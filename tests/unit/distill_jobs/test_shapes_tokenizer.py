@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from distill_jobs.teachers.shapes import data, tokenizer
+from distill_jobs.tasks.shapes import TASK
+from distill_jobs.teachers.shapes import tokenizer
 
 transformers = pytest.importorskip("transformers")
 
 
 def test_every_caption_is_known_word_by_word_and_fits() -> None:
     words = tokenizer.build()
-    captions = data.captions(2_000, 1, "all")
+    captions = TASK.captions(2_000, 1, "all")
     ids = tokenizer.encode(words, captions)
     assert ids.shape == (2_000, tokenizer.MAX_TOKENS)
     assert not (ids == words.unk_token_id).any()
