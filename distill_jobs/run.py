@@ -117,6 +117,7 @@ class JobRun:
             "teacher": teacher.version,
             "guidance": teacher.guidance,
             "features": str(features),
+            "data": str(self.around.settings.data_dir.resolve()) if self.around.settings.data_dir else None,
         }
         preparation.write(self.folder / "trainer.json", told)
         self.keeper.run("prepare", lambda: (self.folder / SCHEDULE).exists())

@@ -92,7 +92,10 @@ class DataSpec(_Frozen):
     """Where a job's data comes from; at most one of the three."""
 
     prompts: str | tuple[str, ...] | None = Field(None, description="a named source such as `shapes`, or the prompts")
-    images: str | None = None
+    images: Name | None = Field(
+        None,
+        description="captioned pictures: a task's such as `shapes`, or a folder of the distiller's DISTILLER_DATA_DIR",
+    )
     pairs: str | None = Field(None, description="id of a job whose teacher pairs are used again")
 
     @model_validator(mode="after")
@@ -254,9 +257,8 @@ def _refuse_unbuilt(spec: DistillJobSpec) -> None:
     if spec.train.processes > 1:
         message = f"train.processes={spec.train.processes} is not built yet: use 1"
         raise NotBuilt(message, param="train.processes")
-    for source in ("images", "pairs"):
-        if getattr(spec.data, source) is not None:
-            raise NotBuilt(f"data.{source} is not built yet: use data.prompts", param=f"data.{source}")
+    if spec.data.pairs is not None:
+        raise NotBuilt("data.pairs is not built yet: use data.prompts", param="data.pairs")
 
 
 def _check_methods(spec: DistillJobSpec) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distill_jobs import preparation
-from distill_jobs.data import prompts
+from distill_jobs.data import images, prompts
 from distill_jobs.evaluate.sheet import sheet
 from distill_jobs.events import EventLog
 from distill_jobs.exit_codes import FINISHED, PAUSED, REFUSED
@@ -39,7 +39,7 @@ from distill_jobs.trainer import Result, TrainConfig, Trainer
 from engines import priority
 from engines.denoiser import Denoiser
 from engines.errors import FewstepError
-from engines.registry.base import open_registry
+from engines.registry.base import Registry, open_registry
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +55,10 @@ class TrainerRun:
         told = json.loads((folder / "trainer.json").read_bytes())
         self.folder, self.fence, self.poll = folder, fence, poll
         self.spec = DistillJobSpec.model_validate(json.loads((folder / "spec.json").read_bytes())["spec"])
-        self.teacher = diffusers.load(open_registry(told["registry"]), told["teacher"])
+        registry = open_registry(told["registry"])
+        self.teacher = diffusers.load(registry, told["teacher"])
         self.w = float(told["guidance"])
-        own = self.teacher.manifest.task
-        texts = prompts.texts(self.spec.data.prompts, seed=self.spec.train.seed, default=own)
-        self.source = prompts.encoded(self.teacher, texts, Path(told["work"]), seed=self.spec.train.seed)
+        self.source = self._source(registry, Path(told["work"]), Path(told["data"]) if told.get("data") else None)
         self.guided = self.teacher.guided(self.w)
         self._features = Path(told["features"]) if told["features"] else None
 
@@ -99,6 +98,14 @@ class TrainerRun:
         if result.state == "finished":
             self._keep(result, plan)
         return result
+
+    def _source(self, registry: Registry, cache: Path, folders: Path | None) -> prompts.PromptSource:
+        data, seed, manifest = self.spec.data, self.spec.train.seed, self.teacher.manifest
+        if data.images is None:
+            texts = prompts.texts(data.prompts, seed=seed, default=manifest.task)
+            return prompts.encoded(self.teacher, texts, cache, seed=seed)
+        found = images.captioned(data.images, folders, manifest.resolutions[0], seed=seed)
+        return images.encoded(self.teacher, registry, found, cache, seed=seed)
 
     def _beginner(self) -> Denoiser:
         return self.teacher.beginner(inputs(self.spec))

@@ -42,10 +42,18 @@ def texts(
 
 
 class PromptSource(TensorSource):
-    """Encoded prompts as training rows, with their texts."""
+    """Encoded prompts as training rows, with their texts; `x` are latents of pictures that these prompts describe."""
 
-    def __init__(self, prompts: Sequence[str], cond: Tensor, shape: tuple[int, int, int], seed: int = 0) -> None:
-        super().__init__(cond, shape, seed=seed)
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        cond: Tensor,
+        shape: tuple[int, int, int],
+        seed: int = 0,
+        *,
+        x: Tensor | None = None,
+    ) -> None:
+        super().__init__(cond, shape, x=x, seed=seed)
         self.prompts = tuple(prompts)
 
     def captions(self, position: int, count: int) -> list[str]:

@@ -98,7 +98,7 @@ def test_an_unknown_term_is_refused_by_name() -> None:
         job(student={"name": "small", "steps": [1], "train": {"lora": {"rank": 8}}}),
         job(method={"name": "kd", "train": "lora"}),
         job(train={"iterations": 1, "processes": 2}),
-        job(data={"images": "folder"}),
+        job(data={"pairs": "dj_0"}),
     ],
 )
 def test_what_is_documented_and_not_built_says_so(body: dict[str, Any]) -> None:
