@@ -19,7 +19,7 @@ from distill_jobs.estimate import Estimate, estimate, teacher_version
 from distill_jobs.jobs import ENDED, DistillJob, JobState
 from distill_jobs.queue import JobQueue
 from distill_jobs.records import PROGRESS, RESULT, JobRecords
-from engines.errors import InvalidRequest, JobNotFound, NotBuilt, NotFound, StudentNotFound
+from engines.errors import InvalidRequest, JobNotFound, NotFound, StudentNotFound
 
 PREFIX = "/v1/distillation"
 _POLL_S = 0.25
@@ -266,8 +266,7 @@ def check_references(spec: specs.DistillJobSpec, records: JobRecords) -> None:
         message = f"teacher.revision={spec.teacher.revision}: the newest of {spec.teacher.id} is {revision.number}"
         raise NotFound(message, param="teacher.revision")
     teacher = registry.student(teacher_version(spec, registry))
-    if "w" in specs.inputs(spec) - teacher.inputs:
-        raise NotBuilt("method: a student that reads its guidance weight is not built yet", param="method")
+    specs.check_weights(spec, teacher.guidance)
     if spec.publish and spec.publish.tiers and registry.current(spec.publish.deployment) is None:
         raise InvalidRequest(
             f"publish.deployment={spec.publish.deployment!r} does not exist: promote its teacher first",

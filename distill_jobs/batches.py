@@ -6,7 +6,7 @@ uninterrupted one would have seen.
 
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from distill_jobs.times import Times
-from engines.denoiser import Cond
+from engines.denoiser import Cond, Weighted
+
+_WEIGHTS = 1 << 34  # keeps these seeds apart from those of updates and pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,23 @@ class TensorSource:
             order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed_of(self.seed, epoch)))
             self._epoch, self._order = epoch, order.tolist()
         return self._order[at]
+
+
+class WeightedSource:
+    """The rows of a source with a guidance weight each, uniform in low..high: for a student that reads its weight.
+
+    Teacher and student are asked through the condition, so no method need know that it learns all weights at once.
+    """
+
+    def __init__(self, source: Source, low: float, high: float, *, seed: int = 0) -> None:
+        self.source, self.low, self.high, self.seed = source, low, high, seed
+        self.shape, self.has_data = source.shape, source.has_data
+
+    def rows(self, position: int, count: int) -> Rows:
+        rows = self.source.rows(position, count)
+        generator = torch.Generator().manual_seed(seed_of(self.seed, _WEIGHTS, position))
+        w = self.low + (self.high - self.low) * torch.rand(count, generator=generator)
+        return replace(rows, cond=Weighted(rows.cond, w))
 
 
 def seed_of(*parts: int) -> int:

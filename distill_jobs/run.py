@@ -22,7 +22,7 @@ from distill_jobs.metrics import DistillMetrics
 from distill_jobs.preparation import SCHEDULE
 from distill_jobs.records import RESULT, JobRecords, utc_now
 from distill_jobs.settings import DistillerSettings
-from distill_jobs.small_evaluation import baked
+from distill_jobs.small_evaluation import learnt
 from distill_jobs.spec import DistillJobSpec, PublishSpec, roles
 from distill_jobs.watch import Watch
 from engines import artefact
@@ -150,7 +150,7 @@ class JobRun:
             self.spec.student.name,
             denoiser_weights=load_file(self.folder / "trained" / "weights.safetensors"),
             schedules={int(k): Schedule.model_validate(value) for k, value in said["schedules"].items()},
-            guidance=baked(teacher.guidance),
+            guidance=learnt(teacher.guidance, self.spec.student.weights),
             inputs=said["inputs"],
         )
 

@@ -38,6 +38,11 @@ def baked(w: float) -> Guidance:
     return Guidance() if w == 1.0 else Guidance(mode="baked", default=w, minimum=w, maximum=w)
 
 
+def learnt(w: float, weights: tuple[float, float] | None) -> Guidance:
+    """The same of a student that learnt all of `weights`, where there are some: `w` is its default."""
+    return Guidance(mode="embedded", default=w, minimum=weights[0], maximum=weights[1]) if weights else baked(w)
+
+
 def _figures(seen: Mapping[int, Metrics]) -> dict[str, float]:
     named = {
         "fd": {k: m.fd if m.fd_ratio is None else m.fd_ratio for k, m in seen.items()},

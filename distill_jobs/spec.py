@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serial
 
 from distill_jobs.methods import _schemas
 from engines.errors import InvalidRequest, NotBuilt
-from engines.manifest import Name
+from engines.manifest import Guidance, Name
 
 Steps = Annotated[int, Field(ge=1, le=64)]
 Limit = Annotated[float, Field(gt=0)]
@@ -41,10 +41,31 @@ class LoraTrain(_Frozen):
     lora: LoraSpec
 
 
+Weight = Annotated[float, Field(ge=0, le=30)]
+
+
+class EmbeddedGuidance(_Frozen):
+    embedded: tuple[Weight, Weight] = Field(description="least and greatest weight of u + w(c - u) that it learns")
+
+    @model_validator(mode="after")
+    def _rises(self) -> Self:
+        if self.embedded[0] >= self.embedded[1]:
+            raise ValueError(f"embedded needs a least and a greater weight, not {self.embedded}")
+        return self
+
+
 class StudentSpec(_Frozen):
     name: Name
     steps: tuple[Steps, ...] = Field((1, 2, 4), min_length=1, max_length=8)
     train: Literal["full"] | LoraTrain = "full"
+    guidance: Literal["baked"] | EmbeddedGuidance = Field(
+        "baked", description="the teacher's weight in the network's own, or a range of weights that the network reads"
+    )
+
+    @property
+    def weights(self) -> tuple[float, float] | None:
+        """The range of guidance weights that the network reads; None where one is baked in."""
+        return None if self.guidance == "baked" else self.guidance.embedded
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
@@ -243,7 +264,10 @@ def _first_fault(error: ValidationError) -> InvalidRequest:
 
 def _is_union_tag(part: str) -> bool:
     """Pydantic puts the tried member of a union into the path; users never wrote it."""
-    return part in {"MethodSpec", "LoraTrain", "constrained-float", "float", "int", "str"} or "[" in part
+    return (
+        part in {"MethodSpec", "LoraTrain", "EmbeddedGuidance", "constrained-float", "float", "int", "str"}
+        or "[" in part
+    )
 
 
 def _brief(value: Any) -> str:
@@ -278,6 +302,8 @@ def _check_methods(spec: DistillJobSpec) -> None:
             message = f"{where}: {stage.name} trains no weights and is step 0 of every job: leave this stage out"
             raise InvalidRequest(message, param=where)
         _check_needs(stage, frozenset(known[stage.name]["needs"]), where)
+        if spec.student.weights:
+            _check_embeds(stage, known[stage.name], where)
 
 
 def _check_term(term: TermSpec, where: str) -> None:
@@ -293,9 +319,45 @@ def _check_needs(stage: MethodSpec, needs: frozenset[str], where: str) -> None:
         raise NotBuilt(f"{where}: {stage.name} needs {unmet}, which no job can give yet", param=where)
 
 
+def _check_embeds(stage: MethodSpec, schema: Mapping[str, Any], where: str) -> None:
+    """Whatever judges the student's samples would have to know their weight too; critics and discriminators do not."""
+    judges = [] if schema["embeds_guidance"] else [stage.name]
+    judges += [term.name for term in stage.terms if _schemas.terms()[term.name]["roles"]]
+    if judges:
+        able = ", ".join(sorted(name for name, one in _schemas.schemas().items() if one["embeds_guidance"]))
+        raise InvalidRequest(
+            f"student.guidance.embedded: {judges[0]} cannot train a student that reads its guidance weight: "
+            f"use student.guidance: baked, or one of {able}",
+            param=where,
+        )
+
+
+def check_weights(spec: DistillJobSpec, teacher: Guidance) -> None:
+    """Whether the teacher can be guided as the student is to be.
+
+    Raises:
+        InvalidRequest: its own weights do not hold the student's range, or the job's weight is outside of that.
+    """
+    if spec.student.weights is None:
+        return
+    low, high = spec.student.weights
+    if teacher.mode != "cfg" or not teacher.minimum <= low < high <= teacher.maximum:
+        can = f"{teacher.minimum}..{teacher.maximum}" if teacher.mode == "cfg" else "none at all"
+        message = f"student.guidance.embedded={[low, high]} is outside the teacher's weights, {can}"
+        raise InvalidRequest(message, param="student.guidance.embedded")
+    w = teacher.default if spec.teacher.guidance is None else spec.teacher.guidance
+    if not low <= w <= high:
+        raise InvalidRequest(
+            f"teacher.guidance={w} is outside student.guidance.embedded={[low, high]}: it is the student's default, "
+            "at which it is judged",
+            param="teacher.guidance",
+        )
+
+
 def inputs(spec: DistillJobSpec) -> frozenset[str]:
     """Which of s and w the student's network must read for these methods."""
-    return frozenset(name for stage in spec.stages for name in _schemas.schemas()[stage.name]["inputs"])
+    reads = frozenset(name for stage in spec.stages for name in _schemas.schemas()[stage.name]["inputs"])
+    return reads | {"w"} if spec.student.weights else reads
 
 
 def roles(spec: DistillJobSpec) -> tuple[tuple[str, ...], ...]:

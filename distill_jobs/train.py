@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distill_jobs import preparation
+from distill_jobs.batches import Source, WeightedSource
 from distill_jobs.data import images, prompts
 from distill_jobs.evaluate.sheet import sheet
 from distill_jobs.events import EventLog
@@ -31,13 +32,13 @@ from distill_jobs.losses import pairwise_distance
 from distill_jobs.plan import Plan
 from distill_jobs.preparation import PLAN, SCHEDULE
 from distill_jobs.progress import Hooks, Wish
-from distill_jobs.small_evaluation import SmallEvaluation, baked
+from distill_jobs.small_evaluation import SmallEvaluation, learnt
 from distill_jobs.spec import DistillJobSpec, inputs
 from distill_jobs.stage import Precision
 from distill_jobs.teachers import diffusers
 from distill_jobs.trainer import Result, TrainConfig, Trainer
 from engines import priority
-from engines.denoiser import Denoiser
+from engines.denoiser import Denoiser, Guided
 from engines.errors import FewstepError
 from engines.registry.base import Registry, open_registry
 
@@ -58,16 +59,20 @@ class TrainerRun:
         registry = open_registry(told["registry"])
         self.teacher = diffusers.load(registry, told["teacher"])
         self.w = float(told["guidance"])
-        self.source = self._source(registry, Path(told["work"]), Path(told["data"]) if told.get("data") else None)
+        self.prompts = self._source(registry, Path(told["work"]), Path(told["data"]) if told.get("data") else None)
+        self.source: Source = self.prompts
         self.guided = self.teacher.guided(self.w)
+        if weights := self.spec.student.weights:
+            self.source = WeightedSource(self.prompts, *weights, seed=self.spec.train.seed)
+            self.guided = Guided(self.teacher.denoiser, self.teacher.encode([""]), self.w)  # whatever its own weight
         self._features = Path(told["features"]) if told["features"] else None
 
     def prepare(self) -> bool:
         """Searches the schedule; one that is on disk already is kept. False: told to stop."""
         if (self.folder / SCHEDULE).exists():
             return True
-        precision = preparation.precision(self.spec, self.guided, self.source)
-        found = preparation.search(self.spec, self.guided, self.source, precision, lambda: self.poll() is None)
+        precision = preparation.precision(self.spec, self.guided, self.prompts)
+        found = preparation.search(self.spec, self.guided, self.prompts, precision, lambda: self.poll() is None)
         if self.poll() is not None:
             return False
         preparation.write(self.folder / SCHEDULE, found | {"spent_s": time.monotonic() - self._began_s})
@@ -128,10 +133,11 @@ class TrainerRun:
         return Plan.of(json.loads((self.folder / PLAN).read_bytes()))
 
     def _evaluation(self) -> SmallEvaluation:
-        return SmallEvaluation(self.teacher, baked(self.w), self.spec.eval.while_training, self._features)
+        guidance = learnt(self.w, self.spec.student.weights)
+        return SmallEvaluation(self.teacher, guidance, self.spec.eval.while_training, self._features)
 
     def _panel(self, events: EventLog) -> Callable[[int, Mapping[str, Tensor]], None]:
-        captions = self.source.captions(0, _PANEL_COLUMNS)
+        captions = self.prompts.captions(0, _PANEL_COLUMNS)
 
         def draw(iteration: int, latents: Mapping[str, Tensor]) -> None:
             made = latents["gen"]

@@ -6,7 +6,7 @@ B rows; x [B, ...]; t, s, w [B]; cond any pytree of tensors [B, ...].
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,18 @@ from engines.manifest import Kind
 from engines.process import Process, over
 
 Cond = Any  # a pytree of tensors with leading B, or None
+
+
+class Weighted(NamedTuple):
+    """A condition whose rows bring the guidance weight w [B] that they are asked with.
+
+    A pytree like any other condition: whoever hands a condition to a network, whole or by rows, hands on the weights.
+    """
+
+    cond: Cond
+    w: Tensor
+
+
 Net = Callable[[Tensor, Tensor, Cond, Tensor | None, Tensor | None], Tensor]  # net(x, t, cond, s, w) -> pred
 
 
@@ -60,6 +72,7 @@ class Denoiser(BaseDenoiser):
     def forward(
         self, x: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None, w: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        cond, w = unweighted(cond, w)
         if "w" in self.inputs and w is None:
             raise ValueError("this network reads the guidance weight: give w [B]")
         time = self.process.network_time
@@ -72,8 +85,8 @@ class Guided(BaseDenoiser):
     """Classifier-free guidance u + w(c - u) around a denoiser; w = 1 asks the network once.
 
     `null_cond` has leading 1 (or B); `interval` (low, high) are the times inside which guidance acts (arXiv
-    2404.07724); a call whose rows are all outside asks the network once. A `w` [B] given to a call replaces the weight
-    of this object.
+    2404.07724); a call whose rows are all outside asks the network once. A `w` [B] given to a call, or brought by its
+    condition (`Weighted`), replaces the weight of this object.
     """
 
     def __init__(
@@ -90,6 +103,7 @@ class Guided(BaseDenoiser):
     def forward(
         self, x: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None, w: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        cond, w = unweighted(cond, w)
         if w is None and (self.w == 1.0 or self._is_off(t)):
             c: tuple[Tensor, Tensor] = self.denoiser(x, t, cond, s)
             return c
@@ -116,6 +130,11 @@ class Guided(BaseDenoiser):
 def _guide(both: Tensor, w: Tensor) -> Tensor:
     c, u = both.chunk(2)
     return u + over(w, u) * (c - u)
+
+
+def unweighted(cond: Cond, w: Tensor | None = None) -> tuple[Cond, Tensor | None]:
+    """A condition without its weights, and the weights [B]: `w` where it is given, else the condition's own."""
+    return (cond.cond, cond.w if w is None else w) if isinstance(cond, Weighted) else (cond, w)
 
 
 def expand(cond: Cond, rows: int) -> Cond:

@@ -102,6 +102,8 @@ class Guidance(_Frozen):
     def _ordered(self) -> "Guidance":
         if not self.minimum <= self.default <= self.maximum:
             raise ValueError(f"guidance default {self.default} is outside {self.minimum}..{self.maximum}")
+        if self.mode == "embedded" and self.interval is not None:
+            raise ValueError("embedded guidance has no interval: the network reads a weight at every step")
         return self
 
 

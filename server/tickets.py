@@ -49,7 +49,8 @@ class Ticket:
 
     @property
     def guided(self) -> bool:
-        return any(step.w is not None for step in self.plan)
+        """Whether some step is two rows: a network that reads its weight is asked once, and for no other prompt."""
+        return self.student.manifest.guidance.mode == "cfg" and any(step.w is not None for step in self.plan)
 
     def lane(self, step: Step) -> LaneKey:
         """Rows share a call if the same weights answer them: never the step count, tier or guidance."""

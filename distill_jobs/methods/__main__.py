@@ -1,7 +1,7 @@
 """`python -m distill_jobs.methods` writes the `schemas.json` of methods and of terms from their configuration classes.
 
 The files let the gateway check a job without importing torch. Per method: its file, description, paper, needs, inputs,
-roles, defaults, and the JSON schema of its settings. `--check` only compares.
+roles, whether guidance can be embedded, defaults, and the JSON schema of its settings. `--check` only compares.
 """
 
 import json
@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from distill_jobs.methods._schemas import PATH, TERMS_PATH
-from distill_jobs.methods.base import Preset, presets
+from distill_jobs.methods.base import Method, MethodConfig, Preset, presets
 from distill_jobs.terms.base import Term, terms
 
 
@@ -36,9 +36,17 @@ def _schema(preset: Preset) -> dict[str, Any]:
         "needs": sorted(preset.method.needs),
         "inputs": sorted(preset.method.inputs),
         "roles": list(preset.method.roles(config)),
+        "embeds_guidance": _embeds_guidance(preset.method, config),
         "defaults": config.model_dump(mode="json"),
         "config": preset.method.Config.model_json_schema(),
     }
+
+
+def _embeds_guidance(method: type[Method], config: MethodConfig) -> bool:
+    """Whether it can train a student that reads its guidance weight: whoever else plays is the student's copy."""
+    others = [role for name, role in method.roles(config).items() if name != "student"]
+    copies = all(role.init == "student" and role.train == "frozen" for role in others)
+    return method.asks_teacher and "student" in method.roles(config) and copies
 
 
 def _term_schema(term: type[Term]) -> dict[str, Any]:

@@ -30,7 +30,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 @cache
 def schemas() -> dict[str, dict[str, Any]]:
-    """Methods: name -> {file, description, paper, needs, inputs, roles, defaults, config (JSON schema)}."""
+    """Methods: name -> {file, description, paper, needs, inputs, roles, embeds_guidance, defaults,
+    config (JSON schema)}."""
     found: dict[str, dict[str, Any]] = json.loads(PATH.read_text())
     return found
 

@@ -88,6 +88,7 @@ class Method(ABC):
     Config: ClassVar[type[MethodConfig]]
     needs: ClassVar[frozenset[Needs]] = frozenset({"prompts"})
     inputs: ClassVar[frozenset[str]] = frozenset()  # of s and w: what its student's network must read
+    asks_teacher: ClassVar[bool] = True  # otherwise it learns from latents alone, and of no guidance
 
     def __init__(self, cast: Cast, config: Any) -> None:
         self.cast = cast

@@ -15,7 +15,8 @@ several counts. `scott`: the teacher's steps are stochastic; their mean is what 
 
 Source: CD arXiv 2303.01469 alg. 2; LCM 2310.04378 §4; PCM 2405.18407 §3; TDD 2409.01347 §3; SCott 2403.01505 §3;
 Hyper-SD 2404.13686 §3.1. Rungs are equal steps of noise level, not Karras'.
-Left out: LPIPS, embedded guidance weights, the adversarial terms of PCM and SCott, Hyper-SD's later stages.
+LCM's embedded weight is the job's to ask for (`student.guidance`); without it the teacher's is baked in.
+Left out: LPIPS, the adversarial terms of PCM and SCott, Hyper-SD's later stages.
 Checked against: the closed-form flow map of Gaussian data (tests).
 """
 

@@ -33,6 +33,7 @@ class TrainingConfig(SelfConsistencyConfig):
 
 class Training(SelfConsistency):
     Config = TrainingConfig
+    asks_teacher = False
 
     def drawn(self, batch: Batch) -> Tensor:
         c = self.config

@@ -4,11 +4,11 @@ The guide of the first phase is the teacher; after each phase the guide becomes 
 steps. From x_t on the student's grid, guide steps t -> mid -> s (mid halves the noise level) lead to x_s; the student's
 target is the line through x_t and x_s, so that one DDIM step of it ends at x_s too. Errors weigh max(SNR, 1). The first
 of these stages, for guided teachers, is `guidance`: the same regression on the guided teacher at the same time, which
-leaves the number of steps and makes one evaluation of two.
+leaves the number of steps and makes one evaluation of two. One weight is baked in; a student that reads its weight
+(`student.guidance`) learns a range of them, as in the paper.
 
 Source: progressive arXiv 2202.00512 §3-4, algorithm 2; guidance 2210.03142 §3.1.
-Left out: the decay of the learning rate within a phase (the stage has one); students that read the guidance weight;
-stochastic sampling (2210.03142 §3.3).
+Left out: the decay of the learning rate within a phase (the stage has one); stochastic sampling (2210.03142 §3.3).
 Checked against: the closed-form flow map of Gaussian data (tests).
 """
 

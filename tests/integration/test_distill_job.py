@@ -4,9 +4,12 @@ import io
 from collections.abc import Iterator
 
 import pytest
+import torch
 from PIL import Image
 
-from engines.manifest import shown
+from engines.loader import load_student
+from engines.manifest import Guidance, shown
+from engines.student import sample
 from tests.distilling import DEPLOYMENT, LENIENT, Workshop, workshop
 from tests.eventually import eventually
 from tests.redis_server import RedisServer
@@ -84,6 +87,29 @@ def test_a_flow_map_is_served_by_a_graph_with_a_second_time(shop: Workshop) -> N
     current = shop.registry.current(DEPLOYMENT)
     assert current is not None
     assert current.tiers["low"].student == result["student"]
+
+
+def test_a_student_that_reads_its_guidance_weight_serves_all_of_its_range(shop: Workshop) -> None:
+    method = {"name": "lcm", "generate": 64, "batch": 8, "teacher_steps": 4}
+    student = {"name": "tiny-weighted", "steps": [1, 2], "guidance": {"embedded": [1.0, 4.0]}}
+    job = shop.submit(method=method, student=student)
+    with shop.workers(), shop.distiller():
+        shop.await_state(job.id, "succeeded")
+
+    result = shop.records.read(job.id, "result.json") or {}
+    manifest = shop.registry.student(result["student"])
+    assert manifest.inputs == {"w"}
+    assert manifest.guidance == Guidance(mode="embedded", default=2.0, minimum=1.0, maximum=4.0)
+    current = shop.registry.current(DEPLOYMENT)
+    assert current is not None
+    assert current.tiers["low"].student == result["student"]
+
+    loaded = load_student(shop.registry, manifest)
+    least, own, same, most = (
+        sample(loaded, ["a red circle"], [1], 2, guidance=w, rounded=False) for w in (1.0, None, 2.0, 4.0)
+    )
+    assert torch.equal(own, same)
+    assert (least - most).abs().max() > 0.1  # after a dozen updates
 
 
 def test_a_missed_gate_publishes_nothing_and_is_no_failure(shop: Workshop) -> None:

@@ -18,7 +18,7 @@ from server.brokers.memory import MemoryBroker, MemoryServer
 from server.brokers.redis import RedisBroker
 from tests.contract.conftest import redis_server
 from tests.eventually import aeventually
-from tests.integration.worker_stack import MODEL, Running, running
+from tests.integration.worker_stack import MODEL, Running, running, weighted_student
 
 __all__ = ["redis_server"]
 
@@ -95,6 +95,26 @@ async def test_a_request_that_the_student_does_not_allow_fails_alone(up: Running
     assert [result.status for result in results] == ["failed", "succeeded"]
     assert results[0].error is not None
     assert results[0].error.code == "steps_not_allowed"
+
+
+async def test_a_student_that_reads_its_guidance_weight_serves_every_weight_of_its_range(up: Running) -> None:
+    outcome = await up.outcome(up.propose(weighted_student(up.registry), steps=4))
+    assert outcome.state == "live", outcome.reason
+    asked = {"own": None, "least": 1.0, "some": 2.0, "most": 4.0}
+    results = await asyncio.gather(*[up.answer(up.request(name, guidance=w)) for name, w in asked.items()])
+    assert {result.status for result in results} == {"succeeded"}
+    made = {name: await picture(up, name) for name in asked}
+    for name, w in asked.items():
+        same(made[name], sample(up.student(), ["a red circle"], [7], 4, guidance=w)[0])
+    assert torch.equal(made["own"], made["some"])
+    assert (made["least"].int() - made["most"].int()).abs().max() > 1
+    # one network row a step, and no second prompt
+    assert up.metrics.registry.get_sample_value("fewstep_batch_rows_sum", {"model": MODEL}) == 4 * 4
+
+    beyond = await up.answer(up.request("beyond", guidance=4.5))
+    assert beyond.error is not None
+    assert beyond.error.code == "invalid_request"
+    assert "4.5 is outside 1.0..4.0" in beyond.error.message
 
 
 async def test_a_version_that_does_not_exist_is_answered(up: Running) -> None:

@@ -6,11 +6,13 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from safetensors.torch import load
 
 from engines.artefact import make_student
 from engines.backends.base import Choice, Profile
 from engines.loader import Loader
+from engines.manifest import Guidance
 from engines.registry.base import Candidate, Outcome, Registry, TierTarget
 from engines.registry.memory import MemoryRegistry
 from engines.student import LoadedStudent
@@ -146,6 +148,23 @@ def student(registry: Registry, scale: float, name: str = "student") -> str:
     weights = load(registry.read_blob(base.components["denoiser"].weights))
     scaled = {key: value * scale for key, value in weights.items()}
     return make_student(registry, base.version, name, denoiser_weights=scaled, schedules=tiny_sd.SCHEDULES)
+
+
+def weighted_student(registry: Registry) -> str:
+    """Publishes the teacher with a layer for its guidance weight that is not zero, for 1 and 4 steps at 1..4."""
+    base = tiny_sd.teacher().manifest
+    weights = load(registry.read_blob(base.components["denoiser"].weights))
+    width = weights["time_embedding.linear_1.weight"].shape[1]
+    weights["guidance.weight"] = torch.randn(width, width, generator=torch.Generator().manual_seed(0))
+    return make_student(
+        registry,
+        base.version,
+        "weighted",
+        denoiser_weights=weights,
+        schedules=tiny_sd.SCHEDULES,
+        guidance=Guidance(mode="embedded", default=2.0, minimum=1.0, maximum=4.0),
+        inputs=("w",),
+    )
 
 
 def copied(teacher: tiny_sd.Teacher, to: Registry | None = None) -> Registry:

@@ -6,6 +6,7 @@ import pytest
 
 from distill_jobs import spec as specs
 from engines.errors import FewstepError, InvalidRequest, NotBuilt, UnknownPlugin
+from engines.manifest import Guidance
 
 
 def job(**changes: Any) -> dict[str, Any]:
@@ -42,6 +43,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (job(student={"name": "small", "stepz": [1]}), "student.stepz"),
     (job(student={"name": "small", "steps": [1, "x"]}), "student.steps.1"),
     (job(student={"name": "Has Spaces"}), "student.name"),
+    (job(student={"name": "small", "guidance": {"embedded": [4, 2]}}), "student.guidance"),
+    (job(student={"name": "small", "guidance": {"embedded": [1, 99]}}), "student.guidance.embedded.1"),
     (job(method={"name": "kd", "lrr": 1}), "method.lrr"),
     (job(method={"name": "kd", "lr": "fast"}), "method.lr"),
     (job(method=[{"name": "kd"}, {"name": "sid", "fake_lr": -1}]), "method.1.fake_lr"),
@@ -109,3 +112,52 @@ def test_what_is_documented_and_not_built_says_so(body: dict[str, Any]) -> None:
 def test_a_body_that_is_no_json_is_refused() -> None:
     with pytest.raises(FewstepError, match="not JSON"):
         specs.parse(b"{teacher")
+
+
+# guidance that the student reads -------------------------------------------------------------------------------------
+
+WEIGHTED = {"name": "small", "steps": [1, 2], "guidance": {"embedded": [1, 4]}}
+CFG = Guidance(mode="cfg", default=2.0, minimum=1.0, maximum=8.0)
+
+
+def test_a_student_of_a_range_of_weights_reads_w_whatever_else_its_methods_read() -> None:
+    assert specs.inputs(specs.parse(job(student=WEIGHTED, method={"name": "lcm"}))) == {"w"}
+    assert specs.inputs(specs.parse(job(student=WEIGHTED, method={"name": "lsd"}))) == {"s", "w"}
+    assert specs.inputs(specs.parse(job(method={"name": "lcm"}))) == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ({"name": "dmd"}, "dmd"),
+        ([{"name": "kd"}, {"name": "ladd"}], "ladd"),
+        ({"name": "kd", "terms": [{"name": "adversarial"}]}, "adversarial"),
+        ({"name": "ect"}, "ect"),
+        ({"name": "optimal_steps"}, "optimal_steps"),
+    ],
+)
+def test_who_judges_samples_without_their_weight_cannot_train_such_a_student(method: Any, name: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"{name} cannot train a student that reads its guidance weight.*, lcm,"):
+        specs.parse(job(student=WEIGHTED, method=method))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "asked", "words"),
+    [
+        (Guidance(), {}, "none at all"),
+        (CFG.model_copy(update={"maximum": 3.0}), {}, r"\[1.0, 4.0\] is outside the teacher's weights, 1.0..3.0"),
+        (CFG, {"guidance": 5.0}, r"teacher.guidance=5.0 is outside student.guidance.embedded=\[1.0, 4.0\]"),
+        (CFG.model_copy(update={"default": 6.0}), {}, "teacher.guidance=6.0"),
+    ],
+)
+def test_the_range_lies_in_the_teachers_and_holds_the_weight_of_the_job(
+    teacher: Guidance, asked: dict[str, Any], words: str
+) -> None:
+    spec = specs.parse(job(student=WEIGHTED, method={"name": "lcm"}, teacher={"id": "shapes", **asked}))
+    with pytest.raises(InvalidRequest, match=words):
+        specs.check_weights(spec, teacher)
+    specs.check_weights(specs.parse(job(teacher={"id": "shapes", **asked})), teacher)
+
+
+def test_a_range_that_the_teacher_has_is_allowed() -> None:
+    specs.check_weights(specs.parse(job(student=WEIGHTED, method={"name": "lcm"})), CFG)

@@ -80,6 +80,35 @@ def test_a_second_time_is_served_as_it_was_trained(teacher: Teacher) -> None:
     assert (served.int() - trained.int()).abs().max() <= 1
 
 
+WEIGHTS = Guidance(mode="embedded", default=2.0, minimum=1.0, maximum=4.0)
+
+
+def test_a_guidance_weight_is_served_as_it_was_trained_at_every_value_of_its_range(teacher: Teacher) -> None:
+    registry, student = tiny_sd.teacher().registry, teacher.beginner(frozenset({"w"}))
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for value in student.parameters():
+            value.add_(0.02 * torch.randn_like(value))
+    version = artefact.make_student(
+        registry,
+        teacher.manifest.version,
+        "weighted",
+        denoiser_weights=diffusers.blob_weights(student.state_dict()),
+        schedules=TWO_STEPS,
+        guidance=WEIGHTS,
+        inputs=("w",),
+        dtype="fp32",
+    )
+    loaded, training = load_student(registry, registry.student(version)), teacher.student(student, TWO_STEPS, WEIGHTS)
+    made = {w: sample(loaded, CAPTIONS, SEEDS, 2, guidance=w).int() for w in (None, 1.0, 2.0, 4.0)}
+    for w, served in made.items():
+        assert (served - sample(training, CAPTIONS, SEEDS, 2, guidance=w).int()).abs().max() <= 1
+    assert torch.equal(made[None], made[2.0])
+    assert (made[1.0] - made[4.0]).abs().max() > 1
+    with pytest.raises(InvalidRequest, match=r"guidance_scale=4.5 is outside 1.0..4.0"):
+        sample(loaded, CAPTIONS, SEEDS, 2, guidance=4.5)
+
+
 def test_a_guided_teacher_is_u_plus_w_times_c_minus_u(teacher: Teacher) -> None:
     cond, x, t = teacher.encode(CAPTIONS), torch.randn(3, *teacher.shape), torch.full((3,), 0.7)
     null = teacher.encode([""]).expand_as(cond)

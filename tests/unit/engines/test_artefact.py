@@ -117,3 +117,8 @@ def test_a_noise_schedule_that_is_no_flow_has_to_be_named(tmp_path: Path) -> Non
     config.write_text(json.dumps({"_class_name": "DDIMScheduler", "prediction_type": "epsilon"}))
     with pytest.raises(NotBuilt, match="DDIMScheduler"):
         import_diffusers(tmp_path / "p", MemoryRegistry(), name="no", schedules=TWO)
+
+
+def test_guidance_that_is_read_has_no_interval_since_the_network_reads_a_weight_at_every_step() -> None:
+    with pytest.raises(ValueError, match="embedded guidance has no interval"):
+        Guidance(mode="embedded", interval=(0.2, 0.8))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from engines.errors import InternalError
+from engines.manifest import Guidance
 from engines.noise import noise
 from engines.student import LoadedStudent, sample
 from server.prompt_cache import PromptCache
@@ -81,6 +82,15 @@ def test_each_row_has_its_own_guidance_and_negative_prompt(stages: Stages) -> No
         alone = sample(student, ["a red circle"], [7], 2, guidance=guidance, negative=[negative])
         assert torch.equal(pictures[name], alone[0]), name
     assert [row.network_rows for row in rows] == [2, 2, 1]
+
+
+def test_a_student_that_reads_its_weight_is_told_it_and_encodes_one_prompt(stages: Stages) -> None:
+    family = toy.ToyFamily()
+    student = toy.student(family, guidance=Guidance(mode="embedded", default=2.0, maximum=8.0))
+    asked = [ticket(student, name, steps=2, guidance=w) for name, w in (("a", None), ("b", 5.0), ("c", 1.0))]
+    assert [len(prompts_of(one)) for one in asked] == [1, 1, 1]
+    run(stages, encoded(stages, *asked))
+    assert family.weights == [[2.0, 5.0, 1.0]] * 2
 
 
 def test_the_empty_negative_prompt_is_left_to_the_family(stages: Stages) -> None:

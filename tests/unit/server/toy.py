@@ -87,6 +87,7 @@ def manifest(
     solver: str = "ddim",
     weights: str = "w",
     guided: bool = False,
+    guidance: Guidance | None = None,
 ) -> StudentManifest:
     parts = {role: Component(weights=sha(role + weights), files={}) for role in ("denoiser",)}
     parts |= {role: Component(weights=sha(role), files={}) for role in ("encoder", "decoder")}
@@ -98,7 +99,8 @@ def manifest(
         components=parts,
         schedules={k: Schedule(times=times[k], eta=eta) for k in counts},
         solver=solver,
-        guidance=Guidance(mode="cfg", default=2.0, maximum=8.0) if guided else Guidance(),
+        inputs=frozenset({"w"} if guidance and guidance.mode == "embedded" else ()),
+        guidance=guidance or (Guidance(mode="cfg", default=2.0, maximum=8.0) if guided else Guidance()),
         resolutions=((SIZE, SIZE),),
         latent_channels=3,
         downscale=1,
