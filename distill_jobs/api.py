@@ -10,10 +10,10 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal, Protocol
 
 from fastapi import APIRouter, Body, Header, Query, Request, Response
-from fastapi.responses import PlainTextResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
-from distill_jobs import catalogue, fine_tuning
+from distill_jobs import catalogue, fine_tuning, job_report
 from distill_jobs import spec as specs
 from distill_jobs.estimate import Estimate, estimate, teacher_version
 from distill_jobs.jobs import ENDED, DistillJob, JobState
@@ -25,6 +25,7 @@ PREFIX = "/v1/distillation"
 _POLL_S = 0.25
 _KEEP_ALIVE_S = 15.0
 _LOG_TAIL_BYTES = 65_536
+_REPORT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # a report brings all it needs
 
 
 class Principal(Protocol):
@@ -203,6 +204,15 @@ def router(jobs: JobQueue, authorise: Authorise) -> APIRouter:  # noqa: C901 - a
         job = mine(job_id, authorization)
         return Response(_samples(job.id, records), media_type="image/png")
 
+    @routes.get(
+        "/jobs/{job_id}/report",
+        response_class=HTMLResponse,
+        responses={200: {"content": {"text/html": {}}}, **_errors(404)},
+    )
+    def report(job_id: str, authorization: Authorization = None) -> HTMLResponse:
+        job = mine(job_id, authorization)
+        return HTMLResponse(job_report.render(job, records), headers={"content-security-policy": _REPORT_POLICY})
+
     @routes.get("/jobs/{job_id}/log", response_class=PlainTextResponse, responses=_errors(404))
     def log(job_id: str, authorization: Authorization = None) -> PlainTextResponse:
         job = mine(job_id, authorization)
@@ -243,7 +253,7 @@ def view(job: DistillJob, records: JobRecords) -> JobView:
         metrics=result.get("metrics") or progress.get("metrics"),
         gates=result.get("gates"),
         error=job.log[-1].error,
-        urls={name: f"{PREFIX}/jobs/{job.id}/{name}" for name in ("events", "checkpoints", "samples", "log")},
+        urls={name: f"{PREFIX}/jobs/{job.id}/{name}" for name in ("events", "checkpoints", "samples", "report", "log")},
     )
 
 

@@ -23,7 +23,7 @@ from engines.backends.base import Choice, Profile, choose
 from engines.cache import DiskCache
 from engines.graph import GraphStore
 from engines.loader import Loader
-from engines.manifest import StudentManifest, shown
+from engines.manifest import StudentManifest
 from engines.registry.base import Registry
 from engines.student import LoadedStudent, sample
 
@@ -190,13 +190,13 @@ class Assessor:
         asked = questions(2 * _SHEET_COLUMNS, SEED, teacher.task)
         captions, seeds = asked.captions[::2], asked.seeds[::2]
         rows: list[tuple[str, Pixels]] = []
-        for name, steps, guidance in (
-            (teacher.version, [teacher.steps], teacher.guidance),
-            (version, sorted(counts, reverse=True), None),
+        for who, name, steps, guidance in (
+            ("teacher", teacher.version, [teacher.steps], teacher.guidance),
+            ("student", version, sorted(counts, reverse=True), None),
         ):
             loaded = self._loader.load(self._registry.student(name))
             ask = sampler_of(loaded, guidance=guidance)
-            rows += [(f"{shown(name)} {k} steps", ask(captions, seeds, k)) for k in steps]
+            rows += [(f"{who}, {k} step{'s' * (k > 1)}", ask(captions, seeds, k)) for k in steps]
             self._loader.release(loaded)
         return sheet(rows, captions)
 

@@ -6,6 +6,7 @@
     jobs/<id>/progress.json        the latest progress event
     jobs/<id>/result.json          student, metrics, gates
     jobs/<id>/checkpoints/ panels/ log.txt samples.png
+    jobs/<id>/report.html          for people, written when the job has ended
 
 Torch-free and synchronous; entries never change once written, so those that were read are remembered.
 """

@@ -15,6 +15,7 @@ import redis
 from prometheus_client import CollectorRegistry, start_http_server
 
 from distill_jobs.assessment import Assessor, chosen
+from distill_jobs.job_report import REPORT, render
 from distill_jobs.jobs import DistillJob, JobState
 from distill_jobs.metrics import DistillMetrics
 from distill_jobs.queue import JobQueue, Lease
@@ -108,6 +109,8 @@ class Service:
         """Off the queue if it ended or is paused; else anybody may go on with it at once."""
         now = self.records.get(job.id)
         over = now.ended or now.state is JobState.PAUSED
+        if now.ended:
+            self._report(now)
         if over:
             self.metrics.forget(job.id)
         try:
@@ -115,6 +118,13 @@ class Service:
         except redis.RedisError as error:
             log.warning("redis is away", extra={"job_id": job.id, "error": str(error)})
         log.info("left a job", extra={"job_id": job.id, "state": now.state})
+
+    def _report(self, job: DistillJob) -> None:
+        """Leaves the report beside the job's files. The job has ended, so nothing that goes wrong here may end more."""
+        try:
+            self.registry.write_job_file(job.id, REPORT, render(job, self.records).encode())
+        except Exception:
+            log.exception("a job's report could not be written", extra={"job_id": job.id})
 
     def _can_pause(self, job_id: str) -> bool:
         return self.records.get(job_id).state in (JobState.PREPARING, JobState.RUNNING, JobState.QUEUED)

@@ -97,6 +97,23 @@ def watch(job_id: JobId, url: Url = DEFAULT_URL, api_key: Key = None) -> None:
 
 
 @app.command()
+def report(
+    job_id: JobId,
+    out_file: Annotated[Path, typer.Option("-o", "--out", help="Where to write it.")] = Path("report.html"),
+    url: Url = DEFAULT_URL,
+    api_key: Key = None,
+) -> None:
+    """Write a job's report, one HTML file: figures with intervals, curves, and pictures of the same seeds.
+
+    Example: fewstep distill report dj_… -o report.html
+    """
+    with connected(url, api_key) as client:
+        text = client.text(f"{JOBS}/{job_id}/report")
+    out_file.write_text(text, encoding="utf-8")
+    out.print(str(out_file), highlight=False, markup=False)
+
+
+@app.command()
 def cancel(job_id: JobId, url: Url = DEFAULT_URL, api_key: Key = None) -> None:
     """Stop a job for good; its checkpoints stay."""
     _command(job_id, "cancel", url, api_key)

@@ -64,6 +64,10 @@ def test_a_job_becomes_a_student_behind_its_deployment(shop: Workshop) -> None:
     assert report["metrics"]["1"].keys() >= {"fd", "fd_ratio", "alignment", "diversity", "grain", "latency_ms_p50"}
     assert "@" in shown(report["teacher_as"]["version"])
 
+    # Its report is a file beside them, written when it had ended.
+    page = eventually(lambda: shop.registry.read_job_file(job.id, "report.html"), 10)
+    assert b"passed at 1, 2 steps" in page
+
     # It showed its pictures and its progress on the way.
     panels = [name for name in shop.registry.job_files(job.id) if name.startswith("panels/")]
     assert panels

@@ -196,6 +196,15 @@ def test_samples_are_the_newest_panel_until_the_sheet_is_there(http: TestClient,
     assert (answer.content, answer.headers["content-type"]) == (b"sheet", "image/png")
 
 
+def test_the_report_is_a_page_that_may_load_nothing(http: TestClient) -> None:
+    job = http.post(JOBS, json=SPEC).json()
+    answer = http.get(job["urls"]["report"])
+    assert answer.headers["content-type"].startswith("text/html")
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'")
+    assert job["id"] in answer.text
+    assert http.get(job["urls"]["report"], headers={"authorization": "you"}).json()["code"] == "job_not_found"
+
+
 def test_an_estimate_says_what_it_knows_and_where_from(http: TestClient) -> None:
     unknown = http.post("/v1/distillation/estimate", json=SPEC).json()
     assert unknown["train_seconds"] is None
