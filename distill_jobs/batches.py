@@ -35,12 +35,13 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One update's rows. noise [B, C, H, W] is fresh; further draws come from `generator` (CPU, so they are the same
-    on every device)."""
+    """One update's rows, or a share of them. noise [B, C, H, W] is fresh; further draws come from `generator` (CPU, so
+    they are the same on every device), always those of the whole update, of which a share keeps its own."""
 
     rows: Rows
     noise: Tensor
     generator: torch.Generator
+    share: "Share | None" = None
 
     @property
     def cond(self) -> Cond:
@@ -51,15 +52,50 @@ class Batch:
 
     def randn(self) -> Tensor:
         """Fresh noise shaped as `noise`."""
-        draw = torch.randn(self.noise.shape, generator=self.generator, dtype=torch.float32)
-        return draw.to(self.noise)
+        shape = (self._drawn, *self.noise.shape[1:])
+        return self._own(torch.randn(shape, generator=self.generator, dtype=torch.float32)).to(self.noise)
 
     def draw(self, times: Times) -> Tensor:
-        return times.draw(len(self), self.generator).to(self.noise)
+        return self._own(times.draw(self._drawn, self.generator)).to(self.noise)
+
+    def picks(self, below: int) -> Tensor:
+        """[B] integers, one for each row."""
+        drawn = torch.randint(below, (self._drawn,), generator=self.generator)
+        return self._own(drawn).to(self.noise.device)
 
     def pick(self, below: int) -> int:
         """One integer for the whole batch: all rows take the same rung."""
         return int(torch.randint(below, (), generator=self.generator))
+
+    def shares(self, count: int) -> "list[Batch]":
+        """`count` equal parts, each with the randomness that this batch would have from now on. Every count-th row:
+        the first rows, of which methods make something else, are spread evenly too."""
+        if count == 1:
+            return [self]
+        return [self._part(torch.arange(first, len(self), count)) for first in range(count)]
+
+    def _part(self, index: Tensor) -> "Batch":
+        share = Share(index, len(self)) if self.share is None else Share(self.share.index[index], self.share.of)
+        return Batch(chosen(self.rows, index), self.noise[index], self.generator.clone_state(), share)
+
+    @property
+    def _drawn(self) -> int:
+        return len(self) if self.share is None else self.share.of
+
+    def _own(self, drawn: Tensor) -> Tensor:
+        return drawn if self.share is None else drawn[self.share.index]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Which rows of an update a batch has: `index` [B] among `of`."""
+
+    index: Tensor
+    of: int
+
+    def repeated(self, times: int) -> "Share":
+        """Of the same rows of an update that is repeated as often."""
+        return Share(torch.cat([self.index + k * self.of for k in range(times)]), self.of * times)
 
 
 class Source(Protocol):
@@ -124,15 +160,19 @@ def make_batch(rows: Rows, shape: tuple[int, ...], seed: int, device: torch.devi
 
 def repeated(batch: Batch, times: int) -> Batch:
     """The batch's rows `times` over, each time with other noise; the first ones keep theirs."""
-    rows = batch.rows
-    index = torch.arange(len(batch), device=batch.noise.device).repeat(times)
-    more = Rows(
+    index = torch.arange(len(batch)).repeat(times)
+    noise = torch.cat([batch.noise] + [batch.randn() for _ in range(times - 1)])
+    share = None if batch.share is None else batch.share.repeated(times)
+    return Batch(chosen(batch.rows, index), noise, batch.generator, share)
+
+
+def chosen(rows: Rows, index: Tensor) -> Rows:
+    """The rows `index` of rows."""
+    return Rows(
         cond=take(rows.cond, index),
         x=None if rows.x is None else rows.x[index],
         pair=None if rows.pair is None else rows.pair[index],
     )
-    noise = torch.cat([batch.noise] + [batch.randn() for _ in range(times - 1)])
-    return Batch(rows=more, noise=noise, generator=batch.generator)
 
 
 def tree_to(rows: Rows, device: torch.device | str) -> Rows:

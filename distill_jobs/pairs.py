@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from distill_jobs import times
-from distill_jobs.batches import Rows, Source, make_batch, seed_of, take
+from distill_jobs.batches import Batch, Rows, Source, make_batch, seed_of, take
 from distill_jobs.methods.base import Workspace
 from engines.denoiser import BaseDenoiser, Cond
 from engines.solvers import trajectory
@@ -78,23 +78,35 @@ class Pairs:
 def collect(teacher: BaseDenoiser, source: Source, space: Workspace, how: TeacherPath, count: int) -> Pairs | None:
     """About `count` pairs (whole shards), or None when told to stop before they were complete."""
     total = -(-count // SHARD)
-    states, conds = [], []
-    for k in range(total):
+    makers = space.group.size if space.folder else 1  # what is not kept cannot be shared out
+    mine: dict[int, Tensor] = {}
+    for first in range(0, total, makers):
         if not space.proceed():
             return None
-        batch = make_batch(
-            source.rows(k, SHARD), source.shape, seed=seed_of(space.seed, _SHARDS, k), device=space.device
-        )
-        path = space.folder / f"pairs-{k:05d}.safetensors" if space.folder else None
-        if path and path.exists():
-            shard = load_file(path)["states"]
-        else:
-            shard = how.states(teacher, batch.noise, batch.cond).cpu()
-            _write(path, shard)
-        states.append(shard)
-        conds.append(batch.cond)
-        space.report(min(count, (k + 1) * SHARD), count)
-    return Pairs(torch.cat(states), conds, space.seed)
+        k = first + space.group.rank % makers
+        if k < total:
+            mine[k] = _shard(teacher, source, space, how, k)
+        space.report(min(count, (first + makers) * SHARD), count)
+    space.group.meet()
+    states = [mine[k] if k in mine else _shard(teacher, source, space, how, k) for k in range(total)]
+    return Pairs(torch.cat(states), [_batch(source, space, k).cond for k in range(total)], space.seed)
+
+
+def _shard(teacher: BaseDenoiser, source: Source, space: Workspace, how: TeacherPath, k: int) -> Tensor:
+    """One shard's states, from the disk where they are there."""
+    path = space.folder / f"pairs-{k:05d}.safetensors" if space.folder else None
+    if path and path.exists():
+        kept: Tensor = load_file(path)["states"]
+        return kept
+    batch = _batch(source, space, k)
+    states = how.states(teacher, batch.noise, batch.cond).cpu()
+    _write(path, states)
+    return states
+
+
+def _batch(source: Source, space: Workspace, k: int) -> Batch:
+    seed = seed_of(space.seed, _SHARDS, k)
+    return make_batch(source.rows(k, SHARD), source.shape, seed=seed, device=space.device)
 
 
 def _write(path: Path | None, states: Tensor) -> None:

@@ -20,7 +20,7 @@ from distill_jobs.methods.optimal_steps import OptimalSteps, OptimalStepsConfig
 from distill_jobs.plan import Costs, Plan, StagePlan
 from distill_jobs.roles import Cast
 from distill_jobs.spec import DistillJobSpec
-from distill_jobs.stage import Precision, Stage
+from distill_jobs.stage import Execution, Precision, Stage
 from distill_jobs.terms.base import Wanted
 from distill_jobs.timing import measure, prepared_rows
 from engines.denoiser import BaseDenoiser
@@ -94,15 +94,17 @@ def timed_plan(
     source: Source,
     *,
     precision: Precision,
-    evaluate: Evaluate,
+    evaluate: Evaluate | None,
+    execution: Execution | None = None,
     spent_s: float,
 ) -> Plan:
-    """The job's stages. `spent_s` is gone of the budget, and so is what this takes."""
+    """The job's stages. `spent_s` is gone of the budget, and so is what this takes. Only a group's leader evaluates,
+    and its plan counts."""
     began = time.perf_counter()
     drafts = stages(plans.drafted(spec))
-    tried = [measure(stage, teacher, student, source, precision=precision) for stage in drafts]
+    tried = [measure(stage, teacher, student, source, precision=precision, execution=execution) for stage in drafts]
     started = time.perf_counter()
-    if spec.train.max_minutes is not None:
+    if spec.train.max_minutes is not None and evaluate is not None:
         evaluate(0, student, _uniform(spec, student))
     evaluation_s = time.perf_counter() - started
     costs = [Costs(cost.iteration_s, cost.prepared_row_s, evaluation_s) for cost in tried]

@@ -12,6 +12,7 @@ from engines.denoiser import BaseDenoiser
 from engines.manifest import Schedule
 
 Wish = Literal["pause", "cancel", "finish"]  # finish: end now with the best so far
+WISHES: tuple[Wish | None, ...] = (None, "pause", "cancel", "finish")
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,6 +118,7 @@ class Cast:
         """Within it, `name` alone is in training mode and takes gradients; those of the others stay None."""
         player = self.players[name]
         player.requires_grad_(True).train()
+        _tell_shards(player)
         try:
             yield player
         finally:
@@ -127,6 +128,15 @@ class Cast:
 def unguided(den: BaseDenoiser) -> BaseDenoiser:
     """The network inside a guided one: one plain conditional evaluation."""
     return den.denoiser if isinstance(den, Guided) else den
+
+
+def _tell_shards(module: nn.Module) -> None:
+    """FSDP2 hands on whether a weight wants gradients when it next gathers it. Within `torch.func.jvp` that would be an
+    error (https://github.com/pytorch/pytorch/issues/91309), so it is gathered here once."""
+    for unit in module.modules():
+        if hasattr(unit, "unshard"):
+            unit.unshard()  # type: ignore[operator]
+            unit.reshard()  # type: ignore[operator]
 
 
 def _frozen(module: _Module) -> _Module:

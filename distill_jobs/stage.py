@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_jobs.batches import Batch, Source, make_batch, seed_of
+from distill_jobs.group import Group
 from distill_jobs.methods.base import Method, resolve
 from distill_jobs.roles import Cast, Role
 from distill_jobs.terms.base import Terms, Wanted
@@ -66,8 +67,28 @@ def lr_factor(iteration: int, iterations: int, warmup: int = 10) -> float:
     return rising * (1 - 0.98 * min(1.0, late))
 
 
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """By whom and in what pieces an update is computed; what comes of it is the same. `micro_batch`: most rows of one
+    backward pass, None for all that a process has; `checkpointing` computes activations anew instead of keeping them.
+    """
+
+    group: Group = field(default_factory=Group)
+    micro_batch: int | None = None
+    checkpointing: bool = False
+
+    def shares(self, batch: Batch) -> list[Batch]:
+        """This process' rows of an update, in the pieces that it is computed in."""
+        rows, size = len(batch), self.group.size
+        if rows % size:
+            raise InvalidRequest(f"a batch of {rows} rows cannot be shared by {size} processes: choose a multiple")
+        own = batch.shares(size)[self.group.rank]
+        most = min(self.micro_batch or len(own), len(own))
+        return own.shares(next(n for n in range(-(-len(own) // most), len(own) + 1) if len(own) % n == 0))
+
+
 class StageRun:
-    """The live state of one stage. `student` is trained in place."""
+    """The live state of one stage. `student` is trained in place, or, where the group shards, stays as it is."""
 
     def __init__(
         self,
@@ -80,10 +101,12 @@ class StageRun:
         ema: Iterable[float] = (0.98,),
         precision: Precision = Precision(),
         max_skips: int = 10,
+        execution: Execution = Execution(),
     ) -> None:
         preset = resolve(stage.method)
         config = preset.config(stage.settings)
         self.index, self.stage, self.seed, self.precision, self.max_skips = index, stage, seed, precision, max_skips
+        self.execution, self.group = execution, execution.group
         self.terms = Terms(stage.terms)
         own = preset.method.roles(config)
         if not own:
@@ -96,7 +119,12 @@ class StageRun:
         def make(name: str, denoiser: BaseDenoiser) -> nn.Module:
             return preset.method.make(name, denoiser, config) if name in own else self.terms.make(name, denoiser)
 
-        self.cast = Cast.build(teacher, student, self.roles, make)
+        self._whole = student
+        self.cast = Cast.build(teacher, copy.deepcopy(student) if self.group.shards else student, self.roles, make)
+        for name, role in self.roles.items():
+            if execution.checkpointing and role.train != "frozen":
+                _checkpoint_activations(self.cast.module(name), name)
+            self.group.shard(self.cast.module(name))
         self.method: Method = preset.method(self.cast, config)
         self.terms.join(self.cast)
         trained = {name: role for name, role in self.roles.items() if role.train != "frozen"}
@@ -139,8 +167,8 @@ class StageRun:
         return make_batch(self.method.rows(source, position), source.shape, seed, self.precision.device)
 
     def student_with(self, weights: Mapping[str, Tensor]) -> BaseDenoiser:
-        """A frozen copy of the student with these weights."""
-        copied = copy.deepcopy(self.cast.student)
+        """A frozen copy of the student with these weights, all of them."""
+        copied = copy.deepcopy(self._whole)
         copied.load_state_dict(dict(weights))
         return copied.requires_grad_(False).eval()
 
@@ -149,18 +177,29 @@ class StageRun:
         batch = self.batch(source, position)
         with self.cast.only(name) as network:
             optimiser.zero_grad(set_to_none=True)
-            with self.precision.context():
-                terms = self.method.loss(name, batch) if name in self._own else {}
-                terms = terms | self.terms.loss(name, self.method, batch)
-            total = torch.stack([term.float() for term in terms.values()]).sum()
-            torch.autograd.backward(total)
-            norm = float(nn.utils.clip_grad_norm_(network.parameters(), role.clip))
-            seen = {f"loss.{name}.{term}": float(value.detach()) for term, value in terms.items()}
+            terms = self.group.average(self._backward(name, batch))
+            self.group.average_gradients(network.parameters())
+            norm = float(self.group.whole(nn.utils.clip_grad_norm_(network.parameters(), role.clip)))
+            seen = {f"loss.{name}.{term}": float(value) for term, value in terms.items()}
             seen[f"grad_norm.{name}"] = norm
             if self._usable(name, norm):
                 self._step(name, role, optimiser)
             optimiser.zero_grad(set_to_none=True)
         return seen
+
+    def _backward(self, name: str, batch: Batch) -> dict[str, Tensor]:
+        """Gradients of this process' rows of the batch; the terms' means over them."""
+        parts = self.execution.shares(batch)
+        means: dict[str, Tensor] = {}
+        for part in parts:
+            with self.precision.context():
+                terms = self.method.loss(name, part) if name in self._own else {}
+                terms = terms | self.terms.loss(name, self.method, part)
+            total = torch.stack([term.float() for term in terms.values()]).sum()
+            torch.autograd.backward(total / len(parts))
+            for term, value in terms.items():
+                means[term] = means.get(term, 0.0) + value.detach() / len(parts)
+        return means
 
     def _step(self, name: str, role: Role, optimiser: torch.optim.Optimizer) -> None:
         lr = role.lr * lr_factor(self.iteration - role.start, self.stage.iterations - role.start)
@@ -193,7 +232,7 @@ class StageRun:
     # what a checkpoint holds -----------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the stage by name: roles, averages, optimisers."""
+        """Every tensor of the stage by name, whole: roles, averages, optimisers. Of a group, for its leader alone."""
         out: dict[str, Tensor] = {}
         for name in self.roles:
             out |= {f"role/{name}/{key}": value for key, value in self.cast.weights(name).items()}
@@ -202,7 +241,7 @@ class StageRun:
                 out |= {f"optimiser/{name}/{parameter}/{key}": value for key, value in states.get(i, {}).items()}
         for i, average in enumerate(self.averages):
             out |= {f"average/{i}/{key}": value for key, value in average.weights.items()}
-        return out
+        return self.group.gathered(out)
 
     def counters(self) -> dict[str, Any]:
         return {
@@ -217,21 +256,42 @@ class StageRun:
     def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
         """Puts back what `tensors` and `counters` gave: the run goes on as if it had never stopped."""
         for name in self.roles:
-            self.cast.module(name).load_state_dict(_under(tensors, f"role/{name}/"))
+            live = self.cast.weights(name)
+            weights = _under(tensors, f"role/{name}/")
+            self.cast.module(name).load_state_dict({k: self.group.as_held(v, live[k]) for k, v in weights.items()})
             if name not in self.optimisers:
                 continue
-            parameters = list(self.cast.parameters(name))
-            states = {i: _under(tensors, f"optimiser/{name}/{key}/") for i, key in enumerate(parameters)}
+            state = {
+                i: {
+                    key: self.group.as_held(value, parameter) if value.shape == parameter.shape else value.clone()
+                    for key, value in kept.items()
+                }
+                for i, (at, parameter) in enumerate(self.cast.parameters(name).items())
+                if (kept := _under(tensors, f"optimiser/{name}/{at}/"))
+            }
             groups = self.optimisers[name].state_dict()["param_groups"]
-            state = {i: {k: v.clone() for k, v in kept.items()} for i, kept in states.items() if kept}
             self.optimisers[name].load_state_dict({"state": state, "param_groups": groups})
         for i, average in enumerate(self.averages):
             for key, value in _under(tensors, f"average/{i}/").items():
-                average.weights[key].copy_(value)
+                average.weights[key].copy_(self.group.as_held(value, average.weights[key]))
         self.iteration = counters["iteration"]
         self.updates, self.skipped = dict(counters["updates"]), dict(counters["skipped"])
         self._skipped_in_a_row = counters["skipped_in_a_row"]
         self.method.curriculum = dict(counters["curriculum"])
+
+
+def _checkpoint_activations(network: nn.Module, role: str) -> None:
+    """
+    Raises:
+        InvalidRequest: no part of the network can; heads and other small things need not.
+    """
+    able = [module for module in network.modules() if hasattr(module, "enable_gradient_checkpointing")]
+    if not able and role == "student":
+        raise InvalidRequest(
+            "this student's network has no gradient checkpointing: leave it out", param="train.gradient_checkpointing"
+        )
+    for module in able:
+        module.enable_gradient_checkpointing()  # type: ignore[operator]
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from distill_jobs.batches import Source
 from distill_jobs.methods._schemas import PREPARED
 from distill_jobs.methods.base import Workspace, resolve
 from distill_jobs.pairs import SHARD
-from distill_jobs.stage import Precision, Stage, StageRun
+from distill_jobs.stage import Execution, Precision, Stage, StageRun
 from engines.denoiser import BaseDenoiser
 
 _LEADS = ("fake_warmup", "disc_warmup", "mse")  # settings that let one role wait for another
@@ -51,12 +51,14 @@ def measure(
     source: Source,
     *,
     precision: Precision | None = None,
+    execution: Execution | None = None,
     iterations: int = 3,
     clock: Callable[[], float] = time.perf_counter,
 ) -> StageCost:
     """Times one shard of preparation and a few iterations with every role due, after one to warm up."""
     tried = shortened(stage, iterations + 1)
-    run = StageRun(0, tried, teacher, copy.deepcopy(student), precision=precision or Precision())
+    execution = execution or Execution()
+    run = StageRun(0, tried, teacher, copy.deepcopy(student), precision=precision or Precision(), execution=execution)
     began = clock()
     with run.precision.context():
         run.method.prepare(source, Workspace(device=run.precision.device))
@@ -65,4 +67,7 @@ def measure(
     warm = clock()
     for _ in range(iterations):
         run.iterate(source)
-    return StageCost((clock() - warm) / iterations, (prepared - began) / SHARD if prepared_rows(tried) else 0.0)
+    return StageCost(
+        (clock() - warm) / iterations,
+        (prepared - began) / (SHARD * execution.group.size) if prepared_rows(tried) else 0.0,
+    )

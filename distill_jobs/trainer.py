@@ -6,6 +6,7 @@ iteration, and every schedule reads iterations, never the clock (which decides o
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +18,11 @@ from torch import Tensor
 from distill_jobs import checkpoint, times
 from distill_jobs.batches import Batch, Source, make_batch
 from distill_jobs.checkpoint import Checkpoint
+from distill_jobs.group import Group
 from distill_jobs.losses import pairwise_distance
 from distill_jobs.methods.base import Workspace
-from distill_jobs.progress import Hooks, Report, Wish
-from distill_jobs.stage import Precision, Stage, StageRun
+from distill_jobs.progress import WISHES, Hooks, Report, Wish
+from distill_jobs.stage import Execution, Precision, Stage, StageRun
 from engines.denoiser import BaseDenoiser
 from engines.manifest import Schedule
 from engines.solvers import trajectory
@@ -43,6 +45,8 @@ class TrainConfig:
     best_is_highest: bool = False
     end_slack: float = 0.03  # how much worse the end of a stage may look than an earlier best: evaluations are noisy
     report_every_s: float = 1.0
+    micro_batch: int | None = None
+    checkpointing: bool = False
     panel_rows: int = 16
     max_skips: int = 10
     std_limits: tuple[float, float] = (0.3, 3.0)  # of the student's spread over the teacher's, else an alarm
@@ -67,7 +71,8 @@ class Result:
 class Trainer:
     """One run over `stages`. `student` is trained in place; each stage starts from the first average of the one before.
 
-    `folder` None keeps nothing on disk. `fence` is the lease's number: checkpoints of a lower one are refused.
+    `folder` None keeps nothing on disk. `fence` is the lease's number: checkpoints of a lower one are refused. Every
+    process of a `group` fits the same run; the leader's hooks and clock count, and its result.
     """
 
     def __init__(
@@ -81,9 +86,11 @@ class Trainer:
         folder: Path | None = None,
         fence: int = 0,
         hooks: Hooks | None = None,
+        group: Group | None = None,
     ) -> None:
         self.stages, self.teacher, self.student, self.source = tuple(stages), teacher, student, source
         self.config, self.folder, self.fence, self.hooks = config, folder, fence, hooks or Hooks()
+        self.group = group or Group()
         self._best: Checkpoint | None = None
         self._stopped_early = False
         self._spent_s = 0.0  # in this stage, over all lives
@@ -115,7 +122,7 @@ class Trainer:
         saved_at = started = clock()
         already = self._spent_s
         while wish is None and not run.done:
-            wish = self.hooks.poll()
+            wish = self._wish()
             if wish is not None:
                 break
             report.add(run.iterate(self.source))
@@ -123,10 +130,10 @@ class Trainer:
             report.maybe(self.config.report_every_s)
             if self.config.eval_every and run.iteration % self.config.eval_every == 0 and not run.done:
                 self._judge(run)
-            if self._is_due(run, clock() - saved_at):
+            if self.group.agree(self._is_due(run, clock() - saved_at)):
                 self._save(run)
                 saved_at = clock()
-            if run.stage.hard_stop_s is not None and self._spent_s > run.stage.hard_stop_s and not run.done:
+            if not run.done and self.group.agree(self._spent_s > (run.stage.hard_stop_s or math.inf)):
                 self._stopped_early = True
                 break
         report.maybe(0.0)
@@ -138,14 +145,19 @@ class Trainer:
             folder=self.folder / f"prepared-{run.index:02d}" if self.folder else None,
             seed=self.config.seed,
             device=self.config.device,
-            proceed=lambda: self.hooks.poll() is None,
+            group=self.group,
+            proceed=lambda: self._wish() is None,
             report=lambda done, total: report(
                 {"type": "preparing", "stage": run.index, "done": done, "total": total, "method": run.stage.method}
             ),
         )
         with run.precision.context():
             prepared = run.method.prepare(self.source, space)
-        return None if prepared else self.hooks.poll()
+        return None if prepared else self._wish()
+
+    def _wish(self) -> Wish | None:
+        """What is wished of the leader."""
+        return WISHES[self.group.agree(WISHES.index(self.hooks.poll()))]
 
     def _is_due(self, run: StageRun, since_s: float) -> bool:
         every = self.config.checkpoint_every
@@ -165,12 +177,14 @@ class Trainer:
             ema=self.config.ema,
             precision=Precision(self.config.bf16, self.config.device),
             max_skips=self.config.max_skips,
+            execution=Execution(self.group, self.config.micro_batch, self.config.checkpointing),
         )
 
     def _resume(self) -> StageRun:
         if self.folder is None:
             return self._begin(0)
-        checkpoint.claim(self.folder / "latest", self.fence)
+        if self.group.leads:
+            checkpoint.claim(self.folder / "latest", self.fence)
         self._best = checkpoint.load_latest(self.folder / "best")
         found = checkpoint.load_latest(self.folder / "latest")
         run = self._begin(found.meta["stage"] if found else 0)
@@ -189,8 +203,7 @@ class Trainer:
         unless it is better by more than their noise.
         """
         self._judge(run, slack=self.config.end_slack)
-        if run.averages:
-            self.student.load_state_dict(run.averages[0].weights)
+        self.student.load_state_dict(self._mean_student(run))
 
     def _left(self, run: StageRun, state: Literal["paused", "canceled"]) -> Result:
         if state == "paused":
@@ -215,15 +228,20 @@ class Trainer:
         """Panels, alarms and, where it is evaluated, the best so far. Leaves the run's randomness alone."""
         with torch.random.fork_rng(devices=[]):
             self._look(run)
+            weights = self._mean_student(run)
             if self.hooks.evaluate is None:
                 return
-            weights = run.averages[0].weights if run.averages else run.cast.weights("student")
             student = run.student_with(weights)
             metrics = dict(self.hooks.evaluate(run.iteration, student, run.schedules))
         self.hooks.event({"type": "evaluation", "stage": run.index, "iteration": run.iteration, "metrics": metrics})
         value = metrics.get(self.config.best_by)
         if value is not None and self._is_better(value, run.index, slack):
             self._keep(run, weights, metrics)
+
+    def _mean_student(self, run: StageRun) -> dict[str, Tensor]:
+        """The first average of the student, or itself without one; all of it."""
+        weights = run.averages[0].weights if run.averages else run.cast.weights("student")
+        return {name: self.group.whole(value) for name, value in weights.items()}
 
     def _is_better(self, value: float, stage: int, slack: float) -> bool:
         """`slack` is given to a best of the same stage only: a stage has to improve on the one before it."""
@@ -274,6 +292,8 @@ class Trainer:
             "stopped_early": self._stopped_early,
         }
         tensors = {**run.tensors(), "rng": torch.get_rng_state()}
+        if not self.group.leads:
+            return
         checkpoint.write(self.folder / "latest", Checkpoint(tensors, meta), fence=self.fence)
         self.hooks.event({"type": "checkpoint", "stage": run.index, "iteration": run.iteration})
 

@@ -106,8 +106,7 @@ class LADD(Adversarial):
 
 def _any(choices: Tensor, batch: Batch) -> Tensor:
     """[B] drawn from choices."""
-    index = torch.randint(len(choices), (len(batch),), generator=batch.generator)
-    return choices[index.to(choices.device)]
+    return choices[batch.picks(len(choices))]
 
 
 class LightningConfig(HeadsConfig, DataConfig):

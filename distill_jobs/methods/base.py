@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from distill_jobs import times
 from distill_jobs.batches import Batch, Rows, Source
+from distill_jobs.group import Group
 from distill_jobs.roles import Cast, Role
 from engines import plugins
 from engines.denoiser import BaseDenoiser
@@ -71,13 +72,14 @@ class FewStepConfig(MethodConfig):
 class Workspace:
     """Where and under whose eyes `prepare` works.
 
-    `folder` None keeps nothing; `proceed` is asked between pieces of work and False means stop now and return (what
-    is on disk is found again); `report` takes (done, total).
+    `folder` None keeps nothing; `proceed` is asked between pieces of work, by every process of `group` equally often,
+    and False means stop now and return (what is on disk is found again); `report` takes (done, total).
     """
 
     folder: Path | None = None
     seed: int = 0
     device: str = "cpu"
+    group: Group = field(default_factory=Group)
     proceed: Callable[[], bool] = field(default=lambda: True)
     report: Callable[[int, int], None] = field(default=lambda done, total: None)
 

@@ -223,7 +223,7 @@ def below(u: Tensor, counts: list[tuple[float, ...]], batch: Batch) -> Tensor:
     """The next lower rung [B] of each row's schedule, 0 under the last; `counts` are the schedules to draw from."""
     longest = max(map(len, counts))
     grids = u.new_tensor([(*levels, *(0.0,) * (longest - len(levels))) for levels in counts])
-    which = torch.randint(len(counts), (len(batch),), generator=batch.generator).to(u.device)
+    which = batch.picks(len(counts))
     under = grids[which] < u[:, None] - 1e-6
     return torch.where(under, grids[which], 0).amax(dim=1)
 

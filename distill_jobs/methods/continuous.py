@@ -148,7 +148,7 @@ class TBCM(Consistency):
 
     def point(self, batch: Batch) -> tuple[Tensor, Tensor]:
         assert batch.rows.pair is not None
-        rung = torch.randint(len(self._times), (len(batch),), generator=batch.generator)
+        rung = batch.picks(len(self._times))
         states = batch.rows.pair[torch.arange(len(batch)), rung]
         return rebase(states, batch.noise.new_tensor(self._times)[rung], self.process, self.trig)
 

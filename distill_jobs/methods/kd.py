@@ -128,9 +128,9 @@ class KD(Method):
         others = len(self._times) - 1
         if others == 0:
             return torch.zeros(len(batch), dtype=torch.long)
-        first = torch.rand(len(batch), generator=batch.generator) < self.config.first_share
-        rest = 1 + torch.randint(others, (len(batch),), generator=batch.generator)
-        return torch.where(first, torch.zeros_like(rest), rest).to(batch.noise.device)
+        first = batch.draw(times.Uniform()) < self.config.first_share
+        rest = 1 + batch.picks(others)
+        return torch.where(first, torch.zeros_like(rest), rest)
 
     @torch.no_grad()
     def panel(self, batch: Batch) -> dict[str, Tensor]:

@@ -112,7 +112,7 @@ class Progressive(DataMethod):
         """A state on the student's grid, its time and the next, and the line to where the guide leads."""
         assert batch.rows.x is not None
         levels = batch.noise.new_tensor(self.levels(self.config.halvings - int(self.curriculum["phase"])))
-        i = torch.randint(len(levels) - 1, (len(batch),), generator=batch.generator).to(levels.device)
+        i = batch.picks(len(levels) - 1)
         t, mid, s = (times.on(self.process, u) for u in (levels[i], (levels[i] + levels[i + 1]) / 2, levels[i + 1]))
         x = self.process.mix(batch.rows.x, batch.noise, t)
         there = self.guide.jump(self.guide.jump(x, t, mid, batch.cond), mid, s, batch.cond)

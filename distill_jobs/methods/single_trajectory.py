@@ -73,9 +73,9 @@ class STD(BankMethod):
 
     def _rungs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """[B] indices: of a state, and of where to jump from it, at the next state or later."""
-        n = torch.randint(self.config.states, (len(batch),), generator=batch.generator)
-        later = torch.rand(len(batch), generator=batch.generator) * (self.config.states - n)
-        return n.to(batch.noise.device), (n + 1 + later.long()).to(batch.noise.device)
+        n = batch.picks(self.config.states)
+        later = batch.draw(times.Uniform()) * (self.config.states - n)
+        return n, n + 1 + later.long()
 
     def after(self, iteration: int) -> None:
         self.cast.follow("target", "student", self.config.keep)

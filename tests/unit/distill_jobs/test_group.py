@@ -1,0 +1,119 @@
+"""Several processes, and one in several passes, train what one process trains at once."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from distill_jobs import checkpoint
+from distill_jobs.batches import Batch, Rows, make_batch, repeated
+from distill_jobs.group import Group
+from distill_jobs.methods.base import Workspace
+from distill_jobs.stage import Execution, Stage, StageRun
+from distill_jobs.times import Uniform
+from engines.errors import InvalidRequest
+from tests.unit.distill_jobs.tiny import SHAPE, STAGES, tiny_source, tiny_student, tiny_teacher
+from tests.unit.distill_jobs.together import CASES, chain, start, trained
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes left that trained every case, with whole and with spread networks."""
+    folder = tmp_path_factory.mktemp("pair")
+    start(2, folder)
+    return folder
+
+
+def near(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# shares of a batch ---------------------------------------------------------------------------------------------------
+
+
+def test_shares_have_between_them_every_row_with_the_draws_it_would_have_had() -> None:
+    def drawn(batch: Batch) -> list[Tensor]:
+        wide = repeated(batch, 2)
+        return [batch.cond, batch.noise, batch.randn(), batch.draw(Uniform()), batch.picks(9), *wide.noise.chunk(2)]
+
+    batch = make_batch(Rows(torch.arange(12.0), x=torch.randn(12, *SHAPE)), SHAPE, 5)
+    batch.randn()  # shares may be made at any point of the batch's randomness
+    parts = [drawn(share) for whole in batch.shares(2) for share in whole.shares(3)]
+    rows = torch.cat([part[0] for part in parts]).long()
+    assert sorted(rows.tolist()) == list(range(12))
+    for mine, all_of_it in zip(zip(*parts, strict=True), drawn(batch), strict=True):
+        assert torch.equal(torch.cat(mine), all_of_it[rows])
+
+
+def test_a_micro_batch_is_the_largest_equal_part_that_is_no_larger() -> None:
+    batch = make_batch(Rows(torch.zeros(30)), SHAPE, 0)
+    assert [len(part) for part in Execution(micro_batch=8).shares(batch)] == [6] * 5
+    assert [len(part) for part in Execution(Group(1, 2), micro_batch=8).shares(batch)] == [5] * 3
+    assert [part.cond.tolist() for part in Execution().shares(batch)] == [[0.0] * 30]
+
+
+def test_a_batch_that_processes_cannot_share_equally_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="30 rows cannot be shared by 4 processes"):
+        Execution(Group(0, 4)).shares(make_batch(Rows(torch.zeros(30)), SHAPE, 0))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_gradient_of_a_batch_is_that_of_its_parts_together(name: str) -> None:
+    found = []
+    for micro_batch in (None, 4):
+        run = StageRun(
+            0,
+            Stage(name, 4, STAGES[name]),
+            tiny_teacher(),
+            tiny_student(),
+            execution=Execution(micro_batch=micro_batch),
+        )
+        run.method.prepare(tiny_source(), Workspace())
+        gradients = {}
+        for role in run.optimisers:
+            with run.cast.only(role) as network:
+                terms = run._backward(role, run.batch(tiny_source(), 0))
+                gradients |= {f"{role}.{key}": p.grad for key, p in network.named_parameters()} | {
+                    role: sum(terms.values())
+                }
+        found.append(gradients)
+    near(*found)
+
+
+# two processes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("networks", ["whole", "sharded"])
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_see_the_losses_and_end_with_the_weights_of_one(name: str, networks: str, pair: Path) -> None:
+    seen, tensors = trained(CASES[name], Execution())
+    for rank in (0, 1):
+        told = json.loads((pair / networks / f"{name}.{rank}.json").read_text())
+        assert len(told) == len(seen)
+        for theirs, ours in zip(told, seen, strict=True):
+            assert theirs == pytest.approx(ours, abs=TOLERANCE)
+    near(load_file(pair / networks / f"{name}.safetensors"), tensors)
+
+
+@pytest.mark.parametrize("networks", ["whole", "sharded"])
+def test_the_leader_alone_speaks_and_the_run_ends_as_that_of_one(networks: str, pair: Path, tmp_path: Path) -> None:
+    alone = chain(tmp_path, Group())
+    assert json.loads((pair / networks / "chain.0.json").read_text()) == [alone.result.state, alone.events]
+    assert json.loads((pair / networks / "chain.1.json").read_text()) == ["finished", []]
+    near(load_file(pair / networks / "chain.safetensors"), alone.result.weights)
+
+
+@pytest.mark.parametrize("networks", ["whole", "sharded"])
+def test_one_process_goes_on_where_two_were_paused(networks: str, pair: Path, tmp_path: Path) -> None:
+    found = checkpoint.load_latest(pair / networks / "paused" / "latest")
+    assert found is not None
+    assert found.meta["stage"] == 1
+    resumed, whole = (chain(folder, Group()).result for folder in (pair / networks / "paused", tmp_path))
+    near(resumed.weights, whole.weights)
