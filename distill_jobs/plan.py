@@ -66,6 +66,8 @@ class Plan:
 def settings(spec: DistillJobSpec) -> list[dict[str, Any]]:
     """What each stage's method is told: the job's general wishes, over them the stage's own."""
     general: dict[str, Any] = {"counts": list(spec.student.steps)}
+    if spec.student.lora is not None:
+        general["train"] = "lora"
     if spec.train.batch is not None:
         general["batch"] = spec.train.batch
     if spec.train.lr is not None:

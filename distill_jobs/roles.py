@@ -14,8 +14,9 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from engines.denoiser import BaseDenoiser, Guided
-from engines.errors import NotBuilt
+from distill_jobs.lora import Adapted, adapted
+from engines.denoiser import BaseDenoiser, Denoiser, Guided
+from engines.errors import InvalidRequest
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -24,8 +25,8 @@ _Module = TypeVar("_Module", bound=nn.Module)
 class Role:
     """How one network is trained. `steps` updates in each iteration that is due: every `every`-th from `start` on.
 
-    `init`: a copy of the teacher without its guidance, or of the student; `new` is made by the method or term. LoRA
-    roles are not built yet.
+    `init`: a copy of the teacher without its guidance, or of the student; `new` is made by the method or term.
+    `train` lora is an adapter beside the teacher's own weights, like the student's; it takes no copy.
     """
 
     init: Literal["teacher", "student", "new"] = "teacher"
@@ -62,22 +63,33 @@ class Cast:
         make: Callable[[str, BaseDenoiser], nn.Module] | None = None,
     ) -> "Cast":
         """The cast for these roles; `student` itself plays the student, the others are copies, or what
-        `make(name, unguided teacher)` gives for a role that is new.
+        `make(name, unguided teacher)` gives for a role that is new. LoRA roles share the teacher's backbone.
 
         Raises:
-            NotBuilt: a role wants LoRA.
+            InvalidRequest: the student's role and its network do not agree on LoRA.
         """
-        lora = [name for name, role in roles.items() if role.train == "lora"]
-        if lora:
-            names = ", ".join(lora)
-            raise NotBuilt(f"roles {names} ask for LoRA, which is not built yet: use train=full", param="train")
+        lora = student.lora if isinstance(student, Adapted) else None
+        asked = {name for name, role in roles.items() if role.train == "lora"}
+        if lora is None and asked:
+            message = f"roles {', '.join(sorted(asked))} ask for LoRA, and the student's network is none"
+            raise InvalidRequest(message, param="train")
+        if lora is not None and "student" in roles and "student" not in asked:
+            message = f"the student's network is a LoRA and its role says train={roles['student'].train}"
+            raise InvalidRequest(message, param="train")
 
         def played(name: str, role: Role) -> nn.Module:
             if role.init == "new":
                 if make is None:
                     raise TypeError(f"role {name} is new and nobody makes it")
                 return make(name, unguided(teacher))
-            return copy.deepcopy(student if role.init == "student" else unguided(teacher))
+            if role.init == "student":
+                return copy.deepcopy(student)
+            plain = unguided(teacher)
+            if role.train == "lora":
+                assert lora is not None
+                assert isinstance(plain, Denoiser)
+                return adapted(plain, lora)
+            return copy.deepcopy(plain)
 
         others = {name: played(name, role) for name, role in roles.items() if name != "student"}
         return cls(teacher, student=student, **others)

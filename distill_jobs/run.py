@@ -143,12 +143,13 @@ class JobRun:
         if not self.trains:
             return str(self.result["schedule_student"])
         said = self._trained()
-        teacher = self._teacher()
+        teacher, adapter = self._teacher(), self.folder / "trained" / "adapter.safetensors"
         return artefact.make_student(
             self.registry,
             teacher.version,
             self.spec.student.name,
             denoiser_weights=load_file(self.folder / "trained" / "weights.safetensors"),
+            adapter=load_file(adapter) if adapter.exists() else None,
             schedules={int(k): Schedule.model_validate(value) for k, value in said["schedules"].items()},
             guidance=learnt(teacher.guidance, self.spec.student.weights),
             inputs=said["inputs"],

@@ -35,6 +35,15 @@ class TeacherSpec(_Frozen):
 
 class LoraSpec(_Frozen):
     rank: int = Field(32, ge=1, le=1024)
+    alpha: float | None = Field(None, gt=0, description="the update is alpha / rank times B A; the rank if missing")
+    targets: Literal["auto"] | tuple[str, ...] = Field(
+        "auto", min_length=1, description="ends of layer names such as to_q; auto is every linear and convolution"
+    )
+
+    @property
+    def factor(self) -> float:
+        """alpha / rank."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
 class LoraTrain(_Frozen):
@@ -72,6 +81,11 @@ class StudentSpec(_Frozen):
         if len(set(self.steps)) != len(self.steps):
             raise ValueError(f"steps names a count twice: {self.steps}")
         return self
+
+    @property
+    def lora(self) -> LoraSpec | None:
+        """The adapter that is trained; None where all weights are."""
+        return None if self.train == "full" else self.train.lora
 
 
 class TermSpec(BaseModel):
@@ -240,7 +254,7 @@ def parse(body: Mapping[str, Any] | bytes) -> DistillJobSpec:
 
     Raises:
         InvalidRequest: `param` names the field at fault.
-        NotBuilt: LoRA or several processes, which are documented and refused until they exist.
+        NotBuilt: several processes, which are documented and refused until they exist.
     """
     try:
         data = json.loads(body) if isinstance(body, bytes) else body
@@ -276,8 +290,6 @@ def _brief(value: Any) -> str:
 
 
 def _refuse_unbuilt(spec: DistillJobSpec) -> None:
-    if isinstance(spec.student.train, LoraTrain):
-        raise NotBuilt("student.train.lora is not built yet: use student.train: full", param="student.train")
     if spec.train.processes > 1:
         message = f"train.processes={spec.train.processes} is not built yet: use 1"
         raise NotBuilt(message, param="train.processes")
@@ -294,8 +306,7 @@ def _check_methods(spec: DistillJobSpec) -> None:
         except InvalidRequest as error:
             own = (error.param or "method").replace("method", where, 1)
             raise type(error)(f"{where}: {error.message}", param=own) from error
-        if stage.fields.get("train") == "lora":
-            raise NotBuilt(f"{where}.train=lora is not built yet: use full", param=f"{where}.train")
+        _check_train(spec, stage, where)
         for term in stage.terms:
             _check_term(term, where)
         if not known[stage.name]["roles"] and len(spec.stages) > 1:
@@ -304,6 +315,21 @@ def _check_methods(spec: DistillJobSpec) -> None:
         _check_needs(stage, frozenset(known[stage.name]["needs"]), where)
         if spec.student.weights:
             _check_embeds(stage, known[stage.name], where)
+
+
+def _check_train(spec: DistillJobSpec, stage: MethodSpec, where: str) -> None:
+    """What is trained is said once, and a LoRA only where the student's network is its teacher's."""
+    lora = spec.student.lora is not None
+    said, told = stage.fields.get("train"), "lora" if lora else "full"
+    if said not in (None, told):
+        message = f"{where}.train={said} contradicts student.train, which says {told}: leave it out of the method"
+        raise InvalidRequest(message, param=f"{where}.train")
+    if lora and (reads := inputs(spec)):
+        raise NotBuilt(
+            f"{where}: the student would read {' and '.join(sorted(reads))}, for which a network needs layers that no "
+            "LoRA has: use student.train: full, or guidance: baked and methods that need none, such as kd and dmd",
+            param="student.train",
+        )
 
 
 def _check_term(term: TermSpec, where: str) -> None:

@@ -28,6 +28,7 @@ from distill_jobs.data import images, prompts
 from distill_jobs.evaluate.sheet import sheet
 from distill_jobs.events import EventLog
 from distill_jobs.exit_codes import FINISHED, PAUSED, REFUSED
+from distill_jobs.lora import adapted, layers, merged, portable
 from distill_jobs.losses import pairwise_distance
 from distill_jobs.plan import Plan
 from distill_jobs.preparation import PLAN, SCHEDULE
@@ -65,6 +66,8 @@ class TrainerRun:
         if weights := self.spec.student.weights:
             self.source = WeightedSource(self.prompts, *weights, seed=self.spec.train.seed)
             self.guided = Guided(self.teacher.denoiser, self.teacher.encode([""]), self.w)  # whatever its own weight
+        if self.spec.student.lora is not None:
+            layers(self.teacher.denoiser, self.spec.student.lora)  # a target that is none is refused before the work
         self._features = Path(told["features"]) if told["features"] else None
 
     def prepare(self) -> bool:
@@ -113,6 +116,9 @@ class TrainerRun:
         return images.encoded(self.teacher, registry, found, cache, seed=seed)
 
     def _beginner(self) -> Denoiser:
+        """The student before its first update: all of its weights, or an adapter beside the teacher's."""
+        if self.spec.student.lora is not None:
+            return adapted(self.teacher.denoiser, self.spec.student.lora)
         return self.teacher.beginner(inputs(self.spec))
 
     def _plan(self) -> Plan:
@@ -153,10 +159,14 @@ class TrainerRun:
         return draw
 
     def _keep(self, result: Result, plan: Plan) -> None:
-        """The student for the export: weights under the names of its blob, then what is said of them."""
-        folder = self.folder / "trained"
+        """The student for the export: weights under the names of its blob, then what is said of them. Of a LoRA the
+        adapter too."""
+        folder, lora = self.folder / "trained", self.spec.student.lora
         folder.mkdir(exist_ok=True)
         weights = diffusers.blob_weights(result.weights)
+        if lora is not None:
+            save_file(portable(weights, lora), folder / "adapter.safetensors")
+            weights = merged(diffusers.blob_weights(self.teacher.denoiser.state_dict()), weights, lora)
         save_file({name: value.contiguous() for name, value in weights.items()}, folder / "weights.partial")
         (folder / "weights.partial").replace(folder / "weights.safetensors")
         said = {

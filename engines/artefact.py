@@ -14,10 +14,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from engines import golden, plugins
-from engines.errors import InvalidManifest, NotBuilt
+from engines.errors import InvalidManifest, InvalidRequest, NotBuilt
 from engines.graph import ComponentGraph, spec
 from engines.loader import load_student, load_weights, reader
-from engines.manifest import Component, Guidance, Kind, ProcessSpec, Schedule, StudentManifest
+from engines.manifest import Component, Guidance, Kind, ProcessSpec, Schedule, StudentManifest, shown
 from engines.registry.base import Registry
 
 GOLDEN_PROMPTS = ("a red circle", "a small blue square on the left", "two shapes on white", "")
@@ -25,6 +25,8 @@ _PREDICTIONS: dict[str, Kind] = {"flow_prediction": "flow", "epsilon": "eps", "v
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FRESH = ("second_time.", "guidance.")
 """Layers of a denoiser that a teacher has not: they begin at zero, where the student is its teacher."""
+ADAPTER = "pytorch_lora_weights.safetensors"
+"""The file of a student's denoiser that holds its LoRA, by the name that diffusers looks for."""
 
 
 def import_diffusers(
@@ -86,6 +88,7 @@ def make_student(
     name: str,
     *,
     denoiser_weights: Mapping[str, Tensor] | None = None,
+    adapter: Mapping[str, Tensor] | None = None,
     schedules: Mapping[int, Schedule] | Iterable[Schedule],
     guidance: Guidance | None = None,
     inputs: Iterable[Literal["s", "w"]] | None = None,
@@ -100,7 +103,9 @@ def make_student(
     """Publishes a student of `base_version` and returns its version; what is not given is the base's.
 
     Without weights it is a schedule-only student. Weights may lack the layers of `inputs`: those begin at zero,
-    where the student is its base.
+    where the student is its base. `adapter` is the LoRA that `denoiser_weights` were merged with, by peft's names
+    (alpha = rank): served are the full weights, on the graph that every other student has, and the LoRA is kept
+    beside them.
 
     Raises:
         GraphMismatch: the weights are not those of the base's network.
@@ -109,7 +114,7 @@ def make_student(
     reads = base.inputs if inputs is None else frozenset(inputs)
     changed: dict[str, Any] = {
         "name": name,
-        "kind": kind or ("schedule" if denoiser_weights is None else "full"),
+        "kind": kind or ("schedule" if denoiser_weights is None else "full" if adapter is None else "lora"),
         "base": base.version,
         "schedules": _by_steps(schedules),
         "inputs": reads,
@@ -122,7 +127,7 @@ def make_student(
     }
     if denoiser_weights is not None or reads != base.inputs:
         changed["components"] = base.components | {
-            "denoiser": _with_weights(registry, base, reads, denoiser_weights, dtype)
+            "denoiser": _with_weights(registry, base, reads, denoiser_weights, dtype, adapter)
         }
         changed["dtype"] = dtype
     manifest = StudentManifest.model_validate(base.model_dump() | _dumped(changed))
@@ -142,9 +147,26 @@ def export_diffusers(registry: Registry, version: str, directory: Path) -> None:
     for role, folder in folders.items():
         part = manifest.components[role]
         for name, sha in part.files.items():
+            if name == ADAPTER:  # its weights are merged already
+                continue
             _write(directory / (name if name.startswith("tokenizer/") else f"{folder}/{name}"), registry.read_blob(sha))
         file = "model.safetensors" if role == "encoder" else "diffusion_pytorch_model.safetensors"
         _write(directory / folder / file, registry.read_blob(part.weights))
+
+
+def export_lora(registry: Registry, version: str, directory: Path) -> Path:
+    """Writes a student's LoRA as the file that diffusers' `load_lora_weights(directory)` reads, and returns its path.
+
+    It belongs on the pipeline of the student's base, sampled as the manifest's schedules say.
+
+    Raises:
+        InvalidRequest: the student has none.
+    """
+    files = registry.student(version).components["denoiser"].files
+    if ADAPTER not in files:
+        raise InvalidRequest(f"{shown(version)} was not trained as a LoRA: export it as a diffusers directory")
+    _write(directory / ADAPTER, registry.read_blob(files[ADAPTER]))
+    return directory / ADAPTER
 
 
 def _publish(registry: Registry, manifest: StudentManifest, prompts: Sequence[str]) -> str:
@@ -160,6 +182,7 @@ def _with_weights(
     inputs: frozenset[str],
     weights: Mapping[str, Tensor] | None,
     dtype: str,
+    adapter: Mapping[str, Tensor] | None,
 ) -> Component:
     """The base's denoiser with other weights, checked against the network that the student will have."""
     old = base.components["denoiser"]
@@ -167,7 +190,12 @@ def _with_weights(
     network = ComponentGraph(spec(shaped, "denoiser", reader(registry, base)), Path).module()
     network.load(load_weights(registry, old) if weights is None else weights, fresh=FRESH)
     stored = {name: value.to(_DTYPES[dtype]).contiguous() for name, value in network.state_dict().items()}
-    return Component(weights=registry.put_blob(save(stored)), files=old.files)
+    files = {name: sha for name, sha in old.files.items() if name != ADAPTER}
+    if adapter is not None:
+        network = plugins.load("engines.families", base.family, "FOLDERS")["denoiser"]  # as diffusers calls it
+        named = {f"{network}.{name}": value.contiguous() for name, value in adapter.items()}
+        files[ADAPTER] = registry.put_blob(save(named, {"format": "pt"}))
+    return Component(weights=registry.put_blob(save(stored)), files=files)
 
 
 def _component(directory: Path, role: str, folder: str, registry: Registry) -> Component:

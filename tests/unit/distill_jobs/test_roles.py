@@ -1,11 +1,9 @@
 """Who is trained, how often, and whose gradients flow."""
 
-import pytest
 import torch
 
 from distill_jobs.roles import Cast, Role
 from engines.denoiser import Denoiser
-from engines.errors import NotBuilt
 from tests.unit.distill_jobs.tiny import tiny_student, tiny_teacher
 
 
@@ -40,8 +38,3 @@ def test_only_the_named_role_takes_gradients_and_trains() -> None:
         assert not any(p.requires_grad for p in others)
     assert not fake.training
     assert not any(p.requires_grad for p in fake.parameters())
-
-
-def test_lora_is_refused_until_it_is_built() -> None:
-    with pytest.raises(NotBuilt, match="roles student ask for LoRA"):
-        Cast.build(tiny_teacher(), tiny_student(), {"student": Role(init="student", train="lora")})

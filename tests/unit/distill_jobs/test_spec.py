@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from distill_jobs import plan
 from distill_jobs import spec as specs
 from engines.errors import FewstepError, InvalidRequest, NotBuilt, UnknownPlugin
 from engines.manifest import Guidance
@@ -98,8 +99,6 @@ def test_an_unknown_term_is_refused_by_name() -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        job(student={"name": "small", "steps": [1], "train": {"lora": {"rank": 8}}}),
-        job(method={"name": "kd", "train": "lora"}),
         job(train={"iterations": 1, "processes": 2}),
         job(data={"pairs": "dj_0"}),
     ],
@@ -107,6 +106,38 @@ def test_an_unknown_term_is_refused_by_name() -> None:
 def test_what_is_documented_and_not_built_says_so(body: dict[str, Any]) -> None:
     with pytest.raises(NotBuilt, match="not built yet"):
         specs.parse(body)
+
+
+def lora_job(method: str = "dmd", **lora: Any) -> dict[str, Any]:
+    return job(student={"name": "small", "steps": [1, 2], "train": {"lora": lora}}, method={"name": method})
+
+
+def test_a_lora_student_has_every_role_trained_as_one() -> None:
+    spec = specs.parse(lora_job(rank=8))
+    assert spec.student.lora == specs.LoraSpec(rank=8, alpha=None, targets="auto")
+    assert plan.settings(spec) == [{"counts": [1, 2], "train": "lora"}]
+    assert plan.settings(specs.parse(job())) == [{"counts": [1, 2]}]
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        (lora_job(rank=0), "student.train.lora.rank", "greater than or equal to 1"),
+        (lora_job(alpha=0), "student.train.lora.alpha", "greater than 0"),
+        (lora_job(ranks=4), "student.train.lora.ranks", "unknown field"),
+        (lora_job("lsd"), "student.train", "the student would read s.*use student.train: full"),
+        (
+            job(student={"name": "a", "train": {"lora": {}}, "guidance": {"embedded": [1, 3]}}),
+            "student.train",
+            "the student would read w",
+        ),
+        (job(method={"name": "kd", "train": "lora"}), "method.train", "contradicts student.train, which says full"),
+    ],
+)
+def test_a_lora_that_cannot_be_is_refused_when_submitted(body: dict[str, Any], param: str, words: str) -> None:
+    with pytest.raises(FewstepError, match=words) as refusal:
+        specs.parse(body)
+    assert refusal.value.param == param
 
 
 def test_a_body_that_is_no_json_is_refused() -> None:

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from engines.artefact import export_diffusers, import_diffusers, make_student
-from engines.errors import GraphMismatch, InvalidManifest, NotBuilt
+from engines.artefact import ADAPTER, export_diffusers, export_lora, import_diffusers, make_student
+from engines.errors import GraphMismatch, InvalidManifest, InvalidRequest, NotBuilt
 from engines.loader import load_student, load_weights
 from engines.manifest import Guidance, Schedule
 from engines.registry.memory import MemoryRegistry
@@ -82,6 +83,28 @@ def test_a_student_that_reads_s_begins_with_the_layer_at_zero() -> None:
         for v in (version, plain)
     )
     assert torch.equal(one, two)
+
+
+def test_a_lora_is_kept_beside_the_weights_it_is_merged_in_under_the_names_of_diffusers(tmp_path: Path) -> None:
+    teacher = tiny_sd.teacher()
+    weights = load_weights(teacher.registry, teacher.manifest.components["denoiser"])
+    adapter = {"conv_in.lora_A.weight": torch.ones(2, 4, 3, 3), "conv_in.lora_B.weight": torch.ones(16, 2, 1, 1)}
+    made = make_student(
+        teacher.registry, teacher.version, "tiny-lora", denoiser_weights=weights, adapter=adapter, schedules=TWO
+    )
+    student = teacher.registry.student(made)
+    assert student.kind == "lora"
+    assert export_lora(teacher.registry, made, tmp_path) == tmp_path / ADAPTER
+    written = load_file(tmp_path / ADAPTER)
+    assert sorted(written) == ["unet.conv_in.lora_A.weight", "unet.conv_in.lora_B.weight"]
+    export_diffusers(teacher.registry, made, tmp_path / "whole")
+    assert not list((tmp_path / "whole").rglob(ADAPTER))
+
+    # Other weights on top of it are no LoRA's.
+    later = make_student(teacher.registry, made, "tiny-later", denoiser_weights=weights, schedules=TWO)
+    assert teacher.registry.student(later).kind == "full"
+    with pytest.raises(InvalidRequest, match="was not trained as a LoRA"):
+        export_lora(teacher.registry, later, tmp_path)
 
 
 def test_weights_of_another_network_are_refused_and_nothing_is_published() -> None:
