@@ -113,7 +113,7 @@ def test_a_student_that_reads_its_guidance_weight_serves_all_of_its_range(shop: 
         sample(loaded, ["a red circle"], [1], 2, guidance=w, rounded=False) for w in (1.0, None, 2.0, 4.0)
     )
     assert torch.equal(own, same)
-    assert (least - most).abs().max() > 0.1  # after a dozen updates
+    assert (least - most).abs().max() > 0.01  # levels, after a dozen updates
 
 
 def test_a_missed_gate_publishes_nothing_and_is_no_failure(shop: Workshop) -> None:
