@@ -70,8 +70,8 @@ bench-student: install-dev  ## three students of 20 minutes each, judged at N = 
 bench-distill: install-dev  ## the leaderboard of distillation methods; stop and go on as you like
 	$(BIN)/python -m bench.distill $(ARGS)
 
-teacher: install-dev  ## train the embedded teacher again (two hours)
-	$(BIN)/python -m distill_jobs.teachers.shapes.train all --out .fewstep/teacher
+teacher: install-dev  ## train the embedded teacher of shapes again (two hours), or of ARGS="--task digits"
+	$(BIN)/python -m distill_jobs.teachers.training.train all --out .fewstep/teacher $(ARGS)
 
 dashboards: install-dev  ## write the Grafana dashboard anew
 	$(BIN)/python docker/grafana/dashboard.py

@@ -6,16 +6,14 @@ size, place or background), so that several drawings of one scene are the real p
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from distill_jobs.tasks.base import ABSENT, Pictures, Split, pictures_of
-from distill_jobs.teachers.shapes import contact_sheet, outlines
+from distill_jobs.teachers.shapes import outlines
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -249,18 +247,3 @@ def _stamp(canvas: Floats, rows: Ints, kind: Ints, rgb: Floats, centre: Floats, 
         left, top = corner[i]
         window = canvas[row, top : top + patch, left : left + patch]
         window += alpha[i, :, :, None] * (rgb[i] - window)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw a sheet of captioned pictures.")
-    parser.add_argument("--sheet", type=Path, required=True, help="PNG to write")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--split", choices=("train", "heldout", "all"), default="train")
-    options = parser.parse_args()
-    pictures = sample(64, options.seed, size=options.size, split=options.split)
-    contact_sheet.write_png(contact_sheet.tile(pictures.pixels, 8), options.sheet)
-
-
-if __name__ == "__main__":
-    main()

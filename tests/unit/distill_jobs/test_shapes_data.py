@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from distill_jobs.tasks.shapes import TASK
-from distill_jobs.teachers.shapes import contact_sheet, data
+from distill_jobs.teachers import contact_sheet
+from distill_jobs.teachers.shapes import data
 
 
 def test_the_same_seed_draws_the_same_pictures_and_another_does_not() -> None:

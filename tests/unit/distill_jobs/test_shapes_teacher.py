@@ -8,7 +8,8 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
 from distill_jobs.tasks.shapes import TASK
-from distill_jobs.teachers.shapes import data, latents, vae
+from distill_jobs.teachers.shapes import data
+from distill_jobs.teachers.training import latents, vae
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what diffusers warns about while loading is not ours
 PIPELINE = TASK.pipeline
@@ -31,7 +32,7 @@ def test_the_directory_is_small_and_holds_no_pickle() -> None:
 
 def test_the_autoencoder_gives_back_unseen_pictures() -> None:
     network = AutoencoderKL.from_pretrained(PIPELINE / "vae", local_files_only=True).eval()
-    assert vae.psnr_db(network, latents.pictures(48, 11, "heldout")) >= 28
+    assert vae.psnr_db(network, latents.pictures(TASK, 48, 11, "heldout")) >= 28
 
 
 def test_it_draws_what_the_caption_says(pipeline: StableDiffusionPipeline) -> None:
@@ -55,5 +56,5 @@ def test_seeds_give_different_pictures(pipeline: StableDiffusionPipeline) -> Non
 
 def test_the_card_names_what_it_was_trained_on() -> None:
     card = (PIPELINE / "README.md").read_text()
-    assert "distill_jobs.teachers.shapes.train" in card
+    assert "distill_jobs.teachers.training.train" in card
     assert all(f"{data.COLOURS[colour]} {data.KINDS[kind]}" in card for colour, kind in data.HELD_OUT)

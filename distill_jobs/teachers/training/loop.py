@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distill_jobs.teachers.shapes.muon import Muon
+from distill_jobs.teachers.training.muon import Muon
 
 _log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The text encoder and the flow-matching denoiser of the embedded teacher, trained together on cached latents.
+"""The text encoder and the flow-matching denoiser of an embedded teacher, trained together on cached latents.
 
 Sixteen latent positions and one resolution: attention sees everything and a training sample costs about 3 ms on two
 cores, which is what lets a student be distilled in minutes.
@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from distill_jobs.teachers.shapes import tokenizer, vae
+from distill_jobs.teachers.training.recipe import Recipe
 
-WIDTH = 128
-LATENT_SIDE = vae.PICTURE_PX // 2 ** (len(vae.SLIM) - 1)
 CAPTION_DROPOUT = 0.1  # what classifier-free guidance is made of
 _NETWORK_TIME = 1000.0
 
@@ -23,31 +21,32 @@ _NETWORK_TIME = 1000.0
 class TextToLatent(nn.Module):
     """Both networks as one, so that one optimiser and one checkpoint hold them."""
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, recipe: Recipe, vocabulary: int) -> None:
         super().__init__()
+        width, channels = recipe.width, recipe.latent_channels
         self.text = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=vocabulary,
-                hidden_size=WIDTH,
-                intermediate_size=4 * WIDTH,
+                hidden_size=width,
+                intermediate_size=4 * width,
                 num_hidden_layers=2,
                 num_attention_heads=4,
-                max_position_embeddings=tokenizer.MAX_TOKENS,
-                projection_dim=WIDTH,
+                max_position_embeddings=recipe.max_tokens,
+                projection_dim=width,
                 bos_token_id=0,
                 eos_token_id=1,
                 pad_token_id=1,
             )
         )
         self.unet = UNet2DConditionModel(
-            sample_size=LATENT_SIDE,
-            in_channels=vae.LATENT_CHANNELS,
-            out_channels=vae.LATENT_CHANNELS,
-            block_out_channels=(WIDTH,),
+            sample_size=recipe.latent_side,
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=(width,),
             layers_per_block=1,
             down_block_types=("CrossAttnDownBlock2D",),
             up_block_types=("CrossAttnUpBlock2D",),
-            cross_attention_dim=WIDTH,
+            cross_attention_dim=width,
             attention_head_dim=4,
             norm_num_groups=16,
         )

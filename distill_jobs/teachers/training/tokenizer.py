@@ -1,4 +1,4 @@
-"""The word-level vocabulary of the embedded teacher, as a stock CLIP tokenizer.
+"""The word-level vocabulary of an embedded teacher, as a stock CLIP tokenizer.
 
 CLIP's tokenizer is byte-pair encoding, which would spell an unknown word with known letters. So every word is an
 added token and the byte-pair vocabulary is left empty: what is not a word of ours becomes the unknown token.
@@ -14,52 +14,32 @@ from tokenizers import AddedToken
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from distill_jobs.teachers.shapes import data
+from distill_jobs.teachers.training.recipe import Recipe
 
-MAX_TOKENS = 24
 START, END, UNKNOWN = "<|startoftext|>", "<|endoftext|>", "<|unknown|>"
-_GLUE = [
-    "a",
-    "an",
-    "and",
-    "on",
-    "in",
-    "at",
-    "the",
-    "of",
-    "left",
-    "right",
-    "above",
-    "below",
-    "row",
-    "column",
-    "background",
-    "over",
-]
 _LOOSE_SHARE = 0.1
 
 
-def words() -> list[str]:
+def words(recipe: Recipe) -> list[str]:
     """The vocabulary in a fixed order."""
-    named = (*data.KINDS, *data.COLOURS, *data.SIZES, *data.PLACES, *data.BACKGROUNDS, *_GLUE)
-    return list(dict.fromkeys(word for name in named for word in name.split()))
+    return list(dict.fromkeys(word for name in recipe.words for word in name.split()))
 
 
-def build() -> CLIPTokenizer:
+def build(recipe: Recipe) -> CLIPTokenizer:
     tokenizer = CLIPTokenizer(
         vocab={START: 0, END: 1, UNKNOWN: 2},
         merges=[],
         unk_token=UNKNOWN,
         pad_token=END,
-        model_max_length=MAX_TOKENS,
+        model_max_length=recipe.max_tokens,
     )
-    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in words()])
+    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in words(recipe)])
     return tokenizer
 
 
 def encode(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
-    """Token ids [N, MAX_TOKENS], padded as StableDiffusionPipeline pads them."""
-    found = tokenizer(list(captions), padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
+    """Token ids [N, L], padded as StableDiffusionPipeline pads them."""
+    found = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
     return torch.as_tensor(found.input_ids)
 
 

@@ -1,9 +1,4 @@
-"""The two autoencoders of the embedded teacher: 64×64 pictures to the same 4×4×16 latents, wide and slim.
-
-Half of an autoencoder's cost lies at full resolution, where flat shapes need few channels; so width grows only as the
-maps shrink. The wide one finds the latents, which takes capacity. The slim one is then taught those latents, which
-takes minutes, and is the one that ships: it decodes in less than half the time.
-"""
+"""Autoencoders of the embedded teachers: one finds the latents, a slim one may be taught them and ship instead."""
 
 from __future__ import annotations
 
@@ -11,17 +6,15 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-WIDE = (8, 16, 48, 96, 96)
-SLIM = (8, 8, 16, 48, 64)
-LATENT_CHANNELS = 16
-PICTURE_PX = 64
+from distill_jobs.teachers.training.recipe import Recipe
+
 NORM_GROUPS = 1  # one mean and scale a picture: finer groups forget how bright a flat picture was
 _L1_WEIGHT = 0.3  # sharper edges than squares alone
 _KL_WEIGHT = 2e-4  # high enough that the decoder shrugs off the denoiser's small errors
-_LATENT_NOISE = 0.25  # the wide decoder's tolerance, handed on to the slim one
+_LATENT_NOISE = 0.25  # the first decoder's tolerance, handed on to the slim one
 
 
-def build(widths: tuple[int, ...]) -> AutoencoderKL:
+def build(recipe: Recipe, widths: tuple[int, ...]) -> AutoencoderKL:
     depth = len(widths)
     return AutoencoderKL(
         in_channels=3,
@@ -30,10 +23,10 @@ def build(widths: tuple[int, ...]) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * depth,
         block_out_channels=widths,
         layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
+        latent_channels=recipe.latent_channels,
         norm_num_groups=NORM_GROUPS,
         mid_block_add_attention=False,
-        sample_size=PICTURE_PX,
+        sample_size=recipe.task.size_px,
         scaling_factor=1.0,
     )
 
@@ -52,7 +45,7 @@ def loss(vae: AutoencoderKL, pictures: Tensor, generator: torch.Generator) -> di
 
 
 def slim_loss(vae: AutoencoderKL, pictures: Tensor, latents: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """Teaches both halves apart: pictures [B, 3, H, W] to the wide network's latents, and those back to pictures."""
+    """Teaches both halves apart: pictures [B, 3, H, W] to the first network's latents, and those back to pictures."""
     noise = torch.randn(latents.shape, generator=generator)
     with torch.autocast("cpu", torch.bfloat16):
         decoded = vae.decode(latents + _LATENT_NOISE * noise).sample.float()

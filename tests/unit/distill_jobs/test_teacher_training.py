@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from distill_jobs.teachers.shapes.loop import Losses, Plan, Run, part
-from distill_jobs.teachers.shapes.muon import Muon, orthogonalise
+from distill_jobs.teachers.training.loop import Losses, Plan, Run, part
+from distill_jobs.teachers.training.muon import Muon, orthogonalise
 
 TARGET = torch.randn(16, 8, generator=torch.Generator().manual_seed(1))
 

@@ -13,8 +13,9 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distill_jobs.tasks.base import Pictures, Split
-from distill_jobs.teachers.shapes import data, tokenizer
+from distill_jobs.tasks.base import Pictures, Split, Task
+from distill_jobs.teachers.training import tokenizer
+from distill_jobs.teachers.training.recipe import Recipe
 
 _log = logging.getLogger(__name__)
 
@@ -32,17 +33,17 @@ class Latents:
     scaling_factor: float  # what the VAE's own latents were multiplied by
 
 
-def write(vae: AutoencoderKL, folder: Path, *, chunks: int) -> None:
-    """Encodes what is missing of `chunks` files; several processes may share a folder."""
+def write(recipe: Recipe, vae: AutoencoderKL, folder: Path) -> None:
+    """Encodes what is missing of the recipe's chunks; several processes may share a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [index for index in range(chunks) if not _path(folder, index).exists()]
+    missing = [index for index in range(recipe.chunks) if not _path(folder, index).exists()]
     for index in missing:
         if _path(folder, index).exists():  # another process was faster
             continue
         fresh = folder / f"{index:04d}.{os.getpid()}.new"
-        save_file(_encode_chunk(vae, index), fresh)
+        save_file(_encode_chunk(recipe, vae, index), fresh)
         os.replace(fresh, _path(folder, index))
-        _log.info("encoded chunk %d of %d", index + 1, chunks)
+        _log.info("encoded chunk %d of %d", index + 1, recipe.chunks)
 
 
 def read(folder: Path, *, chunks: int) -> Latents:
@@ -53,18 +54,18 @@ def read(folder: Path, *, chunks: int) -> Latents:
 
 
 def chunk(folder: Path, index: int) -> Tensor:
-    """The wide VAE's own latents [CHUNK, C, H, W] of `chunk_pictures(index)`."""
+    """The VAE's own latents [CHUNK, C, H, W] of `chunk_pictures(task, index)`."""
     coded: Tensor = load_file(_path(folder, index))["latents"]
     return coded.float()
 
 
-def chunk_pictures(index: int) -> Pictures:
-    return data.sample(CHUNK, _SEED + index, split="train")
+def chunk_pictures(task: Task, index: int) -> Pictures:
+    return task.sample(CHUNK, _SEED + index, split="train")
 
 
-def pictures(n: int, seed: int, split: Split) -> Tensor:
-    """Pictures [N, 3, 64, 64] in [-1, 1]."""
-    return as_input(data.sample(n, seed, split=split))
+def pictures(task: Task, n: int, seed: int, split: Split) -> Tensor:
+    """Pictures [N, 3, H, W] in [-1, 1]."""
+    return as_input(task.sample(n, seed, split=split))
 
 
 def as_input(batch: Pictures) -> Tensor:
@@ -76,11 +77,11 @@ def _path(folder: Path, index: int) -> Path:
 
 
 @torch.no_grad()
-def _encode_chunk(vae: AutoencoderKL, index: int) -> dict[str, Tensor]:
-    batch = chunk_pictures(index)
+def _encode_chunk(recipe: Recipe, vae: AutoencoderKL, index: int) -> dict[str, Tensor]:
+    batch = chunk_pictures(recipe.task, index)
     rng = random.Random(_SEED + index)
     captions = [tokenizer.loosen(caption, rng) for caption in batch.captions]
     with torch.autocast("cpu", torch.bfloat16):
         latents = [vae.encode(part).latent_dist.mode().float() for part in torch.split(as_input(batch), _BATCH)]
-    ids = tokenizer.encode(tokenizer.build(), captions)
+    ids = tokenizer.encode(tokenizer.build(recipe), captions)
     return {"latents": torch.cat(latents).half(), "ids": ids.to(torch.int16)}

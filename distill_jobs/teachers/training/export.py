@@ -7,17 +7,20 @@ from pathlib import Path
 
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
 
-from distill_jobs.teachers.shapes import tokenizer
-from distill_jobs.teachers.shapes.denoiser import TextToLatent
+from distill_jobs.teachers.training import tokenizer
+from distill_jobs.teachers.training.denoiser import TextToLatent
+from distill_jobs.teachers.training.recipe import Recipe
 
 
-def pipeline(vae: AutoencoderKL, networks: TextToLatent, scaling_factor: float) -> StableDiffusionPipeline:
+def pipeline(
+    recipe: Recipe, vae: AutoencoderKL, networks: TextToLatent, scaling_factor: float
+) -> StableDiffusionPipeline:
     """The stock pipeline around our networks; latents are divided by `scaling_factor` before decoding."""
     vae.register_to_config(scaling_factor=scaling_factor)
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=networks.text,
-        tokenizer=tokenizer.build(),
+        tokenizer=tokenizer.build(recipe),
         unet=networks.unet,
         scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0),
         safety_checker=None,
@@ -26,9 +29,9 @@ def pipeline(vae: AutoencoderKL, networks: TextToLatent, scaling_factor: float) 
     )
 
 
-def export(vae: AutoencoderKL, networks: TextToLatent, scaling_factor: float, directory: Path) -> None:
+def export(recipe: Recipe, vae: AutoencoderKL, networks: TextToLatent, scaling_factor: float, directory: Path) -> None:
     """Saves in half precision, which the networks given are left in."""
-    half = pipeline(vae.half(), networks.half(), scaling_factor)
+    half = pipeline(recipe, vae.half(), networks.half(), scaling_factor)
     half.save_pretrained(directory, safe_serialization=True)
     _load_as_float(directory / "text_encoder" / "config.json")
 
