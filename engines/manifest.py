@@ -10,9 +10,16 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from engines.errors import InvalidManifest, InvalidRequest, StepsNotAllowed
 
@@ -41,12 +48,39 @@ class Step:
     eta: float
 
 
-class ProcessSpec(_Frozen):
-    """Names a noising process of `engines.process`; `shift` is the static time shift mu (1 = none)."""
+class Betas(_Frozen):
+    """The noise of a chain of `steps` steps, by the names that diffusers' schedulers give it."""
 
-    kind: Literal["rf", "vp", "edm", "trig"] = "rf"
+    curve: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
+    start: float = Field(0.00085, gt=0, lt=1)
+    end: float = Field(0.012, gt=0, lt=1)
+    steps: int = Field(1000, ge=2)
+
+
+class ProcessSpec(_Frozen):
+    """Names a noising process of `engines.process`; `shift` is the static time shift mu (1 = none).
+
+    `betas` belong to kind ddpm. `ticks`: a flow's network is told its time in whole 1/ticks, rounded down.
+    """
+
+    kind: Literal["rf", "vp", "edm", "trig", "ddpm"] = "rf"
     shift: float = Field(1.0, gt=0)
     sigma_data: float = Field(1.0, gt=0)
+    betas: Betas | None = None
+    ticks: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ProcessSpec":
+        if (self.kind == "ddpm") != (self.betas is not None):
+            raise ValueError("betas are given if and only if the process is ddpm")
+        if self.ticks is not None and self.kind != "rf":
+            raise ValueError("ticks are of a flow: the process must be rf")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_set(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `betas` and `ticks` where there are none, so that earlier manifests keep their digests."""
+        return {name: value for name, value in plain(self).items() if value is not None}
 
 
 class Schedule(_Frozen):

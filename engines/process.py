@@ -3,19 +3,20 @@
 x_t = alpha(t) x0 + sigma(t) eps, with eps of unit variance and t [B] in the process' own unit; t = `t_max` is noise.
 A prediction is one row (a, b) of a x0 + b eps: x0 (1, 0) · eps (0, 1) · v (-sigma, alpha) · flow (alpha', sigma').
 
-Source: RF arXiv 2209.03003; VP arXiv 2011.13456 (linear beta) and 2102.09672 (cosine); EDM 2206.00364;
-TrigFlow 2410.11081; time shift 2403.03206 §5.3.2.
+Source: RF arXiv 2209.03003; VP arXiv 2011.13456 (linear beta) and 2102.09672 (cosine); DDPM 2006.11239; EDM
+2206.00364; TrigFlow 2410.11081; time shift 2403.03206 §5.3.2.
 """
 
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from engines.manifest import Kind, ProcessSpec
+from engines.manifest import Betas, Kind, ProcessSpec
 
 _TINY = 1e-12  # keeps 0/0 at the very ends of a process finite
 
@@ -56,6 +57,10 @@ class Process(ABC):
     def network_time(self, t: Tensor) -> Tensor:
         """What a network trained on this process (without its shift) is told for `t`."""
         return t
+
+    def prior(self, t: Tensor) -> Tensor:
+        """The deviation of the noise that sampling from time `t` starts with."""
+        return self.sigma(t)
 
     def mix(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return over(self.alpha(t), x0) * x0 + over(self.sigma(t), x0) * eps
@@ -102,7 +107,22 @@ class Process(ABC):
 
 @dataclass(frozen=True)
 class RF(Process):
-    """Rectified flow: a straight line from data (t = 0) to noise (t = 1)."""
+    """Rectified flow: a straight line from data (t = 0) to noise (t = 1).
+
+    With `ticks`, networks are told whole 1/ticks, rounded down, and sampling starts with unit noise though the first
+    time is below 1, as diffusers' DPM-Solver and UniPC do with flows. A derivative by time passes the rounding as if it
+    were not there.
+    """
+
+    ticks: int | None = None
+
+    def network_time(self, t: Tensor) -> Tensor:
+        if self.ticks is None:
+            return t
+        return t + ((t * self.ticks).floor() / self.ticks - t).detach()
+
+    def prior(self, t: Tensor) -> Tensor:
+        return self.sigma(t) if self.ticks is None else torch.ones_like(t)
 
     @property
     def t_max(self) -> float:
@@ -166,6 +186,71 @@ class VP(Process):
 
     def _dlog_alpha(self, t: Tensor) -> Tensor:
         return -t * (self.beta_max - self.beta_min) / 2 - self.beta_min / 2
+
+
+@dataclass(frozen=True)
+class DDPM(Process):
+    """The variance-preserving chain of Stable Diffusion 1-2, SDXL and PixArt: t = (k + 1) / N at the chain's step k.
+
+    So t = 0 is clean data, which no step of the chain is, and the network is told k / N. Between steps sigma / alpha
+    is linear, as diffusers' Euler has it. Sampling starts with unit noise, though alpha at t = 1 is not 0.
+    """
+
+    betas: Betas
+
+    @property
+    def t_max(self) -> float:
+        return 1.0
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return (t - 1 / self.betas.steps).clamp_min(0)
+
+    def prior(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.rsqrt(1 + self._ratio(t)[0].square())
+
+    def sigma(self, t: Tensor) -> Tensor:
+        ratio = self._ratio(t)[0]
+        return ratio * torch.rsqrt(1 + ratio.square())
+
+    def dalpha(self, t: Tensor) -> Tensor:
+        ratio, slope = self._ratio(t)
+        return -ratio * slope * torch.rsqrt(1 + ratio.square()) ** 3
+
+    def dsigma(self, t: Tensor) -> Tensor:
+        ratio, slope = self._ratio(t)
+        return slope * torch.rsqrt(1 + ratio.square()) ** 3
+
+    def t_of_angle(self, angle: Tensor) -> Tensor:
+        table = _noise_to_signal(self.betas).to(angle)
+        ratio = angle.tan().clamp(0, float(table[-1]))
+        above = torch.searchsorted(table, ratio.contiguous()).clamp(1, self.betas.steps)
+        low, high = table[above - 1], table[above]
+        return (above - 1 + (ratio - low) / (high - low)) / self.betas.steps
+
+    def _ratio(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """sigma / alpha at t and its derivative."""
+        table, position = _noise_to_signal(self.betas).to(t), t * self.betas.steps
+        below = position.detach().long().clamp(0, self.betas.steps - 1)
+        rise = table[below + 1] - table[below]
+        return table[below] + (position - below) * rise, self.betas.steps * rise
+
+
+@cache
+def _noise_to_signal(betas: Betas) -> Tensor:
+    """sigma / alpha at t = 0, 1/N, ..., 1: [N + 1] fp64."""
+    if betas.curve == "linear":
+        beta = torch.linspace(betas.start, betas.end, betas.steps, dtype=torch.float64)
+    elif betas.curve == "scaled_linear":
+        beta = torch.linspace(betas.start**0.5, betas.end**0.5, betas.steps, dtype=torch.float64).square()
+    else:  # arXiv 2102.09672 eq. 17
+        t = torch.linspace(0, 1, betas.steps + 1, dtype=torch.float64)
+        bar = ((t + 0.008) / 1.008 * (math.pi / 2)).cos().square()
+        beta = (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
+    log_signal = (1 - beta).log().cumsum(0)
+    return torch.cat([torch.zeros(1, dtype=torch.float64), (torch.expm1(-log_signal)).sqrt()])
 
 
 @dataclass(frozen=True)
@@ -238,6 +323,9 @@ class Shifted(Process):
     def network_time(self, t: Tensor) -> Tensor:
         return self.process.network_time(self._bend(t, self.mu))
 
+    def prior(self, t: Tensor) -> Tensor:
+        return self.process.prior(self._bend(t, self.mu))
+
     def alpha(self, t: Tensor) -> Tensor:
         return self.process.alpha(self._bend(t, self.mu))
 
@@ -264,12 +352,12 @@ class Shifted(Process):
 def make(spec: ProcessSpec) -> Process:
     """The process that a manifest names."""
     kinds: dict[str, Process] = {
-        "rf": RF(),
+        "rf": RF(spec.ticks),
         "vp": VP(),
         "edm": EDM(sigma_data=spec.sigma_data),
         "trig": TRIG(sigma_data=spec.sigma_data),
     }
-    process = kinds[spec.kind]
+    process = DDPM(spec.betas) if spec.betas else kinds[spec.kind]
     return process if spec.shift == 1.0 else Shifted(process, spec.shift)
 
 

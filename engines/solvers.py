@@ -54,8 +54,9 @@ class Solver(ABC):
         self.lam = [_log_snr(a, b) for a, b in zip(self.alpha, self.sigma, strict=True)]
 
     def start(self, noise: Tensor) -> State:
-        """The state of pure noise: unit noise scaled to the deviation of the first time."""
-        return State(x=noise * self.sigma[0], i=0)
+        """The state of pure noise: unit noise scaled to the process' deviation at the first time."""
+        first = torch.tensor([self.times[0]], dtype=torch.float64)
+        return State(x=noise * self.process.prior(first).item(), i=0)
 
     def done(self, state: State) -> bool:
         return state.i >= len(self.plan)
@@ -256,7 +257,7 @@ def sample(
     draw = draw or (lambda i: torch.randn(noise.shape, dtype=noise.dtype, device=noise.device, generator=generator))
     steps = list(pairwise(times))
     first = torch.tensor([times[0]], dtype=torch.float64)
-    x = noise * den.process.sigma(first).item()
+    x = noise * den.process.prior(first).item()
     with torch.no_grad():
         for i, (t, s) in enumerate(steps[:grad]):
             target = (1 - eta) * s

@@ -1,12 +1,13 @@
 """The algebra of every process, checked against itself and against finite differences."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
 
-from engines.manifest import ProcessSpec
-from engines.process import EDM, RF, TRIG, VP, Process, Shifted, make, rebase
+from engines.manifest import Betas, ProcessSpec
+from engines.process import DDPM, EDM, RF, TRIG, VP, Process, Shifted, make, rebase
 
 PROCESSES: dict[str, Process] = {
     "rf": RF(),
@@ -14,6 +15,8 @@ PROCESSES: dict[str, Process] = {
     "vp-linear": VP(curve="linear"),
     "edm": EDM(),
     "trig": TRIG(sigma_data=0.7),
+    "ddpm": DDPM(Betas(steps=1001)),  # the times of the tests lie between its steps, where it is smooth
+    "ddpm-cosine": DDPM(Betas(curve="squaredcos_cap_v2", steps=1001)),
     "rf-shifted": Shifted(RF(), 3.0),
     "edm-shifted": Shifted(EDM(sigma_max=20.0), 0.5),
 }
@@ -95,3 +98,34 @@ def test_a_manifest_names_its_process() -> None:
     assert make(ProcessSpec()) == RF()
     assert make(ProcessSpec(kind="rf", shift=3.0)) == Shifted(RF(), 3.0)
     assert make(ProcessSpec(kind="trig", sigma_data=0.5)) == TRIG(sigma_data=0.5)
+
+
+@pytest.mark.parametrize("curve", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_a_chain_has_the_noise_of_diffusers_and_its_network_the_step_s_own_number(curve: Literal["linear"]) -> None:
+    from diffusers import DDPMScheduler
+
+    bars = DDPMScheduler(beta_schedule=curve, beta_start=0.001, beta_end=0.02).alphas_cumprod.double()
+    process, steps = DDPM(Betas(curve=curve, start=0.001, end=0.02)), torch.arange(1000, dtype=torch.float64)
+    t = (steps + 1) / 1000
+    torch.testing.assert_close(process.alpha(t).square(), bars, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(process.sigma(t).square(), 1 - bars, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(1000 * process.network_time(t), steps)
+    assert process.prior(t).eq(1).all()
+
+
+def test_ticks_round_the_network_s_time_down_and_let_derivatives_through() -> None:
+    process = make(ProcessSpec(ticks=1000))
+    t = torch.tensor([0.9379, 0.5], dtype=torch.float64, requires_grad=True)
+    told = process.network_time(t)
+    torch.testing.assert_close(told, torch.tensor([0.937, 0.5], dtype=torch.float64))
+    (slope,) = torch.autograd.grad(told.sum(), t)
+    assert slope.eq(1).all()
+
+
+def test_what_a_process_lacks_is_not_in_its_manifest() -> None:
+    assert set(ProcessSpec().model_dump()) == {"kind", "shift", "sigma_data"}
+    spec = ProcessSpec(kind="ddpm", betas=Betas())
+    assert ProcessSpec.model_validate(spec.model_dump()) == spec
+    for wrong in ({"kind": "ddpm"}, {"betas": {}}, {"kind": "vp", "ticks": 1000}):
+        with pytest.raises(ValueError, match=r"betas|ticks"):
+            ProcessSpec.model_validate(wrong)
