@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from engines import golden, plugins
+from engines import golden, plugins, shipped
 from engines.errors import InvalidManifest, InvalidRequest, NotBuilt
+from engines.families.base import FamilyClass, ReadFile
 from engines.graph import ComponentGraph, spec
 from engines.loader import load_student, load_weights, reader
 from engines.manifest import Component, Guidance, Kind, ProcessSpec, Schedule, StudentManifest, shown
 from engines.registry.base import Registry
 
 GOLDEN_PROMPTS = ("a red circle", "a small blue square on the left", "two shapes on white", "")
-_PREDICTIONS: dict[str, Kind] = {"flow_prediction": "flow", "epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FRESH = ("second_time.", "guidance.")
 """Layers of a denoiser that a teacher has not: they begin at zero, where the student is its teacher."""
@@ -35,47 +35,55 @@ def import_diffusers(
     *,
     name: str,
     kind: Literal["teacher", "full"] = "teacher",
-    schedules: Mapping[int, Schedule] | Iterable[Schedule],
+    schedules: Mapping[int, Schedule] | Iterable[Schedule | int],
     guidance: Guidance = Guidance(),  # noqa: B008 - frozen
-    solver: str = "ddim",
+    inputs: Iterable[Literal["s", "w"]] = (),
+    solver: str | None = None,
     process: ProcessSpec | None = None,
     prediction: Kind | None = None,
+    resolution: tuple[int, int] | None = None,
     licence: str = "apache-2.0",
     task: str | None = None,
     golden_prompts: Sequence[str] = GOLDEN_PROMPTS,
 ) -> str:
     """Publishes a diffusers directory and returns its version; the same directory gives the same version.
 
-    `process` and `prediction` are read from the scheduler's config, which must be a flow, unless they are given.
+    What is not given is read from the scheduler's config. A schedule that is a number has as many steps, at the times
+    of that scheduler. `inputs` are those that the network has of itself, as FLUX.1-dev reads its guidance weight w.
 
     Raises:
-        NotBuilt: its pipeline class has no family file here.
+        NotBuilt: its pipeline class has no family file here, or its scheduler cannot be followed.
         InvalidManifest: it is not what its class says.
     """
-    index = _json(directory / "model_index.json")
-    family = _family_of(str(index.get("_class_name")))
-    folders: dict[str, str] = plugins.load("engines.families", family, "FOLDERS")
+    family = _family_of(str(_json(directory / "model_index.json").get("_class_name")))
+    folders: dict[str, tuple[str, ...]] = plugins.load("engines.families", family, "FOLDERS")
+    family_class: FamilyClass = plugins.load("engines.families", family, "FAMILY")
     scheduler = _json(directory / "scheduler" / "scheduler_config.json")
-    unet, vae = (
-        _json(directory / folders["denoiser"] / "config.json"),
-        _json(directory / folders["decoder"] / "config.json"),
-    )
-    downscale = 2 ** (len(vae["block_out_channels"]) - 1)
-    size = unet["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
+    geometry = family_class.geometry(_reads_configs(directory, folders))
+    width, height = resolution or (geometry.width * geometry.downscale, geometry.height * geometry.downscale)
+    own = shipped.read(scheduler, process, prediction)
+    latent = (height // geometry.downscale, width // geometry.downscale)
+    asked = list(schedules.values() if isinstance(schedules, Mapping) else schedules)
+    if process and any(isinstance(one, int) for one in asked):
+        raise InvalidManifest("the scheduler's own times are of its own process: give times, or no process")
+    made = [
+        shipped.schedule(scheduler, one, latent, family_class.sigmas(one)) if isinstance(one, int) else one
+        for one in asked
+    ]
     manifest = StudentManifest(
         name=name,
         family=family,
         kind=kind,
-        components={role: _component(directory, role, folder, registry) for role, folder in folders.items()},
-        process=process or _process(scheduler),
-        prediction=prediction or _prediction(scheduler),
-        solver=solver,
-        schedules=_by_steps(schedules),
+        components={role: _component(directory, role, names, registry) for role, names in folders.items()},
+        process=own.process,
+        prediction=own.prediction,
+        solver=solver or own.solver,
+        schedules=_by_steps(made),
+        inputs=frozenset(inputs),
         guidance=guidance,
-        resolutions=((width * downscale, height * downscale),),
-        latent_channels=unet["in_channels"],
-        downscale=downscale,
+        resolutions=((width, height),),
+        latent_channels=geometry.channels,
+        downscale=geometry.downscale,
         licence=licence,
         task=task,
     )
@@ -143,15 +151,21 @@ def export_diffusers(registry: Registry, version: str, directory: Path) -> None:
     manifest = registry.student(version)
     if manifest.inputs:
         raise NotBuilt(f"a network that reads {sorted(manifest.inputs)} is no plain diffusers network")
-    folders: dict[str, str] = plugins.load("engines.families", manifest.family, "FOLDERS")
-    for role, folder in folders.items():
+    folders: dict[str, tuple[str, ...]] = plugins.load("engines.families", manifest.family, "FOLDERS")
+    for role, names in folders.items():
         part = manifest.components[role]
         for name, sha in part.files.items():
             if name == ADAPTER:  # its weights are merged already
                 continue
-            _write(directory / (name if name.startswith("tokenizer/") else f"{folder}/{name}"), registry.read_blob(sha))
+            _write(directory / (name if "/" in name else f"{names[0]}/{name}"), registry.read_blob(sha))
         file = "model.safetensors" if role == "encoder" else "diffusion_pytorch_model.safetensors"
-        _write(directory / folder / file, registry.read_blob(part.weights))
+        if len(names) == 1:
+            _write(directory / names[0] / file, registry.read_blob(part.weights))
+            continue
+        weights = load_weights(registry, part)
+        for folder in names:
+            own = {n.removeprefix(f"{folder}."): w for n, w in weights.items() if n.startswith(f"{folder}.")}
+            _write(directory / folder / file, save(own))
 
 
 def export_lora(registry: Registry, version: str, directory: Path) -> Path:
@@ -192,47 +206,74 @@ def _with_weights(
     stored = {name: value.to(_DTYPES[dtype]).contiguous() for name, value in network.state_dict().items()}
     files = {name: sha for name, sha in old.files.items() if name != ADAPTER}
     if adapter is not None:
-        network = plugins.load("engines.families", base.family, "FOLDERS")["denoiser"]  # as diffusers calls it
-        named = {f"{network}.{name}": value.contiguous() for name, value in adapter.items()}
+        (folder,) = plugins.load("engines.families", base.family, "FOLDERS")["denoiser"]  # as diffusers calls it
+        named = {f"{folder}.{name}": value.contiguous() for name, value in adapter.items()}
         files[ADAPTER] = registry.put_blob(save(named, {"format": "pt"}))
     return Component(weights=registry.put_blob(save(stored)), files=files)
 
 
-def _component(directory: Path, role: str, folder: str, registry: Registry) -> Component:
-    files = {"config.json": directory / folder / "config.json"}
+def _component(directory: Path, role: str, folders: Sequence[str], registry: Registry) -> Component:
+    files = {_inside(folders, folder, "config.json"): directory / folder / "config.json" for folder in folders}
     if role == "encoder":
-        files |= {f"tokenizer/{p.name}": p for p in sorted((directory / "tokenizer").iterdir()) if p.is_file()}
+        tokenizers = [file for file in sorted(directory.glob("tokenizer*/*")) if file.is_file()]
+        files |= {f"{file.parent.name}/{file.name}": file for file in tokenizers}
     return Component(
-        weights=registry.put_blob(_weights_file(directory / folder)),
+        weights=registry.put_blob(_blob({folder: _weights(directory / folder) for folder in folders})),
         files={name: registry.put_blob(path) for name, path in files.items()},
     )
 
 
-def _weights_file(folder: Path) -> Path:
+def _weights(folder: Path) -> list[Path]:
+    """The safetensors files of a component: one, or all shards that its index names."""
+    if indices := sorted(folder.glob("*.safetensors.index.json")):
+        names = {Path(str(name)).name for name in _json(indices[0])["weight_map"].values()}
+        return [folder / name for name in sorted(names)]
     found = sorted(folder.glob("*.safetensors"))
     plain = [path for path in found if ".fp16." not in path.name] or found
     if len(plain) != 1:
-        raise InvalidManifest(f"{folder} has {len(plain)} safetensors files: one is needed, not sharded")
-    return plain[0]
+        raise InvalidManifest(f"{folder} has {len(plain)} safetensors files and no index: one is needed")
+    return plain
+
+
+def _blob(weights: Mapping[str, Sequence[Path]]) -> Path | bytes:
+    """One file as it is; of several folders or shards, all tensors under `<folder>.<name>` or their own names."""
+    first, *others = weights.values()
+    if not others and len(first) == 1:
+        return first[0]
+    merged = {
+        f"{folder}.{name}" if others else name: tensor
+        for folder, files in weights.items()
+        for file in files
+        for name, tensor in load_file(file).items()
+    }
+    blob: bytes = save(merged)
+    return blob
 
 
 def _family_of(pipeline: str) -> str:
-    for family in plugins.names("engines.families"):
-        if plugins.load("engines.families", family, "PIPELINE") == pipeline:
-            return family
-    raise NotBuilt(f"no file of engines/families is for {pipeline}: add one")
+    known = {plugins.load("engines.families", name, "PIPELINE"): name for name in plugins.names("engines.families")}
+    if pipeline not in known:
+        raise NotBuilt(f"no file of engines/families is for {pipeline}: there are {', '.join(sorted(known))}; add one")
+    return known[pipeline]
 
 
-def _process(scheduler: Mapping[str, Any]) -> ProcessSpec:
-    if scheduler.get("use_flow_sigmas") or "FlowMatch" in str(scheduler.get("_class_name")):
-        return ProcessSpec(kind="rf")
-    raise NotBuilt(f"the noise of {scheduler.get('_class_name')} has no process here: give `process` and `prediction`")
+def _reads_configs(directory: Path, folders: Mapping[str, Sequence[str]]) -> ReadFile:
+    """Reads a directory's configs by the names that they will have in a student."""
+    found = {
+        f"{role}/{_inside(names, folder, 'config.json')}": directory / folder / "config.json"
+        for role, names in folders.items()
+        for folder in names
+    }
+
+    def read(name: str) -> bytes:
+        return json.dumps(_json(found[name])).encode()
+
+    return read
 
 
-def _prediction(scheduler: Mapping[str, Any]) -> Kind:
-    if "FlowMatch" in str(scheduler.get("_class_name")):
-        return "flow"
-    return _PREDICTIONS[str(scheduler.get("prediction_type"))]
+def _inside(folders: Sequence[str], folder: str, name: str) -> str:
+    """A file or weight of one of a component's folders as the component names it."""
+    return name if len(folders) == 1 else f"{folder}/{name}"
 
 
 def _by_steps(schedules: Mapping[int, Schedule] | Iterable[Schedule]) -> dict[int, Schedule]:

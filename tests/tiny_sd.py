@@ -28,7 +28,7 @@ def write(folder: Path, *, seed: int = 0, tiny_vae: bool = False, fp16: bool = F
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(seed)
-    vocabulary = _tokenizer(folder / "tokenizer")
+    vocabulary = tokenizer(folder / "tokenizer")
     text = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=vocabulary, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
@@ -53,7 +53,7 @@ def write(folder: Path, *, seed: int = 0, tiny_vae: bool = False, fp16: bool = F
         )
     )  # fmt: skip
     for name, module in (("text_encoder", text), ("unet", unet), ("vae", vae)):
-        _shake(module)
+        shake(module)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             (module.half() if fp16 else module).save_pretrained(folder / name)
@@ -75,13 +75,13 @@ def write(folder: Path, *, seed: int = 0, tiny_vae: bool = False, fp16: bool = F
     return folder
 
 
-def _shake(module: torch.nn.Module) -> None:
+def shake(module: torch.nn.Module) -> None:
     with torch.no_grad():
         for weight in module.parameters():
             weight.add_(0.05 * torch.randn_like(weight))
 
 
-def _tokenizer(folder: Path) -> int:
+def tokenizer(folder: Path) -> int:
     """Whole words as tokens, and nothing else: the number of tokens."""
     from transformers import CLIPTokenizer
 

@@ -53,8 +53,8 @@ class Teacher:
         return Denoiser(network, self.denoiser.process, self.denoiser.kind, reads)
 
     def guided(self, w: float) -> BaseDenoiser:
-        """u + w(c - u) where the empty prompt is u; the plain network for w = 1."""
-        return self.denoiser if w == 1.0 else Guided(self.denoiser, self.encode([""]), w)
+        """u + w(c - u) where the family's own null conditioning is u; the plain network for w = 1."""
+        return self.denoiser if w == 1.0 else Guided(self.denoiser, self._family(self.denoiser).null(), w)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], batch: int = 64) -> Tensor:

@@ -28,11 +28,22 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Prompts as the encoder reads them. ids [B, L] int64; per prompt the words that it cannot read."""
+    """Prompts as the encoder reads them. ids and mask [B, L] int64; per prompt the words that it cannot read."""
 
     ids: Tensor
     ignored_words: tuple[tuple[str, ...], ...]
     counts: tuple[int, ...]
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """The latents of a pipeline: channels, pixels per latent position, and its own size in latent positions."""
+
+    channels: int
+    downscale: int
+    height: int
+    width: int
 
 
 class ComponentNetwork(nn.Module):
@@ -60,11 +71,7 @@ class ComponentNetwork(nn.Module):
 
     def select(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a blob that belong to this component, under their names here."""
-        return {self.rename(n): w for n, w in weights.items() if not n.startswith(self.unused)}
-
-    def rename(self, name: str) -> str:
-        """A name as other library versions wrote it, as it is here."""
-        return name
+        return {name: w for name, w in weights.items() if not name.startswith(self.unused)}
 
     def load(self, weights: Mapping[str, Tensor], *, fresh: tuple[str, ...] = ()) -> None:
         """Loads a whole blob; names that begin with one of `fresh` may be missing and keep what they are.
@@ -87,6 +94,9 @@ class Family(Protocol):
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Conditioning, one row per prompt: [B, L, D] fp32."""
 
+    def null(self) -> Tensor:
+        """The conditioning [1, L, D] that guided rows are guided away from."""
+
     def denoise(
         self,
         x: Tensor,
@@ -100,7 +110,7 @@ class Family(Protocol):
     ) -> Tensor:
         """The prediction [B, C, H, W] fp32. A row whose w is neither None nor NaN is guided.
 
-        `negative` [B, L, D] stands for the empty prompt where a row has another.
+        `negative` [B, L, D] stands for `null()` where a row has another.
         """
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -114,7 +124,8 @@ class Family(Protocol):
 
 
 class FamilyClass(Protocol):
-    """What a family file exports as `FAMILY`."""
+    """What a family file exports as `FAMILY`, beside `PIPELINE`, the class in a directory's model_index.json, and
+    `FOLDERS`, the folders of each role. Of several folders, a role's blob holds all weights as `<folder>.<name>`."""
 
     def __call__(
         self, encoder: Engine, denoiser: Engine | Mapping[str, Engine], decoder: Engine, **options: Any
@@ -130,6 +141,12 @@ class FamilyClass(Protocol):
 
         `role` is encoder, decoder or the name of a denoiser; `latent` is C, H, W of the resolution served.
         """
+
+    def geometry(self, read: ReadFile) -> Geometry:
+        """From the configs of denoiser and decoder."""
+
+    def sigmas(self, steps: int) -> list[float] | None:
+        """The noise levels that the pipeline asks its flow scheduler for; None leaves them to the scheduler."""
 
     def tokenizer(self, read: ReadFile, names: Sequence[str]) -> Any:
         """The tokenizer of a student; `names` are the encoder's files."""

@@ -1,0 +1,108 @@
+"""What families share of latents: VAE decoders as components, and 2 x 2 patches as tokens."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from engines.errors import InvalidManifest
+from engines.families.base import ComponentNetwork, Port
+
+IMAGE_VAES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
+
+
+class DecoderNet(ComponentNetwork):
+    """latents [B, C, H, W] -> pictures in levels 0..255, fp32 [B, 3, H', W']; the VAE's scaling is undone inside.
+
+    `shifts`: whether the pipeline undoes a shift too. Not rounded: a grain measure reads what rounding would hide, and
+    rounding costs nothing outside.
+    """
+
+    unused = ("encoder.", "quant_conv.")
+    outputs = ("levels",)
+
+    def __init__(self, vae: Any, height: int, width: int, *, shifts: bool = False) -> None:
+        super().__init__()
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        if shift and not shifts:
+            raise InvalidManifest("vae shift_factor is not 0, and the pipeline of this family applies none: remove it")
+        self.scale, self.shift = 1.0 / vae.config.scaling_factor, shift
+        self.decoder = vae.decoder
+        post = getattr(vae, "post_quant_conv", None)
+        self.post_quant_conv = post if post is not None else nn.Identity()
+        self.ports = (Port("latents", (vae.config.latent_channels, height, width)),)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return levels(self.decoder(self.post_quant_conv(latents * self.scale + self.shift)))
+
+
+class VideoDecoderNet(ComponentNetwork):
+    """The same for a video VAE, of which one frame is decoded: latents stay [B, C, H, W].
+
+    A first frame passes through none of the layers that make more frames out of it: they are not read.
+    """
+
+    unused = ("encoder.", "quant_conv.")
+    outputs = ("levels",)
+
+    def __init__(self, vae: Any, height: int, width: int) -> None:
+        super().__init__()
+        if getattr(vae.config, "patch_size", None) is not None:
+            raise InvalidManifest("a video VAE with patch_size is not built: give one without, as of Wan 2.1")
+        self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
+        for module in [module for module in self.modules() if hasattr(module, "time_conv")]:
+            del module.time_conv
+        self.mean, self.deviation = list(vae.config.latents_mean), list(vae.config.latents_std)
+        self.ports = (Port("latents", (vae.config.z_dim, height, width)),)
+
+    def select(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value for name, value in super().select(weights).items() if ".time_conv." not in name}
+
+    def forward(self, latents: Tensor) -> Tensor:
+        mean, deviation = (latents.new_tensor(per).view(-1, 1, 1) for per in (self.mean, self.deviation))
+        scaled = latents * deviation + mean
+        frames: Tensor = self.decoder(self.post_quant_conv(scaled.unsqueeze(2)))
+        return levels(frames[:, :, 0])
+
+
+def levels(pictures: Tensor) -> Tensor:
+    """-1..1 as 0..255."""
+    return (pictures * 127.5 + 127.5).clamp(0, 255)
+
+
+def image_vae(config: dict[str, Any]) -> Any:
+    import diffusers
+
+    return of_class(config, {name: getattr(diffusers, name) for name in IMAGE_VAES}, "decoder")
+
+
+def of_class(config: dict[str, Any], known: Mapping[str, Any], role: str) -> Any:
+    """A diffusers model with random weights from its config.
+
+    Raises:
+        InvalidManifest: it is none of `known`.
+    """
+    name = str(config.get("_class_name"))
+    if name not in known:
+        raise InvalidManifest(f"the {role} is a {name}: this family has {', '.join(known)}")
+    return known[name].from_config(config)
+
+
+def image_downscale(vae: Mapping[str, Any]) -> int:
+    """Pixels per latent position."""
+    blocks = vae.get("block_out_channels") or vae["encoder_block_out_channels"]
+    return int(2 ** (len(blocks) - 1))
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, H/2 * W/2, 4C], each token a 2 x 2 patch, channels first."""
+    rows, channels, height, width = x.shape
+    patches = x.view(rows, channels, height // 2, 2, width // 2, 2)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(rows, (height // 2) * (width // 2), 4 * channels)
+
+
+def from_tokens(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `to_tokens` for a latent of `height` x `width`."""
+    rows, _, size = tokens.shape
+    patches = tokens.view(rows, height // 2, width // 2, size // 4, 2, 2)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(rows, size // 4, height, width)

@@ -1,0 +1,125 @@
+"""The part of a family that is the same for all: three engines, guided rows, and pictures out of latents."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from engines.backends.base import Engine
+from engines.families._text import load_tokenizers, read_prompts
+from engines.families.base import ReadFile, Tokens
+
+
+class TextToImage:
+    """A text-to-image pipeline without its scheduler. A family file says what differs.
+
+    `lengths`: the tokens that each tokenizer gives a prompt; None is the tokenizer's own maximum.
+    """
+
+    lengths: ClassVar[tuple[int | None, ...]] = (None,)
+
+    def __init__(
+        self,
+        encoder: Engine,
+        denoiser: Engine | Mapping[str, Engine],
+        decoder: Engine,
+        *,
+        tokenizer: Any = None,
+        inputs: frozenset[str] = frozenset(),
+    ) -> None:
+        self.encoder, self.decoder = encoder, decoder
+        self.denoisers = denoiser if isinstance(denoiser, Mapping) else {"denoiser": denoiser}
+        self.inputs = inputs
+        self._tokenizers = tokenizer
+        self._null: Tensor | None = None
+
+    def tokenize(self, prompts: Sequence[str]) -> Tokens:
+        return read_prompts(self._tokenizers, [self.worded(prompt) for prompt in prompts], self.lengths)
+
+    def worded(self, prompt: str) -> str:
+        """The prompt as the tokenizers are given it."""
+        return prompt
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        tokens = self.tokenize(prompts)
+        mask = tokens.mask if "mask" in self.encoder.inputs else None
+        return self.encoder.run(**_present(ids=tokens.ids, mask=mask))["cond"]
+
+    def null(self) -> Tensor:
+        """What guided rows are guided away from where no other prompt is given: [1, L, D]."""
+        if self._null is None:
+            self._null = self.encode([""])
+        return self._null
+
+    def denoise(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Tensor,
+        s: Tensor | None = None,
+        w: Sequence[float | None] | Tensor | None = None,
+        *,
+        negative: Tensor | None = None,
+        net: str = "denoiser",
+    ) -> Tensor:
+        weights = _as_weights(w, len(x))
+        engine = self.denoisers[net]
+        if "w" in self.inputs:
+            return engine.run(**_present(x=x, t=t, cond=cond, s=self._second(t, s), w=weights))["pred"]
+        guided = (~weights.isnan()).nonzero().flatten()
+        if not len(guided):
+            return engine.run(**_present(x=x, t=t, cond=cond, s=self._second(t, s)))["pred"]
+        null = self.null() if negative is None else negative
+        rows = torch.cat([torch.arange(len(x)), guided])
+        second = self._second(t, s)
+        pred = engine.run(
+            **_present(
+                x=x[rows],
+                t=t[rows],
+                cond=torch.cat([cond, null.expand_as(cond)[guided]]),
+                s=None if second is None else second[rows],
+            )
+        )["pred"]
+        c, u = pred[: len(x)], pred[len(x) :]
+        c[guided] = self.guided(c[guided], u, weights[guided].view(-1, 1, 1, 1))
+        return c
+
+    def guided(self, c: Tensor, u: Tensor, w: Tensor) -> Tensor:
+        """One guided prediction out of two. c, u [B, C, H, W]; w [B, 1, 1, 1]."""
+        return u + w * (c - u)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.levels(latents).round().to(torch.uint8)
+
+    def levels(self, latents: Tensor) -> Tensor:
+        return self.decoder.run(latents=latents)["levels"]
+
+    def network_rows(self, w: float | None) -> int:
+        return 1 if w is None or "w" in self.inputs else 2
+
+    def _second(self, t: Tensor, s: Tensor | None) -> Tensor | None:
+        if "s" not in self.inputs:
+            return None
+        return t if s is None else s
+
+    @staticmethod
+    def sigmas(steps: int) -> list[float] | None:
+        """The noise levels that the pipeline asks its flow scheduler for; None leaves them to the scheduler."""
+        return None
+
+    @staticmethod
+    def tokenizer(read: ReadFile, names: Sequence[str]) -> Any:
+        return load_tokenizers(read, names)
+
+
+def _as_weights(w: Sequence[float | None] | Tensor | None, rows: int) -> Tensor:
+    """[B] fp32, NaN where a row is not guided."""
+    if isinstance(w, Tensor):
+        return w.to(torch.float32).expand(rows)
+    values = [None] * rows if w is None else list(w)
+    return torch.tensor([float("nan") if v is None else v for v in values], dtype=torch.float32)
+
+
+def _present(**inputs: Tensor | None) -> dict[str, Tensor]:
+    return {name: value for name, value in inputs.items() if value is not None}
