@@ -39,6 +39,7 @@ class Step:
 
     `w` is the guidance weight of u + w(c − u), or None where the network is asked once without it.
     `eta` is the share of fresh noise: 0 follows the flow map, 1 predicts x0 and re-noises to `s`.
+    `coefficients` are the row of solver `linear`: of x, of this clean prediction and of the earlier ones.
     """
 
     net: str
@@ -46,6 +47,7 @@ class Step:
     s: float
     w: float | None
     eta: float
+    coefficients: tuple[float, ...] | None = None
 
 
 class Betas(_Frozen):
@@ -83,13 +85,23 @@ class ProcessSpec(_Frozen):
         return {name: value for name, value in plain(self).items() if value is not None}
 
 
+LINEAR = "linear"  # the solver whose steps are written out in `Schedule.coefficients`
+Coefficient = Annotated[float, Field(allow_inf_nan=False)]
+
+
 class Schedule(_Frozen):
-    """How a student takes K steps: K + 1 falling times, and per step the noise share and the network."""
+    """How a student takes K steps: K + 1 falling times, and per step the noise share and the network.
+
+    With solver `linear`, row i of `coefficients` (a, b_0, b_1, …) makes the step itself:
+    x_(i+1) = a x_i + b_0 x0_i + b_1 x0_(i-1) + …, where x0_i is the clean prediction of step i; at most i + 2 entries.
+    """
 
     times: tuple[float, ...] = Field(min_length=2)
     eta: tuple[float, ...] | float = 0.0
     solver: str | None = Field(None, description="replaces the manifest's solver for this step count")
     nets: tuple[str, ...] | None = None
+    # Left out where there are none: manifests without them keep the digests that they were published under.
+    coefficients: tuple[tuple[Coefficient, ...], ...] | None = Field(None, exclude_if=lambda rows: rows is None)
 
     @property
     def steps(self) -> int:
@@ -105,7 +117,20 @@ class Schedule(_Frozen):
                 raise ValueError(f"{field} has {len(value)} entries for {self.steps} steps")
         if any(not 0 <= eta <= 1 for eta in self._etas()):
             raise ValueError(f"eta must lie in 0..1, not {self.eta}")
+        self._check_coefficients()
         return self
+
+    def _check_coefficients(self) -> None:
+        rows = self.coefficients
+        if (rows is None) != (self.solver != LINEAR):
+            raise ValueError(f"coefficients and solver {LINEAR!r} go together, not with solver {self.solver!r}")
+        if rows is None:
+            return
+        if len(rows) != self.steps:
+            raise ValueError(f"coefficients has {len(rows)} rows for {self.steps} steps")
+        for i, row in enumerate(rows):
+            if not 2 <= len(row) <= i + 2:
+                raise ValueError(f"coefficients[{i}] has {len(row)} entries: step {i} takes 2 to {i + 2}")
 
     def _etas(self) -> tuple[float, ...]:
         return self.eta if isinstance(self.eta, tuple) else (self.eta,) * self.steps
@@ -113,8 +138,9 @@ class Schedule(_Frozen):
     def expand(self, w: float | None, interval: tuple[float, float] | None, net: str) -> tuple[Step, ...]:
         nets = self.nets or (net,) * self.steps
         inside = [interval is None or interval[0] <= t <= interval[1] for t in self.times]
+        rows = self.coefficients or (None,) * self.steps
         return tuple(
-            Step(net=nets[i], t=t, s=s, w=w if inside[i] else None, eta=eta)
+            Step(net=nets[i], t=t, s=s, w=w if inside[i] else None, eta=eta, coefficients=rows[i])
             for i, ((t, s), eta) in enumerate(zip(pairwise(self.times), self._etas(), strict=True))
         )
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engines.denoiser import BaseDenoiser, Cond
 from engines.errors import InvalidManifest, UnknownPlugin
-from engines.manifest import Kind, Step
+from engines.manifest import LINEAR, Kind, Schedule, Step
 from engines.process import Process
 
 
@@ -193,6 +193,28 @@ class UniPC(DPMpp2M):
         return self._line(last_x, drive, i - 1)
 
 
+class Linear(Solver):
+    """The plan's own coefficients: a x + b_0 x0 + b_1 (the x0 before) + …; what a search or a job has learnt.
+
+    Every solver above is one such row per step for fixed times. History: the x0s, as many as a later row asks for.
+    """
+
+    multistep = True
+
+    def __init__(self, process: Process, kind: Kind, plan: Sequence[Step]) -> None:
+        super().__init__(process, kind, plan)
+        if any(step.coefficients is None for step in plan):
+            raise InvalidManifest(f"solver {LINEAR} needs a row of coefficients for every step of the plan")
+
+    def _step(self, state: State, x0: Tensor, eps: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        keep, *shares = self.plan[state.i].coefficients or ()
+        seen = (x0, *state.history)
+        x = keep * state.x
+        for share, part in zip(shares, seen, strict=False):  # a row may reach less far back than is remembered
+            x = x + share * part
+        return x, seen
+
+
 _SOLVERS: dict[str, type[Solver]] = {
     "ddim": DDIM,
     "euler": Euler,
@@ -200,6 +222,7 @@ _SOLVERS: dict[str, type[Solver]] = {
     "ab2": AdamsBashforth2,
     "dpmpp_2m": DPMpp2M,
     "unipc": UniPC,
+    LINEAR: Linear,
 }
 
 
@@ -223,7 +246,18 @@ def trajectory(
     den: BaseDenoiser, noise: Tensor, times: Sequence[float], cond: Cond = None, *, solver: str = "ddim"
 ) -> list[Tensor]:
     """x at each of `times` along the solver's deterministic path, without gradients; the last one is its end."""
-    plan = [Step(net="denoiser", t=t, s=s, w=None, eta=0.0) for t, s in pairwise(times)]
+    return _walked(
+        den, noise, [Step(net="denoiser", t=t, s=s, w=None, eta=0.0) for t, s in pairwise(times)], cond, solver
+    )
+
+
+def followed(den: BaseDenoiser, noise: Tensor, schedule: Schedule, cond: Cond = None) -> Tensor:
+    """The end of a deterministic schedule's path, by the solver and the coefficients that it names."""
+    plan = schedule.expand(None, None, "denoiser")
+    return _walked(den, noise, plan, cond, schedule.solver or "ddim")[-1]
+
+
+def _walked(den: BaseDenoiser, noise: Tensor, plan: Sequence[Step], cond: Cond, solver: str) -> list[Tensor]:
     rule = make(solver, den.process, "x0", plan)
     state = rule.start(noise)
     path = [state.x]

@@ -1,5 +1,6 @@
 """Solvers against diffusers, against closed forms and against each other."""
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from engines import solvers
 from engines.denoiser import BaseDenoiser, Denoiser
 from engines.errors import InvalidManifest, UnknownPlugin
-from engines.manifest import Step
+from engines.manifest import Schedule, Step
 from engines.process import EDM, RF, TRIG, VP, Process, Shifted
 
 MEAN, VAR = 1.0, 0.25  # the data of the closed forms
@@ -216,6 +217,51 @@ def test_missing_noise_is_said() -> None:
     rule = solvers.make("ddim", RF(), "flow", plan_of([1.0, 0.5, 0.0], eta=1.0))
     with pytest.raises(ValueError, match="fresh noise"):
         rule.advance(rule.start(noise_of()), noise_of())
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_linear_solver_is_any_other_one_written_out(steps: int) -> None:
+    """DDIM's rows, and those of DPM-Solver++(2M), which ask for the prediction before."""
+    times, noise = torch.linspace(1, 0, steps + 1).tolist(), noise_of(dtype=torch.float64)
+    ddim = [(s / t, (1 - s) - (1 - t) * s / t) for t, s in pairwise(times)]
+    found = {
+        "ddim": ddim,
+        "dpmpp_2m": [row if i in (0, steps - 1) else _second_order(times, i, row) for i, row in enumerate(ddim)],
+    }
+    for name, rows in found.items():
+        schedule = Schedule(times=tuple(times), solver="linear", coefficients=tuple(rows))
+        ours = solvers.followed(Truth(RF()), noise, schedule)
+        torch.testing.assert_close(ours, solvers.trajectory(Truth(RF()), noise, times, solver=name)[-1])
+
+
+def _second_order(times: list[float], i: int, row: tuple[float, ...]) -> tuple[float, ...]:
+    before, now, after = (math.log((1 - t) / t) if t < 1 else -math.inf for t in times[i - 1 : i + 2])
+    ratio = (after - now) / (now - before) / 2
+    return row[0], row[1] * (1 + ratio), -row[1] * ratio
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"coefficients": None}, "go together"),
+        ({"solver": "ddim"}, "go together"),
+        ({"solver": None}, "go together"),
+        ({"coefficients": ((0.5, 0.5),)}, "1 rows for 2 steps"),
+        ({"coefficients": ((0.5, 0.5, 0.1), (0.0, 1.0))}, r"coefficients\[0\] has 3 entries: step 0 takes 2 to 2"),
+        ({"coefficients": ((0.5, 0.5), (1.0,))}, r"coefficients\[1\] has 1 entries"),
+        ({"coefficients": ((0.5, math.inf), (0.0, 1.0))}, "finite number"),
+    ],
+)
+def test_a_schedule_whose_coefficients_do_not_fit_is_refused(changes: dict[str, Any], words: str) -> None:
+    right = {"times": (1.0, 0.5, 0.0), "solver": "linear", "coefficients": ((0.5, 0.5), (0.0, 1.0, 0.0))}
+    assert Schedule.model_validate_json(Schedule(**right).model_dump_json()) == Schedule(**right)
+    with pytest.raises(ValueError, match=words):
+        Schedule(**{**right, **changes})
+
+
+def test_a_schedule_without_coefficients_is_written_as_before_there_were_any() -> None:
+    """So that manifests which were published keep their digests."""
+    assert Schedule(times=(1.0, 0.0)).model_dump(mode="json").keys() == {"times", "eta", "solver", "nets"}
 
 
 def test_refusals_name_the_solver() -> None:
