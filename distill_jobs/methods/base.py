@@ -6,7 +6,7 @@ a job stands, torch-free, in `schemas.json` (`python -m distill_jobs.methods` wr
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -91,6 +91,8 @@ class Method(ABC):
     needs: ClassVar[frozenset[Needs]] = frozenset({"prompts"})
     inputs: ClassVar[frozenset[str]] = frozenset()  # of s and w: what its student's network must read
     asks_teacher: ClassVar[bool] = True  # otherwise it learns from latents alone, and of no guidance
+    several_counts_read_s: ClassVar[bool] = False  # whether a student of several counts must read s
+    for_several_steps: ClassVar[frozenset[str]] = frozenset()  # settings that, if not 0, need a count above 1
 
     def __init__(self, cast: Cast, config: Any) -> None:
         self.cast = cast
@@ -172,6 +174,11 @@ class Preset:
 
 
 _PACKAGE = "distill_jobs.methods"
+
+
+def apart(names: Sequence[str]) -> list[str]:
+    """The names, each further one of the same with its number: a, b, a.2."""
+    return [name if (n := names[: i + 1].count(name)) == 1 else f"{name}.{n}" for i, name in enumerate(names)]
 
 
 def presets() -> dict[str, Preset]:

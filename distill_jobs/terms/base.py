@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from distill_jobs.batches import Batch, repeated
-from distill_jobs.methods.base import Method, MethodConfig, Needs
+from distill_jobs.methods.base import Method, MethodConfig, Needs, apart
 from distill_jobs.roles import Cast, Role
 from engines import plugins
 from engines.denoiser import BaseDenoiser
@@ -96,7 +96,7 @@ def terms() -> dict[str, type[Term]]:
 
 
 class Terms:
-    """The terms of one stage, as the stage sees them."""
+    """The terms of one stage, as the stage sees them. In figures a second one of the same name is `name.2`."""
 
     def __init__(self, wanted: Sequence[Wanted]) -> None:
         self._found = [(one, *one.resolve()) for one in wanted]
@@ -110,7 +110,10 @@ class Terms:
         return term.make(name, denoiser, config)
 
     def join(self, cast: Cast) -> None:
-        self._live = [(one.weight, term(cast, config), one.name) for one, term, config in self._found]
+        names = apart([one.name for one, _, _ in self._found])
+        self._live = [
+            (one.weight, term(cast, config), name) for name, (one, term, config) in zip(names, self._found, strict=True)
+        ]
 
     def loss(self, role: str, method: Method, batch: Batch) -> dict[str, Tensor]:
         """What the terms add to a role's loss: every term to the student's, each to its own roles'."""

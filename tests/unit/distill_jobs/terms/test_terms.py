@@ -58,6 +58,14 @@ def test_a_terms_roles_alone_take_the_gradients_of_its_losses(name: str) -> None
         run.cast.module(role).zero_grad(set_to_none=True)
 
 
+def test_two_terms_of_one_name_have_a_figure_each() -> None:
+    wanted = (Wanted("moment", 1.0), Wanted("moment", 3.0))
+    run = StageRun(0, Stage("kd", 2, STAGES["kd"], terms=wanted), tiny_teacher(), tiny_student())
+    run.method.prepare(with_data(), Workspace())
+    seen = run.iterate(with_data())
+    assert {"loss.student.moment", "loss.student.moment.2"} <= seen.keys()
+
+
 def fit(one: Stage, source: Source, folder: Path | None = None, pauses: int = 0) -> Result:
     asked = iter(["go"] * pauses + ["pause"])
     hooks = Hooks(poll=lambda: "pause" if next(asked) == "pause" else None) if pauses else Hooks()
