@@ -15,12 +15,14 @@ import torch
 
 from distill_jobs import plan as plans
 from distill_jobs import times
-from distill_jobs.batches import Source, make_batch
-from distill_jobs.methods.optimal_steps import OptimalSteps, OptimalStepsConfig
+from distill_jobs.batches import Source, make_batch, seed_of
+from distill_jobs.methods._search import Found, Search, SearchConfig, measured
+from distill_jobs.methods.base import apart, resolve
 from distill_jobs.plan import Costs, Plan, StagePlan
 from distill_jobs.roles import Cast
 from distill_jobs.spec import DistillJobSpec
 from distill_jobs.stage import Execution, Precision, Stage
+from distill_jobs.stages import SearchSpec
 from distill_jobs.terms.base import Wanted
 from distill_jobs.timing import measure, prepared_rows
 from engines.denoiser import BaseDenoiser
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 
 SCHEDULE, PLAN = "schedule.json", "plan.json"
 _TIMED_ROWS, _TIMED_TIMES = 32, 3
+_COMPARED_ROWS = 64
 
 
 def precision(spec: DistillJobSpec, teacher: BaseDenoiser, source: Source) -> Precision:
@@ -54,22 +57,52 @@ def precision(spec: DistillJobSpec, teacher: BaseDenoiser, source: Source) -> Pr
 def search(
     spec: DistillJobSpec, teacher: BaseDenoiser, source: Source, precision: Precision, proceed: Callable[[], bool]
 ) -> dict[str, Any]:
-    """Step 0: schedules for every count of the student, as JSON."""
-    told = {"counts": spec.student.steps}
-    for stage in spec.stages:
-        told |= stage.fields if stage.name == "optimal_steps" else {}
-    config = OptimalStepsConfig(**told)
+    """Step 0: schedules for every count of the student, as JSON; of several searches the best for each count."""
     started = time.monotonic()
-    batch = make_batch(source.rows(0, config.batch), source.shape, spec.train.seed)
     with precision.context():
-        found = OptimalSteps(Cast(teacher), config).search(batch, proceed)
+        names = apart([named.name for named in spec.searches])
+        found = [_searched(named, spec, teacher, source, proceed) for named in spec.searches]
+        tried = dict(zip(names, found, strict=True))
+        # A search looks best on the rows that it was made on, so several are compared on other ones.
+        judged = _judged(spec, teacher, source, tried) if len(tried) > 1 else tried
+    chosen = {k: _nearest(k, judged) for k in sorted({k for found in judged.values() for k in found})}
+    best = {k: judged[name][k] for k, name in chosen.items()}
     return {
-        "schedules": {str(k): f.schedule.model_dump(mode="json") for k, f in found.items()},
-        "distance": {str(k): f.distance for k, f in found.items()},
-        "uniform_distance": {str(k): f.uniform_distance for k, f in found.items()},
+        "schedules": {str(k): f.schedule.model_dump(mode="json") for k, f in best.items()},
+        "search": {str(k): name for k, name in chosen.items()},
+        "distance": {str(k): f.distance for k, f in best.items()},
+        "uniform_distance": {str(k): f.uniform_distance for k, f in best.items()},
+        "distances": {str(k): {name: found[k].distance for name, found in judged.items() if k in found} for k in best},
         "seconds": time.monotonic() - started,
         "bf16": precision.bf16,
     }
+
+
+Searched = Mapping[int, Found]
+
+
+def _searched(
+    named: SearchSpec, spec: DistillJobSpec, teacher: BaseDenoiser, source: Source, proceed: Callable[[], bool]
+) -> Searched:
+    """What one search finds."""
+    preset = resolve(named.name)
+    config = preset.config({"counts": spec.student.steps, **named.fields})
+    method = preset.method(Cast(teacher), config)
+    assert isinstance(method, Search)
+    assert isinstance(config, SearchConfig)
+    return method.search(make_batch(source.rows(0, config.batch), source.shape, spec.train.seed), proceed)
+
+
+def _judged(
+    spec: DistillJobSpec, teacher: BaseDenoiser, source: Source, tried: Mapping[str, Searched]
+) -> dict[str, Searched]:
+    """The same schedules with their distances on rows that none was made on."""
+    batch = make_batch(source.rows(1, _COMPARED_ROWS), source.shape, seed_of(spec.train.seed, 1))
+    return {name: measured(teacher, batch, found) for name, found in tried.items()}
+
+
+def _nearest(k: int, tried: Mapping[str, Searched]) -> str:
+    return min((name for name in tried if k in tried[name]), key=lambda name: tried[name][k].distance)
 
 
 def schedules(found: Mapping[str, Any]) -> dict[int, Schedule]:

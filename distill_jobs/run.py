@@ -23,7 +23,7 @@ from distill_jobs.preparation import SCHEDULE
 from distill_jobs.records import RESULT, JobRecords, utc_now
 from distill_jobs.settings import DistillerSettings
 from distill_jobs.small_evaluation import learnt
-from distill_jobs.spec import DistillJobSpec, PublishSpec, roles
+from distill_jobs.spec import DistillJobSpec, PublishSpec
 from distill_jobs.watch import Watch
 from engines import artefact
 from engines.errors import JobFailed, NotBuilt, SwapRejected
@@ -77,10 +77,6 @@ class JobRun:
             check=watch.check,
         )
 
-    @property
-    def trains(self) -> bool:
-        return any(roles(self.spec))
-
     def go(self) -> None:
         """Takes the job from where it stands to its end.
 
@@ -93,7 +89,7 @@ class JobRun:
             self._enter(JobState.PREPARING)
             self._prepare()
         self._enter(JobState.RUNNING)
-        if self.trains:
+        if self.spec.trains:
             self._train()
         self._enter(JobState.EXPORTING)
         if "student" not in self.result:
@@ -125,7 +121,7 @@ class JobRun:
         version = artefact.make_student(
             self.registry,
             teacher.version,
-            f"{self.spec.student.name}-schedule" if self.trains else self.spec.student.name,
+            f"{self.spec.student.name}-schedule" if self.spec.trains else self.spec.student.name,
             schedules=found,
             guidance=self._cfg(teacher),
         )
@@ -140,7 +136,7 @@ class JobRun:
         self.keeper.run("train", lambda: (self.folder / "trained" / "result.json").exists())
 
     def _export(self) -> str:
-        if not self.trains:
+        if not self.spec.trains:
             return str(self.result["schedule_student"])
         said = self._trained()
         teacher, adapter = self._teacher(), self.folder / "trained" / "adapter.safetensors"

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from distill_jobs.methods import _schemas
+from distill_jobs.stages import MethodSpec, SearchSpec, check_embeds, check_needs, check_settings, check_term
 from engines.errors import InvalidRequest, NotBuilt
 from engines.manifest import Guidance, Name
 
@@ -86,41 +87,6 @@ class StudentSpec(_Frozen):
     def lora(self) -> LoraSpec | None:
         """The adapter that is trained; None where all weights are."""
         return None if self.train == "full" else self.train.lora
-
-
-class TermSpec(BaseModel):
-    """An extra term of the student's loss; what else it may say is its own schema's."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    name: str
-    weight: float = Field(1.0, ge=0)
-
-    def parts(self) -> dict[str, Any]:
-        """name, weight and the term's own settings."""
-        return {"name": self.name, "weight": self.weight, "settings": self.model_extra or {}}
-
-
-class MethodSpec(_Frozen):
-    """One stage: a method, its own `fields`, and its `share` of the budget. Flat in JSON."""
-
-    name: str
-    share: float | None = Field(None, gt=0, le=1)
-    terms: tuple[TermSpec, ...] = ()
-    fields: dict[str, Any] = Field({}, exclude=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _gather(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
-        own = {key: value for key, value in data.items() if key in {"name", "share", "terms"}}
-        rest = {key: value for key, value in data.items() if key not in own}
-        return {**own, "fields": rest}
-
-    @model_serializer(mode="wrap")
-    def _flat(self, handler: Any) -> dict[str, Any]:
-        return {**handler(self), **self.fields}
 
 
 class DataSpec(_Frozen):
@@ -206,6 +172,9 @@ class DistillJobSpec(_Frozen):
     teacher: TeacherSpec
     student: StudentSpec
     method: MethodSpec | tuple[MethodSpec, ...]
+    schedule: SearchSpec | tuple[SearchSpec, ...] | None = Field(
+        None, description="how the teacher's own few steps are found before training; of several the best per count"
+    )
     data: DataSpec = DataSpec()
     train: TrainSpec
     eval: EvalSpec = EvalSpec()
@@ -215,6 +184,20 @@ class DistillJobSpec(_Frozen):
     @property
     def stages(self) -> tuple[MethodSpec, ...]:
         return self.method if isinstance(self.method, tuple) else (self.method,)
+
+    @property
+    def trains(self) -> bool:
+        """Whether any stage has a network to train; otherwise the stages are searches for a schedule."""
+        return any(roles(self))
+
+    @property
+    def searches(self) -> tuple[SearchSpec, ...]:
+        """The searches of step 0."""
+        if not self.trains:
+            return self.stages
+        if self.schedule is None:
+            return (SearchSpec(name="optimal_steps"),)
+        return self.schedule if isinstance(self.schedule, tuple) else (self.schedule,)
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -279,7 +262,8 @@ def _first_fault(error: ValidationError) -> InvalidRequest:
 def _is_union_tag(part: str) -> bool:
     """Pydantic puts the tried member of a union into the path; users never wrote it."""
     return (
-        part in {"MethodSpec", "LoraTrain", "EmbeddedGuidance", "constrained-float", "float", "int", "str"}
+        part
+        in {"MethodSpec", "SearchSpec", "LoraTrain", "EmbeddedGuidance", "constrained-float", "float", "int", "str"}
         or "[" in part
     )
 
@@ -301,20 +285,17 @@ def _check_methods(spec: DistillJobSpec) -> None:
     known = _schemas.schemas()
     for position, stage in enumerate(spec.stages):
         where = f"method.{position}" if isinstance(spec.method, tuple) else "method"
-        try:
-            _schemas.check(stage.name, {"counts": list(spec.student.steps), **stage.fields})
-        except InvalidRequest as error:
-            own = (error.param or "method").replace("method", where, 1)
-            raise type(error)(f"{where}: {error.message}", param=own) from error
+        check_settings(stage, spec.student.steps, inputs(spec), where)
         _check_train(spec, stage, where)
         for term in stage.terms:
-            _check_term(term, where)
-        if not known[stage.name]["roles"] and len(spec.stages) > 1:
-            message = f"{where}: {stage.name} trains no weights and is step 0 of every job: leave this stage out"
+            check_term(term, where)
+        if not known[stage.name]["roles"] and spec.trains:
+            message = f"{where}: {stage.name} trains no weights: name it as the job's schedule, not as a stage"
             raise InvalidRequest(message, param=where)
-        _check_needs(stage, frozenset(known[stage.name]["needs"]), where)
+        check_needs(stage, frozenset(known[stage.name]["needs"]), where)
         if spec.student.weights:
-            _check_embeds(stage, known[stage.name], where)
+            check_embeds(stage, known[stage.name], where)
+    _check_schedule(spec)
 
 
 def _check_train(spec: DistillJobSpec, stage: MethodSpec, where: str) -> None:
@@ -332,30 +313,23 @@ def _check_train(spec: DistillJobSpec, stage: MethodSpec, where: str) -> None:
         )
 
 
-def _check_term(term: TermSpec, where: str) -> None:
-    try:
-        _schemas.check_term(term.name, term.model_extra or {})
-    except InvalidRequest as error:
-        raise type(error)(f"{where}: {error.message}", param=f"{where}.{error.param}") from error
-
-
-def _check_needs(stage: MethodSpec, needs: frozenset[str], where: str) -> None:
-    """Prompts every job has, its teacher's own if it says none; nothing else can be given yet."""
-    if unmet := ", ".join(sorted(needs - {"prompts"})):
-        raise NotBuilt(f"{where}: {stage.name} needs {unmet}, which no job can give yet", param=where)
-
-
-def _check_embeds(stage: MethodSpec, schema: Mapping[str, Any], where: str) -> None:
-    """Whatever judges the student's samples would have to know their weight too; critics and discriminators do not."""
-    judges = [] if schema["embeds_guidance"] else [stage.name]
-    judges += [term.name for term in stage.terms if _schemas.terms()[term.name]["roles"]]
-    if judges:
-        able = ", ".join(sorted(name for name, one in _schemas.schemas().items() if one["embeds_guidance"]))
-        raise InvalidRequest(
-            f"student.guidance.embedded: {judges[0]} cannot train a student that reads its guidance weight: "
-            f"use student.guidance: baked, or one of {able}",
-            param=where,
+def _check_schedule(spec: DistillJobSpec) -> None:
+    if spec.schedule is None:
+        return
+    if not spec.trains:
+        message = (
+            f"schedule: {spec.stages[0].name} is the search already, there is nothing to train: leave schedule out"
         )
+        raise InvalidRequest(message, param="schedule")
+    if not spec.searches:
+        raise InvalidRequest("schedule is an empty list: name a search or leave it out", param="schedule")
+    for position, named in enumerate(spec.searches):
+        where = f"schedule.{position}" if isinstance(spec.schedule, tuple) else "schedule"
+        check_settings(named, spec.student.steps, inputs(spec), where)
+        if _schemas.schemas()[named.name]["roles"]:
+            searches = ", ".join(name for name, one in sorted(_schemas.schemas().items()) if not one["roles"])
+            message = f"{where}: {named.name} trains weights and finds no schedule: choose from {searches}"
+            raise InvalidRequest(message, param=where)
 
 
 def check_weights(spec: DistillJobSpec, teacher: Guidance) -> None:
@@ -382,13 +356,15 @@ def check_weights(spec: DistillJobSpec, teacher: Guidance) -> None:
 
 def inputs(spec: DistillJobSpec) -> frozenset[str]:
     """Which of s and w the student's network must read for these methods."""
-    reads = frozenset(name for stage in spec.stages for name in _schemas.schemas()[stage.name]["inputs"])
+    known = _schemas.schemas()
+    reads = frozenset(name for stage in spec.stages if stage.name in known for name in known[stage.name]["inputs"])
     return reads | {"w"} if spec.student.weights else reads
 
 
 def roles(spec: DistillJobSpec) -> tuple[tuple[str, ...], ...]:
     """The networks that each stage trains; all empty for a job that only searches for a schedule."""
-    return tuple(tuple(_schemas.schemas()[stage.name]["roles"]) for stage in spec.stages)
+    known = _schemas.schemas()
+    return tuple(tuple(known[stage.name]["roles"]) if stage.name in known else () for stage in spec.stages)
 
 
 def preset(name: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """`python -m distill_jobs.methods` writes the `schemas.json` of methods and of terms from their configuration classes.
 
 The files let the gateway check a job without importing torch. Per method: its file, description, paper, needs, inputs,
-roles, whether guidance can be embedded, defaults, and the JSON schema of its settings. `--check` only compares.
+roles, whether guidance can be embedded, what it says of step counts, defaults, and the JSON schema of its settings.
+`--check` only compares.
 """
 
 import json
@@ -37,6 +38,8 @@ def _schema(preset: Preset) -> dict[str, Any]:
         "inputs": sorted(preset.method.inputs),
         "roles": list(preset.method.roles(config)),
         "embeds_guidance": _embeds_guidance(preset.method, config),
+        "several_counts_read_s": preset.method.several_counts_read_s,
+        "for_several_steps": sorted(preset.method.for_several_steps),
         "defaults": config.model_dump(mode="json"),
         "config": preset.method.Config.model_json_schema(),
     }

@@ -30,8 +30,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 @cache
 def schemas() -> dict[str, dict[str, Any]]:
-    """Methods: name -> {file, description, paper, needs, inputs, roles, embeds_guidance, defaults,
-    config (JSON schema)}."""
+    """Methods: name -> {file, description, paper, needs, inputs, roles, embeds_guidance, several_counts_read_s,
+    for_several_steps, defaults, config (JSON schema)}."""
     found: dict[str, dict[str, Any]] = json.loads(PATH.read_text())
     return found
 
@@ -58,6 +58,29 @@ def check(name: str, settings: Mapping[str, Any]) -> None:
         InvalidRequest: an unknown setting, a wrong type or a value out of range; `param` is method.<setting>.
     """
     _check("method", name, settings, schemas())
+
+
+def check_counts(name: str, settings: Mapping[str, Any], reads: frozenset[str]) -> None:
+    """Refuses settings that do not fit the step counts among them; `reads` are the student's inputs (of s and w).
+
+    Raises:
+        InvalidRequest: `param` is method.<setting>.
+    """
+    known = schemas()[name]
+    told = known["defaults"] | settings
+    counts = told.get("counts", ())
+    if known["several_counts_read_s"] and len(counts) > 1 and "s" not in reads:
+        raise InvalidRequest(
+            f"{name} learns jumps between rungs: of several step counts {list(counts)} its student must read s, "
+            "so ask for one count or chain it after a method whose student does",
+            param="method.counts",
+        )
+    for key in known["for_several_steps"]:
+        if told.get(key) and max(counts) == 1:
+            raise InvalidRequest(
+                f"method setting {key}: {told[key]!r} needs a count of at least 2, the counts are {list(counts)}",
+                param=f"method.{key}",
+            )
 
 
 def check_term(name: str, settings: Mapping[str, Any]) -> None:

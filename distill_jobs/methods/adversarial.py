@@ -122,6 +122,7 @@ class Lightning(Adversarial):
     """`curriculum["phase"]`: 0 regression, 1 both ends, 2 the far end alone."""
 
     Config = LightningConfig
+    several_counts_read_s = True
 
     def __init__(self, cast: Cast, config: LightningConfig) -> None:
         super().__init__(cast, config)

@@ -64,6 +64,7 @@ class KDConfig(FewStepConfig):
 class KD(Method):
     Config = KDConfig
     needs = frozenset({"prompts"})
+    for_several_steps = frozenset({"own_share"})
 
     def __init__(self, cast: Cast, config: KDConfig) -> None:
         super().__init__(cast, config)

@@ -6,10 +6,10 @@ All times are searched as noise levels of rectified flow.
 
 Source: OptimalSteps arXiv 2503.21774 (dynamic programme). The solver choice and the refinement are ours: on the
 embedded teacher's prototype a multistep solver gained more than the best Euler grid.
-Left out: learned solver coefficients (GAS, LD3).
+Left out: learned coefficients (gas.py, amed.py, fitted_steps.py) and times learnt by gradient (ld3.py).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,34 +19,18 @@ from torch import Tensor
 
 from distill_jobs import times
 from distill_jobs.batches import Batch
-from distill_jobs.losses import over_rows
-from distill_jobs.methods.base import Method, MethodConfig, Preset
+from distill_jobs.methods._search import Found, Levels, Search, SearchConfig, distance, plain, starts
+from distill_jobs.methods.base import Preset
 from distill_jobs.roles import Cast
 from engines.manifest import Schedule
 from engines.solvers import trajectory
 
-Levels = tuple[float, ...]
-_BENDS = (0.5, 0.7, 1.5, 2.5)
 
-
-class OptimalStepsConfig(MethodConfig):
-    counts: tuple[int, ...] = Field((1, 2, 4), min_length=1, description="step counts to find schedules for")
+class OptimalStepsConfig(SearchConfig):
     solvers: tuple[str, ...] = Field(("ddim", "ab2", "dpmpp_2m", "unipc"), min_length=1)
     refine: int = Field(2, ge=0, description="solvers whose times are refined, best first")
     rounds: int = Field(3, ge=0, description="sweeps over the inner times, each with half the stride")
     fine: int = Field(20, ge=2, description="points of the dynamic programme's grid")
-    reference_steps: int = Field(48, ge=2, description="teacher steps that count as the truth")
-    reference_solver: str = "ab2"
-    batch: int = Field(32, ge=1, description="prompts searched on")
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A schedule and how far its endpoints are from the teacher's (root mean square), beside uniform DDIM's."""
-
-    schedule: Schedule
-    distance: float
-    uniform_distance: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,44 +40,29 @@ class _Candidate:
     levels: Levels
 
 
-class OptimalSteps(Method):
+class OptimalSteps(Search):
     Config = OptimalStepsConfig
 
     def __init__(self, cast: Cast, config: OptimalStepsConfig) -> None:
         super().__init__(cast, config)
-        self.found: dict[int, Found] = {}
+        self._programmed: dict[int, Levels] = {}
 
-    @property
-    def schedules(self) -> dict[int, Schedule]:
-        return {k: found.schedule for k, found in self.found.items()}
+    def search(self, batch: Batch, proceed: Callable[[], bool] = lambda: True) -> Mapping[int, Found]:
+        self._programmed = self.programme(batch) if max(self.config.counts) > 1 else {}
+        return super().search(batch, proceed)
 
-    def search(self, batch: Batch, proceed: Callable[[], bool] = lambda: True) -> dict[int, Found]:
-        """The best schedule for each count, on the conditions and the noise of `batch`.
-
-        Deterministic. When `proceed` says no, what was found so far stands.
-        """
-        c = self.config
-        truth = self._path(batch, times.uniform(c.reference_steps), c.reference_solver)[-1]
-        programme = self.programme(batch) if max(c.counts) > 1 else {}
-        for k in sorted(c.counts):
-            if not proceed():
-                break
-            self.found[k] = self._best(batch, truth, k, programme.get(k))
-        return self.found
-
-    def _best(self, batch: Batch, truth: Tensor, k: int, programmed: Levels | None) -> Found:
+    def best(self, batch: Batch, truth: Tensor, k: int) -> Schedule:
         def judge(solver: str, levels: Levels) -> _Candidate:
             return _Candidate(self._distance(batch, truth, levels, solver), solver, levels)
 
         uniform = judge("ddim", times.uniform(k))
-        grids = _starts(k) + ([programmed] if programmed else [])
+        grids = starts(k) + ([self._programmed[k]] if k in self._programmed else [])
         solvers = self.config.solvers if k > 1 else ("ddim",)  # one step is the same for all
         firsts = [min((judge(name, grid) for grid in grids), key=lambda c: c.distance) for name in solvers]
         firsts.sort(key=lambda c: c.distance)
         refined = [self._refine(first, judge) for first in firsts[: self.config.refine]]
         best = min([uniform, *firsts, *refined], key=lambda c: c.distance)
-        schedule = Schedule(times=times.grid(self.process, best.levels), eta=0.0, solver=best.solver)
-        return Found(schedule, best.distance, uniform.distance)
+        return plain(self.process, best.levels, best.solver)
 
     def _refine(self, best: _Candidate, judge: Callable[[str, Levels], _Candidate]) -> _Candidate:
         """Moves one inner level at a time by a share of its gap, keeps what comes closer."""
@@ -107,9 +76,7 @@ class OptimalSteps(Method):
         return best
 
     def _distance(self, batch: Batch, truth: Tensor, levels: Levels, solver: str) -> float:
-        end = self._path(batch, levels, solver)[-1]
-        distance = float(over_rows((end - truth).square()).sqrt().mean())
-        return distance if distance == distance else float("inf")
+        return distance(self.cast.teacher, batch, truth, plain(self.process, levels, solver))
 
     def _path(self, batch: Batch, levels: Levels, solver: str) -> list[Tensor]:
         return trajectory(self.cast.teacher, batch.noise, times.grid(self.process, levels), batch.cond, solver=solver)
@@ -149,12 +116,6 @@ class OptimalSteps(Method):
                 if j not in best or error < best[j][0]:
                     best[j] = (error, there, (*routes[i], j))
         return {j: b[1] for j, b in best.items()}, {j: b[2] for j, b in best.items()}
-
-
-def _starts(k: int) -> list[Levels]:
-    """The uniform grid and its bends."""
-    flat = times.uniform(k)
-    return [flat] + ([tuple(mu * u / (1 + (mu - 1) * u) for u in flat) for mu in _BENDS] if k > 1 else [])
 
 
 def _moved(levels: Levels, j: int, share: float) -> Levels:

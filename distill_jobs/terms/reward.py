@@ -18,10 +18,12 @@ from distill_jobs.terms.base import Term
 from distill_jobs.terms.rewards.base import PACKAGE, Reward
 from engines import plugins
 
+_ONE: Any = {"json_schema_extra": {"enum": plugins.names(PACKAGE)}}  # a job that names no such file is not queued
+
 
 class RewardConfig(MethodConfig):
-    reward: str = Field("alignment", description="the file in distill_jobs/terms/rewards that is climbed")
-    held_out: str = Field("contrast", description="another one, which is only reported")
+    reward: str = Field("alignment", description="the file in distill_jobs/terms/rewards that is climbed", **_ONE)
+    held_out: str = Field("contrast", description="another one, which is only reported", **_ONE)
 
 
 class RewardTerm(Term):

@@ -152,6 +152,19 @@ def test_a_search_alone_makes_a_student_without_training(shop: Workshop) -> None
     assert shop.registry.student(student).kind == "schedule"
 
 
+def test_a_job_takes_the_best_of_the_searches_that_it_names(shop: Workshop) -> None:
+    searches = [{"name": "optimal_steps", "batch": 4, "fine": 4, "reference_steps": 4},
+                {"name": "fitted_solver", "batch": 4, "reference_steps": 4}]  # fmt: skip
+    job = shop.submit(schedule=searches, publish=None, student={"name": "compared", "steps": [2]})
+    with shop.distiller():
+        shop.await_state(job.id, "succeeded")
+    found = shop.records.read(job.id, "schedule.json") or {}
+    assert found["distances"]["2"].keys() == {"optimal_steps", "fitted_solver"}
+    assert found["distance"]["2"] == min(found["distances"]["2"].values())
+    student = shop.registry.student((shop.records.read(job.id, "result.json") or {})["schedule_student"])
+    assert (student.schedules[2].coefficients is not None) == (found["search"]["2"] == "fitted_solver")
+
+
 def test_pause_resume_and_cancel_take_effect_while_training(shop: Workshop) -> None:
     long = {"iterations": 100_000, "precision": "fp32", "checkpoint_every": 5}
     job = shop.submit(train=long, publish=None, student={"name": "paused", "steps": [1]}, gates=LENIENT)

@@ -51,6 +51,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (job(method=[{"name": "kd"}, {"name": "sid", "fake_lr": -1}]), "method.1.fake_lr"),
     (job(method=[{"name": "kd"}, {"name": "optimal_steps"}]), "method.1"),
     (job(gates={"fd_ratio": "x"}), "gates.fd_ratio"),
+    (job(schedule={"name": "gits", "fine": 1}), "schedule.fine"),
+    (job(schedule=[{"name": "gits"}, {"name": "ld3", "share": 0.5}]), "schedule.1.share"),
+    (job(schedule={"name": "kd"}), "schedule"),
+    (job(schedule=[]), "schedule"),
+    (job(method={"name": "gas"}, schedule={"name": "gits"}), "schedule"),
+    (job(method={"name": "kd", "own_share": 0.5}, student={"name": "small", "steps": [1]}), "method.own_share"),
+    (job(method={"name": "backward_distillation"}, student={"name": "small", "steps": [1]}), "method.own_share"),
+    (job(method={"name": "lightning"}), "method.counts"),
+    (job(method={"name": "sfd"}), "method.counts"),
+    (job(method={"name": "kd", "terms": [{"name": "reward", "reward": "beauty"}]}), "method.terms.reward"),
     (job(data={"prompts": 3}), "data.prompts"),
     (job(train={"iterations": 0}), "train.iterations"),
     (job(eval={"samples": 100, "small_samples": 200}), "eval"),
@@ -89,6 +99,25 @@ def test_more_counts_than_a_method_makes_a_student_for_are_refused_when_submitte
     with pytest.raises(InvalidRequest, match=r"counts.*1 at most"):
         specs.parse(job(method={"name": "progressive"}, student={"name": "small", "steps": [1, 2, 4]}))
     specs.parse(job(method={"name": "progressive"}, student={"name": "small", "steps": [4]}))
+
+
+def test_several_counts_are_allowed_where_another_stage_gives_the_student_its_second_time() -> None:
+    specs.parse(job(method=[{"name": "std"}, {"name": "lightning"}]))
+    specs.parse(job(method={"name": "sfd_v"}))
+    specs.parse(job(method={"name": "lightning"}, student={"name": "small", "steps": [4]}))
+
+
+def test_step_zero_is_the_search_that_the_job_names() -> None:
+    def names(**changes: Any) -> list[str]:
+        return [search.name for search in specs.parse(job(**changes)).searches]
+
+    assert names() == ["optimal_steps"]
+    assert names(schedule={"name": "ld3"}) == ["ld3"]
+    assert names(schedule=[{"name": "gits"}, {"name": "gas", "iterations": 5}]) == ["gits", "gas"]
+    assert names(method={"name": "amed"}) == ["amed"]
+    assert names(method=[{"name": "optimal_steps"}, {"name": "amed"}]) == ["optimal_steps", "amed"]
+    spec = specs.parse(job(schedule={"name": "gas", "iterations": 5}))
+    assert specs.parse(spec.canonical()) == spec
 
 
 def test_an_unknown_term_is_refused_by_name() -> None:

@@ -1,0 +1,99 @@
+"""What a job may name: searches, methods and loss terms with their own settings, checked against the schemas.
+
+Torch-free, as the spec is that they are parts of.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+
+from distill_jobs.methods import _schemas
+from engines.errors import InvalidRequest, NotBuilt
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TermSpec(BaseModel):
+    """An extra term of the student's loss; what else it may say is its own schema's."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str
+    weight: float = Field(1.0, ge=0)
+
+    def parts(self) -> dict[str, Any]:
+        """name, weight and the term's own settings."""
+        return {"name": self.name, "weight": self.weight, "settings": self.model_extra or {}}
+
+
+class SearchSpec(_Frozen):
+    """A search for a schedule and its own `fields`. Flat in JSON."""
+
+    name: str
+    fields: dict[str, Any] = Field({}, exclude=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        own = {key: value for key, value in data.items() if key in cls.model_fields.keys() - {"fields"}}
+        rest = {key: value for key, value in data.items() if key not in own}
+        return {**own, "fields": rest}
+
+    @model_serializer(mode="wrap")
+    def _flat(self, handler: Any) -> dict[str, Any]:
+        return {**handler(self), **self.fields}
+
+
+class MethodSpec(SearchSpec):
+    """One stage: a method, its own `fields`, and its `share` of the budget. Flat in JSON."""
+
+    share: float | None = Field(None, gt=0, le=1)
+    terms: tuple[TermSpec, ...] = ()
+
+
+def check_settings(named: SearchSpec, counts: Sequence[int], reads: frozenset[str], where: str) -> None:
+    """What a method's own schema says of its settings, and whether it makes students of these step counts; `reads` are
+    the student's inputs.
+
+    Raises:
+        UnknownPlugin: no such method.
+        InvalidRequest: `param` names the setting, as found at `where` in the job.
+    """
+    told = {"counts": list(counts), **named.fields}
+    try:
+        _schemas.check(named.name, told)
+        _schemas.check_counts(named.name, told, reads)
+    except InvalidRequest as error:
+        own = (error.param or "method").replace("method", where, 1)
+        raise type(error)(f"{where}: {error.message}", param=own) from error
+
+
+def check_term(term: TermSpec, where: str) -> None:
+    try:
+        _schemas.check_term(term.name, term.model_extra or {})
+    except InvalidRequest as error:
+        raise type(error)(f"{where}: {error.message}", param=f"{where}.{error.param}") from error
+
+
+def check_needs(stage: MethodSpec, needs: frozenset[str], where: str) -> None:
+    """Prompts every job has, its teacher's own if it says none; nothing else can be given yet."""
+    if unmet := ", ".join(sorted(needs - {"prompts"})):
+        raise NotBuilt(f"{where}: {stage.name} needs {unmet}, which no job can give yet", param=where)
+
+
+def check_embeds(stage: MethodSpec, schema: Mapping[str, Any], where: str) -> None:
+    """Whatever judges the student's samples would have to know their weight too; critics and discriminators do not."""
+    judges = [] if schema["embeds_guidance"] else [stage.name]
+    judges += [term.name for term in stage.terms if _schemas.terms()[term.name]["roles"]]
+    if judges:
+        able = ", ".join(sorted(name for name, one in _schemas.schemas().items() if one["embeds_guidance"]))
+        raise InvalidRequest(
+            f"student.guidance.embedded: {judges[0]} cannot train a student that reads its guidance weight: "
+            f"use student.guidance: baked, or one of {able}",
+            param=where,
+        )
