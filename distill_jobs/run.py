@@ -146,6 +146,7 @@ class JobRun:
             self.spec.student.name,
             denoiser_weights=load_file(self.folder / "trained" / "weights.safetensors"),
             adapter=load_file(adapter) if adapter.exists() else None,
+            denoiser_config=said.get("config"),
             schedules={int(k): Schedule.model_validate(value) for k, value in said["schedules"].items()},
             guidance=learnt(teacher.guidance, self.spec.student.weights),
             inputs=said["inputs"],

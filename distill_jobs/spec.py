@@ -51,6 +51,21 @@ class LoraTrain(_Frozen):
     lora: LoraSpec
 
 
+class SlimSpec(_Frozen):
+    """Fewer layers than the teacher has: the stage `slimming` teaches them, a few-step method follows."""
+
+    layers: int | None = Field(
+        None, ge=1, description="of each block of a UNet, or blocks of a transformer; all if missing"
+    )
+    middle: bool = Field(True, description="false leaves a UNet's middle block out")
+
+    @model_validator(mode="after")
+    def _smaller(self) -> Self:
+        if self.layers is None and self.middle:
+            raise ValueError("slim leaves nothing out: say layers, or middle: false")
+        return self
+
+
 Weight = Annotated[float, Field(ge=0, le=30)]
 
 
@@ -72,6 +87,8 @@ class StudentSpec(_Frozen):
         "baked", description="the teacher's weight in the network's own, or a range of weights that the network reads"
     )
 
+    slim: SlimSpec | None = Field(None, description="which of the teacher's layers the student is left with")
+
     @property
     def weights(self) -> tuple[float, float] | None:
         """The range of guidance weights that the network reads; None where one is baked in."""
@@ -81,6 +98,12 @@ class StudentSpec(_Frozen):
     def _distinct(self) -> Self:
         if len(set(self.steps)) != len(self.steps):
             raise ValueError(f"steps names a count twice: {self.steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _slim_is_full(self) -> Self:
+        if self.slim is not None and self.train != "full":
+            raise ValueError("slim changes the network, and a LoRA is beside the teacher's own: train full")
         return self
 
     @property

@@ -42,6 +42,7 @@ from engines import priority
 from engines.denoiser import Denoiser, Guided
 from engines.errors import FewstepError
 from engines.registry.base import Registry, open_registry
+from engines.slimming import Slimmed
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,11 @@ class TrainerRun:
         """The student before its first update: all of its weights, or an adapter beside the teacher's."""
         if self.spec.student.lora is not None:
             return adapted(self.teacher.denoiser, self.spec.student.lora)
-        return self.teacher.beginner(inputs(self.spec))
+        return self.teacher.beginner(inputs(self.spec), self._slim())
+
+    def _slim(self) -> Slimmed | None:
+        slim = self.spec.student.slim
+        return None if slim is None else self.teacher.slimmed(slim.layers, slim.middle)
 
     def _plan(self) -> Plan:
         """What the budget buys. Measured once, when training begins: the schedule-only student is live by then, and
@@ -169,7 +174,9 @@ class TrainerRun:
             weights = merged(diffusers.blob_weights(self.teacher.denoiser.state_dict()), weights, lora)
         save_file({name: value.contiguous() for name, value in weights.items()}, folder / "weights.partial")
         (folder / "weights.partial").replace(folder / "weights.safetensors")
+        slim = self._slim()
         said = {
+            "config": None if slim is None else slim.config,
             "schedules": {str(k): schedule.model_dump(mode="json") for k, schedule in result.schedules.items()},
             "inputs": sorted(result.inputs),
             "stopped_early": result.stopped_early,

@@ -97,6 +97,7 @@ def make_student(
     *,
     denoiser_weights: Mapping[str, Tensor] | None = None,
     adapter: Mapping[str, Tensor] | None = None,
+    denoiser_config: Mapping[str, Any] | None = None,
     schedules: Mapping[int, Schedule] | Iterable[Schedule],
     guidance: Guidance | None = None,
     inputs: Iterable[Literal["s", "w"]] | None = None,
@@ -113,7 +114,7 @@ def make_student(
     Without weights it is a schedule-only student. Weights may lack the layers of `inputs`: those begin at zero,
     where the student is its base. `adapter` is the LoRA that `denoiser_weights` were merged with, by peft's names
     (alpha = rank): served are the full weights, on the graph that every other student has, and the LoRA is kept
-    beside them.
+    beside them. `denoiser_config` is that of another network than the base's, such as a slimmed one.
 
     Raises:
         GraphMismatch: the weights are not those of the base's network.
@@ -135,7 +136,7 @@ def make_student(
     }
     if denoiser_weights is not None or reads != base.inputs:
         changed["components"] = base.components | {
-            "denoiser": _with_weights(registry, base, reads, denoiser_weights, dtype, adapter)
+            "denoiser": _with_weights(registry, base, reads, denoiser_weights, dtype, adapter, denoiser_config)
         }
         changed["dtype"] = dtype
     manifest = StudentManifest.model_validate(base.model_dump() | _dumped(changed))
@@ -197,14 +198,18 @@ def _with_weights(
     weights: Mapping[str, Tensor] | None,
     dtype: str,
     adapter: Mapping[str, Tensor] | None,
+    config: Mapping[str, Any] | None,
 ) -> Component:
     """The base's denoiser with other weights, checked against the network that the student will have."""
     old = base.components["denoiser"]
-    shaped = base.model_copy(update={"inputs": inputs})
-    network = ComponentGraph(spec(shaped, "denoiser", reader(registry, base)), Path).module()
+    files = {name: sha for name, sha in old.files.items() if name != ADAPTER}
+    if config is not None:
+        files["config.json"] = registry.put_blob(json.dumps(config, indent=1).encode())
+    components = base.components | {"denoiser": old.model_copy(update={"files": files})}
+    shaped = base.model_copy(update={"inputs": inputs, "components": components})
+    network = ComponentGraph(spec(shaped, "denoiser", reader(registry, shaped)), Path).module()
     network.load(load_weights(registry, old) if weights is None else weights, fresh=FRESH)
     stored = {name: value.to(_DTYPES[dtype]).contiguous() for name, value in network.state_dict().items()}
-    files = {name: sha for name, sha in old.files.items() if name != ADAPTER}
     if adapter is not None:
         (folder,) = plugins.load("engines.families", base.family, "FOLDERS")["denoiser"]  # as diffusers calls it
         named = {f"{folder}.{name}": value.contiguous() for name, value in adapter.items()}

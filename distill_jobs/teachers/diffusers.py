@@ -4,6 +4,7 @@ The networks are the families' own, the same that are exported for serving, so t
 here is what its engine computes there.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from engines.graph import ComponentGraph, ComponentSpec, spec
 from engines.loader import load_weights, reader
 from engines.manifest import Guidance, Schedule, StudentManifest
 from engines.registry.base import Registry
+from engines.slimming import Slimmed, slimmed
 from engines.student import LoadedStudent
 
 _PREFIX = "net."  # the name of a Denoiser's network inside it
@@ -43,14 +45,27 @@ class Teacher:
     def shape(self) -> tuple[int, int, int]:
         return self.manifest.latent_shape(*self.manifest.resolutions[0])
 
-    def beginner(self, inputs: frozenset[str]) -> Denoiser:
+    def beginner(self, inputs: frozenset[str], slim: Slimmed | None = None) -> Denoiser:
         """A student before its first update: the teacher's network, trainable, which reads `inputs` too. The layers
-        for them begin at zero, so that it is still the teacher."""
+        for them begin at zero, so that it is still the teacher; with `slim` it is what is left of it."""
         reads = inputs | self.denoiser.inputs
         spec = replace(self.graph, inputs=tuple(sorted(reads)))
+        weights = blob_weights(self.denoiser.state_dict())
+        if slim is not None:
+            own = ("denoiser/config.json", json.dumps(slim.config))
+            spec = replace(spec, files=tuple(own if file[0] == own[0] else file for file in spec.files))
+            weights = {new: value for name, value in weights.items() if (new := slim.rename(name)) is not None}
         network = ComponentGraph(spec, Path).module()
-        network.load(blob_weights(self.denoiser.state_dict()), fresh=FRESH)
+        network.load(weights, fresh=FRESH)
         return Denoiser(network, self.denoiser.process, self.denoiser.kind, reads)
+
+    def slimmed(self, layers: int | None, middle: bool) -> Slimmed:
+        """The denoiser with fewer layers.
+
+        Raises:
+            InvalidRequest: it has none to leave out.
+        """
+        return slimmed(json.loads(dict(self.graph.files)["denoiser/config.json"]), layers, middle)
 
     def guided(self, w: float) -> BaseDenoiser:
         """u + w(c - u) where the family's own null conditioning is u; the plain network for w = 1."""

@@ -1,6 +1,7 @@
 """Whole jobs through the real service: a real trainer process, real files, a real Redis, a tiny teacher."""
 
 import io
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -114,6 +115,24 @@ def test_a_student_that_reads_its_guidance_weight_serves_all_of_its_range(shop: 
     )
     assert torch.equal(own, same)
     assert (least - most).abs().max() > 0.01  # levels, after a dozen updates
+
+
+def test_a_student_without_the_middle_of_its_teacher_is_served_on_its_own_graph(shop: Workshop) -> None:
+    slim = {"name": "slimming", "share": 0.5, "generate": 64, "batch": 8, "teacher_steps": 4}
+    few = {"name": "kd", "share": 0.5, "pairs": 64, "batch": 8, "teacher_steps": 4}
+    job = shop.submit(method=[slim, few], student={"name": "tiny-slim", "steps": [1, 2], "slim": {"middle": False}})
+    with shop.workers(), shop.distiller():
+        shop.await_state(job.id, "succeeded")
+
+    result = shop.records.read(job.id, "result.json") or {}
+    student, teacher = (shop.registry.student(result[name]) for name in ("student", "schedule_student"))
+    sizes = [shop.registry.blob_path(m.components["denoiser"].weights).stat().st_size for m in (student, teacher)]
+    assert sizes[0] < 0.7 * sizes[1] / (1 if teacher.dtype == student.dtype else 2)
+    config = json.loads(shop.registry.read_blob(student.components["denoiser"].files["config.json"]))
+    assert config["mid_block_type"] is None
+    current = shop.registry.current(DEPLOYMENT)
+    assert current is not None
+    assert current.tiers["low"].student == result["student"]
 
 
 def test_a_missed_gate_publishes_nothing_and_is_no_failure(shop: Workshop) -> None:
