@@ -166,7 +166,7 @@ def export_diffusers(registry: Registry, version: str, directory: Path) -> None:
         weights = load_weights(registry, part)
         for folder in names:
             own = {n.removeprefix(f"{folder}."): w for n, w in weights.items() if n.startswith(f"{folder}.")}
-            _write(directory / folder / file, save(own))
+            _write(directory / folder / file, save(own, {"format": "pt"}))
 
 
 def export_lora(registry: Registry, version: str, directory: Path) -> Path:

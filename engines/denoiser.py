@@ -127,6 +127,24 @@ class Guided(BaseDenoiser):
         return (t >= low) & (t <= high)
 
 
+class AtWeight(BaseDenoiser):
+    """A denoiser that reads its guidance weight, asked with `w` where a call or its condition brings none."""
+
+    def __init__(self, denoiser: BaseDenoiser, w: float) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.w = w
+        self.process = denoiser.process
+        self.inputs = denoiser.inputs - {"w"}
+
+    def forward(
+        self, x: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None, w: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        cond, w = unweighted(cond, w)
+        asked: tuple[Tensor, Tensor] = self.denoiser(x, t, cond, s, torch.full_like(t, self.w) if w is None else w)
+        return asked
+
+
 def _guide(both: Tensor, w: Tensor) -> Tensor:
     c, u = both.chunk(2)
     return u + over(w, u) * (c - u)

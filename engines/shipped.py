@@ -5,6 +5,7 @@ say is refused with what to do: above all PNDM, whose warm-up asks the network t
 Checked against: diffusers' own pipelines, one a family (tests).
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -79,7 +80,9 @@ def schedule(
         asked = {"sigmas": list(sigmas)}
     if config.get("use_dynamic_shifting"):
         asked["mu"] = _mu(config, latent)
-    scheduler.set_timesteps(**asked)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of its conversions to NumPy
+        scheduler.set_timesteps(**asked)
     told: list[float] = scheduler.timesteps.tolist()
     if process.betas:
         steps_of_chain = process.betas.steps

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engines import plugins, process
 from engines.artefact import FRESH
-from engines.denoiser import BaseDenoiser, Denoiser, Guided
+from engines.denoiser import AtWeight, BaseDenoiser, Denoiser, Guided
 from engines.families.base import ComponentNetwork, Family
 from engines.graph import ComponentGraph, ComponentSpec, spec
 from engines.loader import load_weights, reader
@@ -68,7 +68,10 @@ class Teacher:
         return slimmed(json.loads(dict(self.graph.files)["denoiser/config.json"]), layers, middle)
 
     def guided(self, w: float) -> BaseDenoiser:
-        """u + w(c - u) where the family's own null conditioning is u; the plain network for w = 1."""
+        """u + w(c - u) where the family's own null conditioning is u; the plain network for w = 1. A network that reads
+        its weight is asked with it."""
+        if "w" in self.denoiser.inputs:
+            return AtWeight(self.denoiser, w)
         return self.denoiser if w == 1.0 else Guided(self.denoiser, self._family(self.denoiser).null(), w)
 
     @torch.no_grad()

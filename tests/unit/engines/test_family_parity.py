@@ -1,65 +1,183 @@
-"""Each family's pictures are those of diffusers' own pipeline, with the scheduler that the family ships."""
+"""Each family is diffusers' own pipeline, with the scheduler that the family ships; and what an import refuses."""
 
-from dataclasses import dataclass
+import json
+import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from engines.artefact import import_diffusers
-from engines.loader import load_student
-from engines.manifest import Guidance, StudentManifest
+from engines import plugins, shipped
+from engines.artefact import export_diffusers, import_diffusers
+from engines.errors import InvalidManifest, NotBuilt
+from engines.families._text import Packing
+from engines.graph import spec
+from engines.loader import load_student, load_weights, reader
+from engines.manifest import ProcessSpec
 from engines.noise import noise
 from engines.registry.memory import MemoryRegistry
 from engines.student import sample
 from tests import tiny_families
-from tests.tiny_families import FAMILIES, Tiny
+from tests.tiny_families import FAMILIES, STEPS, imported
 
-PROMPTS, SEEDS, STEPS = ["a red circle", "two shapes on the left"], [11, 12], 4
-
-
-@dataclass(frozen=True)
-class Shipped:
-    """A tiny pipeline as diffusers runs it and as a registry holds it."""
-
-    tiny: Tiny
-    pipeline: Any
-    registry: MemoryRegistry
-    manifest: StudentManifest
+PROMPTS, SEEDS = ["a red circle", "two shapes on the left"], [11, 12]
+every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def shipped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Shipped:
-    tiny, folder = FAMILIES[request.param], tmp_path_factory.mktemp(request.param)
-    pipeline, registry = tiny_families.pipeline(request.param), MemoryRegistry()
-    pipeline.save_pretrained(folder)
-    return Shipped(tiny, pipeline, registry, registry.student(imported(tiny, folder, registry)))
-
-
-def imported(tiny: Tiny, folder: Path, registry: MemoryRegistry) -> str:
-    mode = "none" if tiny.w is None else "embedded" if "w" in tiny.inputs else "cfg"
-    guidance = Guidance() if tiny.w is None else Guidance(mode=mode, default=tiny.w, maximum=10.0)  # type: ignore[arg-type]
-    return import_diffusers(
-        folder, registry, name="tiny", schedules=(STEPS,), guidance=guidance, inputs=tiny.inputs,  # type: ignore[arg-type]
-        resolution=(tiny.pixels, tiny.pixels), golden_prompts=PROMPTS[:1],
-    )  # fmt: skip
-
-
+@every_family
 @pytest.mark.filterwarnings("ignore")
-def test_pictures_are_those_of_diffusers_own_pipeline(shipped: Shipped) -> None:
-    tiny, manifest = shipped.tiny, shipped.manifest
+def test_pictures_are_those_of_diffusers_own_pipeline(name: str) -> None:
+    own = tiny_families.shipped(name)
+    tiny, manifest = own.tiny, own.manifest
     latents = torch.stack([noise(seed, 0, manifest.latent_shape(tiny.pixels, tiny.pixels)) for seed in SEEDS])
     asked = {"guidance_scale": tiny.scale, "output_type": "pt"} | dict(tiny.call)
     expected = tiny.pictures(
-        shipped.pipeline(
+        own.pipeline(
             list(PROMPTS), height=tiny.pixels, width=tiny.pixels, latents=tiny.latents(latents),
             num_inference_steps=STEPS, **asked,
         )
     )  # fmt: skip
-    made = sample(load_student(shipped.registry, manifest), PROMPTS, SEEDS, STEPS, rounded=False) / 255
+    made = sample(load_student(own.registry, manifest), PROMPTS, SEEDS, STEPS, rounded=False) / 255
     assert made.shape == expected.shape
     assert (made - expected).abs().max() <= 1e-4
     inside = (expected > 0.02) & (expected < 0.98)
     assert inside.float().mean() > 0.5, "a picture that is black or white compares nothing"
     assert (expected[0] - expected[1]).abs().max() > 0.05
+
+
+def test_every_family_file_is_compared_here() -> None:
+    assert {tiny_families.shipped(name).manifest.family for name in FAMILIES} == set(plugins.names("engines.families"))
+
+
+@every_family
+def test_a_row_is_the_same_picture_alone_and_in_a_batch(name: str) -> None:
+    student = load_student(tiny_families.shipped(name).registry, tiny_families.shipped(name).manifest)
+    together = sample(student, [*PROMPTS, ""], [*SEEDS, 13], STEPS, rounded=False)
+    alone = sample(student, PROMPTS[1:], SEEDS[1:], STEPS, rounded=False)
+    assert (together[1:2] - alone).abs().max() <= 0.02  # of 255 levels
+
+
+@every_family
+@pytest.mark.parametrize("added", ["s", "w"])
+def test_an_added_input_begins_as_exactly_the_teacher_and_acts_once_its_layer_is_not_zero(
+    name: str, added: str
+) -> None:
+    own = tiny_families.shipped(name)
+    if added in own.tiny.inputs:
+        pytest.skip("the network has this input of itself")
+    manifest = own.manifest.model_copy(update={"inputs": own.manifest.inputs | {added}})
+    network = spec(manifest, "denoiser", reader(own.registry, own.manifest)).network()
+    plain = spec(own.manifest, "denoiser", reader(own.registry, own.manifest)).network()
+    weights = load_weights(own.registry, own.manifest.components["denoiser"])
+    network.load(weights, fresh=("second_time.", "guidance."))
+    plain.load(weights)
+    torch.manual_seed(1)
+    given = {port.name: torch.randn(2, *port.shape) for port in plain.ports} | {"t": torch.tensor([0.9, 0.4])}
+    given["cond"] = load_student(own.registry, own.manifest).family.encode(PROMPTS)
+    with torch.no_grad():
+        expected, made = plain(**given), network(**given, **{added: torch.tensor([0.1, 0.2])})
+        assert torch.equal(made, expected)
+        layer = "second_time" if added == "s" else "guidance"
+        torch.nn.init.normal_(network.get_submodule(layer).weight, std=0.5)
+        one, two = (network(**given, **{added: torch.full((2,), value)}) for value in (0.2, 0.5))
+    assert not torch.allclose(one, two)
+    assert not torch.allclose(one, expected)
+
+
+def test_a_condition_is_unpacked_as_it_was_packed() -> None:
+    packing = Packing(tokens=3, width=4, extras=(6, 2))
+    hidden, pooled, mask = torch.randn(2, 3, 4), torch.randn(2, 6), torch.tensor([[1, 0], [1, 1]])
+    cond = packing.pack(hidden, pooled, mask)
+    assert cond.shape[1:] == packing.shape == (6, 4)
+    for got, put in zip(packing.unpack(cond), (hidden, pooled, mask.float()), strict=True):
+        assert torch.equal(got, put)
+    narrow = packing.unpack(packing.pack(hidden[:, :, :3], pooled, mask))[0]
+    assert torch.equal(narrow, torch.nn.functional.pad(hidden[:, :, :3], (0, 1)))
+
+
+@every_family
+def test_an_export_has_the_weights_and_files_that_the_import_had(name: str, tmp_path: Path) -> None:
+    own = tiny_families.shipped(name)
+    if own.manifest.inputs:
+        with pytest.raises(NotBuilt, match="'w'"):
+            export_diffusers(own.registry, own.version, tmp_path)
+        return
+    export_diffusers(own.registry, own.version, tmp_path)
+    for file in tmp_path.rglob("*.safetensors"):
+        ours, theirs = load_file(file), load_file(own.directory / file.relative_to(tmp_path))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    written, given = (
+        {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path, own.directory)
+    )
+    not_read = {"model_index.json", "scheduler/scheduler_config.json", "text_encoder/generation_config.json"}
+    assert given - written <= not_read
+    assert written <= given
+
+
+def test_shards_are_read_as_one_file(tmp_path: Path) -> None:
+    own = tiny_families.shipped("sd3")
+    shutil.copytree(own.directory, tmp_path / "sharded")
+    folder = tmp_path / "sharded" / "transformer"
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    own.pipeline.transformer.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    registry = MemoryRegistry()
+    version = imported(own.tiny, tmp_path / "sharded", registry)
+    one, other = (
+        sample(load_student(*each), PROMPTS, SEEDS, STEPS)
+        for each in ((own.registry, own.manifest), (registry, registry.student(version)))
+    )
+    assert torch.equal(one, other)
+
+
+def test_an_unknown_pipeline_is_refused_with_its_name_and_those_that_are_known(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyV22Pipeline"}))
+    with pytest.raises(NotBuilt, match=r"KandinskyV22Pipeline.*FluxPipeline.*StableDiffusionXLPipeline.*WanPipeline"):
+        import_diffusers(tmp_path, MemoryRegistry(), name="tiny", schedules=(4,))
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"_class_name": "PNDMScheduler"}, "PNDM asks twice.*DDIMScheduler"),
+        ({"_class_name": "EulerAncestralDiscreteScheduler"}, "no plan follows Euler"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, "use_karras_sigmas=True"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "solver_order=3.*set it to 2"),
+        ({"_class_name": "DDIMScheduler", "timestep_spacing": "linspace", "clip_sample": False}, "linspace"),
+    ],
+)
+def test_a_scheduler_that_no_plan_can_follow_is_refused(config: dict[str, object], said: str) -> None:
+    chain = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "num_train_timesteps": 1000}
+    with pytest.raises(NotBuilt, match=said):
+        shipped.schedule({**chain, **config}, 4, (8, 8))
+
+
+def test_noise_without_a_process_is_refused_unless_one_is_given() -> None:
+    config = {"_class_name": "EDMEulerScheduler", "prediction_type": "epsilon"}
+    with pytest.raises(NotBuilt, match="EDMEulerScheduler"):
+        shipped.read(config)
+    given = shipped.read(config, ProcessSpec(kind="edm"))
+    assert (given.process.kind, given.prediction, given.solver) == ("edm", "eps", "ddim")
+
+
+def test_a_scheduler_s_times_are_not_taken_for_another_process(tmp_path: Path) -> None:
+    own = tiny_families.shipped("sd3")
+    with pytest.raises(InvalidManifest, match="process"):
+        import_diffusers(own.directory, MemoryRegistry(), name="a", schedules=(4,), process=ProcessSpec(shift=3.0))
+
+
+@pytest.mark.parametrize("name", ["pixart", "sana", "wan", "qwen_image", "z_image", "flux", "sd3", "sdxl", "sd"])
+def test_another_network_in_the_denoiser_s_folder_is_refused_by_name(name: str) -> None:
+    own = tiny_families.shipped(name)
+    read = reader(own.registry, own.manifest)
+
+    def other(file: str) -> bytes:
+        config = json.loads(read(file))
+        return json.dumps(config | ({"_class_name": "Strange"} if file.startswith("denoiser/") else {})).encode()
+
+    family = plugins.load("engines.families", own.manifest.family, "FAMILY")
+    with pytest.raises(InvalidManifest, match="Strange"):
+        family.network("denoiser", other, latent=own.manifest.latent_shape(own.tiny.pixels, own.tiny.pixels))
