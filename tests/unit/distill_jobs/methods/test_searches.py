@@ -231,8 +231,10 @@ def test_a_fit_without_history_misses_what_the_weight_of_a_change_needs() -> Non
 
 
 def test_costs_with_time_reversed_put_the_steps_where_the_path_is_straight() -> None:
+    """Straight steps then end farther than uniform ones, which are given instead."""
     right, wrong = (
-        searched("gits", PROCESSES["edm"], method=one, solvers=("ddim",), counts=(3,), fine=24).found[3]
+        searched("gits", RF(), method=one, solvers=("ddim",), counts=(2,), fine=24).found[2]
         for one in (None, Backwards)
     )
-    assert right.distance < 0.8 * wrong.distance
+    assert right.distance < 0.9 * right.uniform_distance
+    assert wrong.distance == wrong.uniform_distance
