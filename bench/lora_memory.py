@@ -26,6 +26,7 @@ from distill_jobs.lora import adapted
 from distill_jobs.spec import LoraSpec
 from distill_jobs.stage import Stage, StageRun
 from engines.denoiser import Denoiser
+from engines.families._text import Packing
 from engines.families.sd import DenoiserNet
 from engines.process import RF
 
@@ -49,7 +50,7 @@ def network(channels: tuple[int, ...], layers: int = 2) -> Denoiser:
         attention_head_dim=8,
         norm_num_groups=8,
     )
-    return Denoiser(DenoiserNet(unet, tokens=TOKENS), RF(), "flow")
+    return Denoiser(DenoiserNet(unet, Packing(TOKENS, WIDTH)), RF(), "flow")
 
 
 def run_of(teacher: Denoiser, rank: int | None, rows: int) -> StageRun:
