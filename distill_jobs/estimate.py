@@ -3,7 +3,9 @@
 Nothing is guessed: a figure that cannot be known yet is null, and `basis` says what each one comes from.
 """
 
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from pydantic import BaseModel
@@ -33,18 +35,22 @@ class Estimate(BaseModel):
 def estimate(spec: specs.DistillJobSpec, records: JobRecords, sees: Callable[[str], bool]) -> Estimate:
     """Raises `StudentNotFound` for a teacher that is not there."""
     teacher = records.registry.student(teacher_version(spec, records.registry))
-    weights = _weights(teacher, records.registry)
+    shapes = _shapes(teacher, records.registry)
+    weights = sum(math.prod(shape) for shape in shapes.values())
+    lora = spec.student.lora
+    each = weights if lora is None else _adapter_weights(shapes, lora)
     trained = max(len(names) for names in specs.roles(spec))
-    copies = 1 + trained * _FLOATS_PER_TRAINED_WEIGHT + len(spec.train.ema)
+    copies = trained * _FLOATS_PER_TRAINED_WEIGHT + len(spec.train.ema)
+    what = "network(s)" if lora is None else f"adapter(s) of {each} weights"
     speed, source = _measured_speed(spec, records, sees)
     seconds = _seconds(spec, speed)
     return Estimate(
-        memory_bytes=weights * _BYTES_PER_FLOAT * copies,
+        memory_bytes=_BYTES_PER_FLOAT * (weights + each * copies),
         train_seconds=seconds,
         iterations_per_s=speed,
         hard_stop_seconds=None if spec.train.max_minutes is None else 120.0 * spec.train.max_minutes,
         basis={
-            "memory_bytes": f"{weights} weights in fp32: the teacher, {trained} trained network(s) with gradient and "
+            "memory_bytes": f"{weights} weights in fp32: the teacher, {trained} trained {what} with gradient and "
             f"two moments, {len(spec.train.ema)} average(s); activations are not in it",
             "train_seconds": "train.max_minutes" if spec.train.max_minutes else source,
             "iterations_per_s": source,
@@ -74,9 +80,18 @@ def teacher_version(spec: specs.DistillJobSpec, registry: Registry) -> str:
     return teachers[0]
 
 
-def _weights(manifest: StudentManifest, registry: Registry) -> int:
-    size = registry.blob_path(manifest.components["denoiser"].weights).stat().st_size
-    return size // (4 if manifest.dtype == "fp32" else 2)
+def _shapes(manifest: StudentManifest, registry: Registry) -> dict[str, tuple[int, ...]]:
+    """Of the denoiser's weights, from the header of their safetensors file (https://github.com/huggingface/safetensors)."""
+    with registry.blob_path(manifest.components["denoiser"].weights).open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+
+
+def _adapter_weights(shapes: Mapping[str, tuple[int, ...]], lora: specs.LoraSpec) -> int:
+    """rank x (in + out) of every matrix and convolution that the targets name."""
+    ends = (".weight",) if lora.targets == "auto" else tuple(f".{target}.weight" for target in lora.targets)
+    able = [shape for name, shape in shapes.items() if f".{name}".endswith(ends) and len(shape) in (2, 4)]
+    return sum(lora.rank * (out + math.prod(rest)) for out, *rest in able)
 
 
 def _measured_speed(

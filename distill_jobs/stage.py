@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from distill_jobs.batches import Batch, Source, make_batch, seed_of
 from distill_jobs.group import Group
+from distill_jobs.lora import Adapted
 from distill_jobs.methods.base import Method, resolve
 from distill_jobs.roles import Cast, Role
 from distill_jobs.terms.base import Terms, Wanted
@@ -115,6 +116,9 @@ class StageRun:
         missing = preset.method.inputs - student.inputs
         if missing:
             raise InvalidRequest(f"{stage.method} needs a student whose network reads {', '.join(sorted(missing))}")
+        if self.group.shards and isinstance(student, Adapted):
+            message = "the roles of a LoRA share one backbone, which cannot be spread over processes: leave shard out"
+            raise InvalidRequest(message, param="train.shard")
 
         def make(name: str, denoiser: BaseDenoiser) -> nn.Module:
             return preset.method.make(name, denoiser, config) if name in own else self.terms.make(name, denoiser)

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from fastapi.testclient import TestClient
 from openai import BadRequestError, OpenAI
+from safetensors.torch import save
 
 from distill_jobs.api import router
 from distill_jobs.jobs import JobState
@@ -23,6 +25,7 @@ from engines.registry.base import Revision, TierTarget
 from engines.registry.files import FilesRegistry
 from tests.redis_server import RedisServer
 
+WEIGHTS = {"to_q.weight": torch.zeros(40, 30), "conv.weight": torch.zeros(5, 10, 3, 3), "norm.weight": torch.zeros(100)}
 JOBS = "/v1/distillation/jobs"
 SPEC: dict[str, Any] = {
     "teacher": {"id": "shapes"},
@@ -77,7 +80,7 @@ def http(queue: JobQueue) -> Iterator[TestClient]:
 
 
 def deploy_teacher(registry: FilesRegistry) -> str:
-    part = Component(weights=registry.put_blob(b"weights" * 1000), files={})
+    part = Component(weights=registry.put_blob(save(WEIGHTS)), files={})
     manifest = StudentManifest(
         name="shapes",
         family="sd",
@@ -213,6 +216,15 @@ def test_an_estimate_says_what_it_knows_and_where_from(http: TestClient) -> None
     known = http.post("/v1/distillation/estimate", json=timed).json()
     assert (known["train_seconds"], known["hard_stop_seconds"]) == (300.0, 600.0)
     assert known["memory_bytes"] == 1750 * 4 * (1 + 8 + 1)
+
+
+def test_the_estimate_of_a_lora_has_one_backbone_and_small_trained_matrices(http: TestClient) -> None:
+    for targets, weights in (("auto", 3 * (40 + 30) + 3 * (5 + 10 * 9)), (["to_q"], 3 * (40 + 30))):
+        lora = {"rank": 3, "targets": targets}
+        body = {**SPEC, "student": {**SPEC["student"], "train": {"lora": lora}}, "method": {"name": "sid"}}
+        told = http.post("/v1/distillation/estimate", json=body).json()
+        assert told["memory_bytes"] == 4 * (1750 + weights * (2 * 4 + 1))
+        assert f"2 trained adapter(s) of {weights} weights" in told["basis"]["memory_bytes"]
 
 
 def test_the_methods_and_terms_that_a_job_may_name_are_listed(http: TestClient) -> None:

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from distill_jobs import checkpoint
 from distill_jobs.batches import TensorSource
+from distill_jobs.group import Group
 from distill_jobs.lora import Adapted, adapted, layers, merged, portable
 from distill_jobs.methods.base import resolve
 from distill_jobs.progress import Hooks
 from distill_jobs.roles import Cast, Role, unguided
 from distill_jobs.spec import LoraSpec
-from distill_jobs.stage import Stage, StageRun
+from distill_jobs.stage import Execution, Stage, StageRun
 from distill_jobs.trainer import TrainConfig, Trainer
 from engines.denoiser import BaseDenoiser, Denoiser, Guided
 from engines.errors import InvalidRequest
@@ -191,6 +192,12 @@ def test_a_checkpoint_holds_adapters_averages_and_optimisers_and_no_backbone(tmp
     assert {name.split("/")[0] for name in kept} == {"role", "optimiser", "average"}
     assert {name.split("/")[1] for name in kept if name.startswith("role/")} == {"fake", "student"}
     assert all(".lora_A." in name or ".lora_B." in name for name in kept)
+
+
+def test_a_backbone_that_roles_share_is_not_spread_over_processes() -> None:
+    teacher = lora_teacher()
+    with pytest.raises(InvalidRequest, match="leave shard out"):
+        StageRun(0, stage("kd"), teacher, adapted(plain(teacher), LORA), execution=Execution(Group(0, 2, shards=True)))
 
 
 def test_averages_are_of_the_adapter() -> None:
