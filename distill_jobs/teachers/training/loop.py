@@ -97,7 +97,7 @@ class Run(Generic[Network]):
 
     def _report(self, losses: Losses, norm: float, updates_per_s: float, score: str) -> None:
         left_min = (self.plan.updates - self.update) / updates_per_s / 60
-        values = " ".join(f"{name} {float(value):.4f}" for name, value in losses.items())
+        values = " ".join(f"{name} {float(value.detach()):.4f}" for name, value in losses.items())
         rate = updates_per_s * self.plan.batch
         progress = f"update {self.update}/{self.plan.updates} {values} norm {norm:.2f} {score}"
         _log.info("%s | %.0f samples/s, %.1f min spent, %.1f min left", progress, rate, self.seconds / 60, left_min)

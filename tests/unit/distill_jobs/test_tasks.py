@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from distill_jobs.data import prompts
 from distill_jobs.evaluate.questions import HELD_OUT_EVERY, questions, real_set
 from distill_jobs.tasks import base
 from distill_jobs.tasks.base import ABSENT, Task
@@ -57,6 +58,10 @@ def test_questions_and_the_real_set_are_those_of_the_task(task: Task) -> None:
     assert asked.heldout.mean() == pytest.approx(1 / HELD_OUT_EVERY)
     assert asked.draw(0, task.size_px).shape == (80, 3, task.size_px, task.size_px)
     np.testing.assert_array_equal(real_set(8, task.size_px, task), real_set(8, task.size_px, task))
+
+
+def test_a_job_that_names_no_prompts_has_those_of_its_teacher_s_task(task: Task) -> None:
+    assert prompts.texts(None, count=5, default=task.name) == task.captions(5, 0)
 
 
 def test_a_manifest_says_its_task_and_silence_is_the_first_one() -> None:
