@@ -25,6 +25,17 @@ from engines.families.base import ComponentNetwork, Geometry, Port, ReadFile, To
 
 PIPELINE = "StableDiffusionPipeline"
 FOLDERS = {"encoder": ("text_encoder",), "denoiser": ("unet",), "decoder": ("vae",)}
+INDEX: dict[str, Any] = {
+    "_class_name": PIPELINE,
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+}
+"""`model_index.json` of an exported student, without its scheduler and the class of its VAE."""
 _WORD = re.compile(r"\w+|[^\w\s]+")
 
 

@@ -1,4 +1,4 @@
-"""`fewstep students|deployments|promote|rollback`: what can serve, what serves, and changing it."""
+"""`fewstep deployments|promote|rollback`: what serves, and changing it."""
 
 import time
 from typing import Annotated, Any
@@ -12,16 +12,6 @@ from server.client import Client
 from server.commands.terminal import DEFAULT_URL, Key, Url, connected, out
 
 _POLL_S = 0.2
-
-
-def students(url: Url = DEFAULT_URL, api_key: Key = None) -> None:
-    """List every student in the registry, teachers included."""
-    table = Table("version", "kind", "steps", "made from")
-    with connected(url, api_key) as client:
-        for student in client.get("/v1/students")["data"]:
-            steps = ", ".join(str(count) for count in student["steps"])
-            table.add_row(shown(student["version"]), student["kind"], steps, shown(student.get("base") or ""))
-    out.print(table)
 
 
 def deployments(url: Url = DEFAULT_URL, api_key: Key = None) -> None:

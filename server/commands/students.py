@@ -1,0 +1,88 @@
+"""`fewstep students …`: what can serve; a student as a diffusers directory, and whether its forms agree."""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from engines.errors import GoldenMismatch, NotBuilt
+from engines.manifest import shown
+from engines.registry.base import open_registry
+from server.commands.terminal import DEFAULT_URL, Key, Url, connected, out
+
+if TYPE_CHECKING:
+    from engines.verify import Verification
+
+app = typer.Typer(invoke_without_command=True, help="List the students; export one, or check that its forms agree.")
+Version = Annotated[str, typer.Argument(help="name@ and at least 12 digits, as `fewstep students` shows it.")]
+RegistryUrl = Annotated[
+    str,
+    typer.Option(envvar="FEWSTEP_REGISTRY_URL", help="A folder, such as that of `fewstep up`, or an fsspec URL."),
+]
+DEFAULT_REGISTRY = ".fewstep/registry"
+
+
+@app.callback()
+def students(context: typer.Context, url: Url = DEFAULT_URL, api_key: Key = None) -> None:
+    """List every student in the registry, teachers included."""
+    if context.invoked_subcommand is not None:
+        return
+    table = Table("version", "kind", "steps", "made from")
+    with connected(url, api_key) as client:
+        for student in client.get("/v1/students")["data"]:
+            steps = ", ".join(str(count) for count in student["steps"])
+            table.add_row(shown(student["version"]), student["kind"], steps, shown(student.get("base") or ""))
+    out.print(table)
+
+
+@app.command()
+def export(
+    version: Version,
+    directory: Annotated[Path, typer.Argument(help="A folder that is not there yet.")],
+    registry_url: RegistryUrl = DEFAULT_REGISTRY,
+) -> None:
+    """Write a student as a directory for diffusers' from_pretrained.
+
+    Example: fewstep students export shapes-fast@3f2a91c0de11 shapes-fast
+    """
+    from engines.export import SAMPLING, export_pipeline
+
+    if directory.exists():
+        raise NotBuilt(f"{directory} exists: name a folder that is not there yet")
+    export_pipeline(open_registry(registry_url), version, directory)
+    out.print(f"{directory}: call the pipeline with what {SAMPLING} says of each step count", highlight=False)
+
+
+@app.command()
+def verify(
+    version: Version,
+    registry_url: RegistryUrl = DEFAULT_REGISTRY,
+    directory: Annotated[Path | None, typer.Option(help="An export to check; one is made if missing.")] = None,
+    backend: Annotated[str, typer.Option(help="The compiled engine to check; auto is what a worker takes.")] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32, bf16, or auto.")] = "auto",
+) -> None:
+    """Compare a student's pictures by diffusers and by the compiled engine with the reference, on the same noise."""
+    from diffusers.utils import logging
+
+    from engines.backends.base import choose
+    from engines.verify import verify as compared
+
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as cache:
+        choice = choose(backend, precision)
+        found = compared(open_registry(registry_url), version, choice=choice, cache=Path(cache), directory=directory)
+    out.print(_table(found))
+    if found.missing:
+        out.print(f"Not compared with diffusers: {found.missing}", highlight=False)
+    if not found.passed:
+        raise GoldenMismatch(f"{version}: a form of it makes other pictures; do not publish or ship it")
+
+
+def _table(found: "Verification") -> Table:
+    table = Table("form", "steps", "worst level", "mean level", "PSNR dB", "against eager fp32")
+    for one in found.comparisons:
+        numbers = (str(one.worst_levels), f"{one.mean_levels:.4f}", f"{one.psnr_db:.1f}")
+        table.add_row(one.form, str(one.steps), *numbers, one.fault or "agrees")
+    return table
