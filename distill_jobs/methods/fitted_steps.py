@@ -32,6 +32,7 @@ from engines.solvers import trajectory
 
 class FittedConfig(SearchConfig):
     fit: Literal["scale", "change", "all"] = Field("scale", description="which coefficients of a step are fitted")
+    path_steps: int = Field(24, ge=1, description="teacher steps, at least, of the path that each grid is fitted to")
     ridge: float = Field(1e-6, ge=0, description="holds what the rows do not decide at the simple solver's value")
 
 
@@ -69,7 +70,7 @@ class Fitted(Search):
 
     def _path(self, batch: Batch, grid: tuple[float, ...]) -> list[Tensor]:
         """The teacher's states at `grid`, by fine steps between."""
-        between = max(1, -(-self.config.reference_steps // (len(grid) - 1)))
+        between = max(1, -(-self.config.path_steps // (len(grid) - 1)))
         pieces = [times.between(self.process, *ends, between)[:-1] for ends in pairwise(grid)]
         fine = (*(t for piece in pieces for t in piece), grid[-1])
         path = trajectory(self.cast.teacher, batch.noise, fine, batch.cond, solver=self.config.reference_solver)

@@ -125,7 +125,7 @@ def test_fitted_coefficients_are_the_exact_map_of_a_gaussian(process: Process, k
 
 def test_the_row_of_one_fitted_step_is_the_deviation_and_the_mean() -> None:
     """From pure noise of rectified flow x0 is the mean and the end is mean + std noise: the row is (std, 1)."""
-    (row,) = searched("fitted_solver", RF(), counts=(1,), reference_steps=200).found[1].schedule.coefficients or ()
+    (row,) = searched("fitted_solver", RF(), counts=(1,), path_steps=200).found[1].schedule.coefficients or ()
     assert row == pytest.approx((STD, 1.0), abs=1e-3)
 
 
@@ -136,7 +136,7 @@ def test_gas_learns_the_row_of_one_exact_step() -> None:
 
 def test_the_scale_of_one_step_is_its_closed_form() -> None:
     """Jump J = mean - noise and way W = mean + (std - 1) noise: the scale is <J, W> / <J, J>."""
-    method = searched("optimal_step_size", RF(), counts=(1,), reference_steps=200)
+    method = searched("optimal_step_size", RF(), counts=(1,), path_steps=200)
     z = batch_of(8).noise
     jump, way = GUIDED_MEAN - z, GUIDED_MEAN + (STD - 1) * z
     scale = float((jump * way).sum() / (jump * jump).sum())
