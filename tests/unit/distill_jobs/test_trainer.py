@@ -157,9 +157,11 @@ def test_the_best_by_metric_is_kept_and_not_the_last() -> None:
 
 
 def test_the_end_is_kept_where_an_earlier_best_may_have_been_luck() -> None:
-    ended, seen = run_with_scores([3.0, 1.0, 2.0, 1.02])
+    ended, seen = run_with_scores([3.0, 1.0, 2.0, 1.08])
     assert same(ended.weights, seen[3])
-    assert (ended.metrics["fd"], ended.iteration) == (1.02, 8)
+    assert (ended.metrics["fd"], ended.iteration) == (1.08, 8)
+    ended, seen = run_with_scores([3.0, 1.0, 2.0, 1.12])
+    assert same(ended.weights, seen[1])
 
 
 def test_the_highest_can_be_best() -> None:
