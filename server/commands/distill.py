@@ -11,7 +11,9 @@ from rich.table import Table
 from engines.errors import InvalidRequest
 from engines.manifest import shown
 from server.commands.follow import JOBS, follow
+from server.commands.sweep import Sweep, run
 from server.commands.terminal import DEFAULT_URL, Key, Url, connected, out
+from server.sweep import trials
 
 app = typer.Typer(no_args_is_help=True, help="Make students: submit, list, watch, pause, resume and cancel jobs.")
 METHODS = "/v1/distillation/methods"
@@ -40,6 +42,33 @@ def submit(
         out.print(f"{job['id']} {job['status']}", highlight=False)
         if watch_it:
             follow(client, job["id"])
+
+
+@app.command()
+def sweep(
+    file: Annotated[
+        Path, typer.Argument(help="YAML or JSON: a list of jobs, or `base`, a job, and `grid`, values for its fields.")
+    ],
+    out_dir: Annotated[Path, typer.Option("-o", "--out", help="Folder of the leaderboard.")] = Path("sweep"),
+    grace: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of its budget that every job may spend; 1 stops none."),
+    ] = 0.25,
+    tag: Annotated[str, typer.Option(help="Another tag runs the same jobs anew.")] = "",
+    url: Url = DEFAULT_URL,
+    api_key: Key = None,
+) -> None:
+    """Run many jobs, stop those that fall behind the median of the others, and write a leaderboard.
+
+    The jobs go on if this is interrupted; the same command takes the sweep up again.
+
+    Example: fewstep distill sweep examples/sweep.yaml -o sweep
+    """
+    found = trials(_read(file))
+    with connected(url, api_key) as client:
+        running = Sweep(client, found, tag=tag, grace=grace)
+        run(running, out_dir, out)
+    out.print(f"{out_dir / 'leaderboard.md'}", highlight=False, markup=False)
 
 
 @app.command("list")
@@ -143,11 +172,14 @@ def read_spec(path: Path) -> Job:
     Raises:
         InvalidRequest: no such file, or not a mapping.
     """
-    try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text()
-        spec = yaml.safe_load(text)
-    except (OSError, yaml.YAMLError) as error:
-        raise InvalidRequest(f"{path} cannot be read as a job: {error}") from error
+    spec = _read(path)
     if not isinstance(spec, dict):
         raise InvalidRequest(f"{path} holds no job: expected keys such as teacher, student, method")
     return spec
+
+
+def _read(path: Path) -> Any:
+    try:
+        return yaml.safe_load(sys.stdin.read() if str(path) == "-" else path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise InvalidRequest(f"{path} cannot be read as a job: {error}") from error
