@@ -8,7 +8,7 @@ TORCH_PIP_ARGS ?=
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev system-packages demo test test-unit test-faults check fmt bench bench-serve bench-swap bench-student bench-distill teacher dashboards clean
+.PHONY: help install install-dev system-packages demo test test-unit test-faults check fmt bench bench-serve bench-swap bench-student bench-distill bench-searches teacher dashboards clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -69,6 +69,9 @@ bench-student: install-dev  ## three students of 20 minutes each, judged at N = 
 
 bench-distill: install-dev  ## the leaderboard of distillation methods; stop and go on as you like
 	$(BIN)/python -m bench.distill $(ARGS)
+
+bench-searches: install-dev  ## the searches for a schedule beside each other; stop and go on as you like
+	$(BIN)/python -m bench.searches $(ARGS)
 
 teacher: install-dev  ## train the embedded teacher of shapes again (two hours), or of ARGS="--task digits"
 	$(BIN)/python -m distill_jobs.teachers.training.train all --out .fewstep/teacher $(ARGS)
