@@ -55,6 +55,13 @@ def test_a_schedule_only_student_shares_every_component() -> None:
     assert set(student.schedules) == {2}
 
 
+def test_students_are_of_their_teacher_s_task() -> None:
+    teacher, registry = tiny_sd.teacher(), MemoryRegistry()
+    base = import_diffusers(teacher.directory, registry, name="tiny", schedules=tiny_sd.SCHEDULES, task="digits")
+    student = make_student(registry, base, "tiny-schedule", schedules=TWO)
+    assert (registry.student(base).task, registry.student(student).task) == ("digits", "digits")
+
+
 def test_new_weights_are_published_with_all_else_shared() -> None:
     teacher = tiny_sd.teacher()
     weights = load_weights(teacher.registry, teacher.manifest.components["denoiser"])
