@@ -42,15 +42,21 @@ def export(
     version: Version,
     directory: Annotated[Path, typer.Argument(help="A folder that is not there yet.")],
     registry_url: RegistryUrl = DEFAULT_REGISTRY,
+    lora: Annotated[bool, typer.Option("--lora", help="Only its LoRA, for load_lora_weights on its base.")] = False,
 ) -> None:
     """Write a student as a directory for diffusers' from_pretrained.
 
     Example: fewstep students export shapes-fast@3f2a91c0de11 shapes-fast
     """
+    from engines.artefact import export_lora
     from engines.export import SAMPLING, export_pipeline
 
     if directory.exists():
         raise NotBuilt(f"{directory} exists: name a folder that is not there yet")
+    if lora:
+        written = export_lora(open_registry(registry_url), version, directory)
+        out.print(f"{written}: load it on the student's base, and sample as its manifest says", highlight=False)
+        return
     export_pipeline(open_registry(registry_url), version, directory)
     out.print(f"{directory}: call the pipeline with what {SAMPLING} says of each step count", highlight=False)
 
