@@ -7,6 +7,7 @@ what is missing. The state log is the only thing that says where the job stands 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from distill_jobs.records import RESULT, JobRecords, utc_now
 from distill_jobs.settings import DistillerSettings
 from distill_jobs.small_evaluation import learnt
 from distill_jobs.spec import DistillJobSpec, PublishSpec
+from distill_jobs.trainer_process import command
 from distill_jobs.watch import Watch
 from engines import artefact
 from engines.errors import JobFailed, NotBuilt, SwapRejected
@@ -75,6 +77,7 @@ class JobRun:
             settings=around.settings,
             metrics=around.metrics,
             check=watch.check,
+            program=partial(command, processes=self.spec.train.processes),
         )
 
     def go(self) -> None:

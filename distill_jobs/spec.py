@@ -13,7 +13,16 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from distill_jobs.methods import _schemas
-from distill_jobs.stages import MethodSpec, SearchSpec, check_embeds, check_needs, check_settings, check_term
+from distill_jobs.stages import (
+    MethodSpec,
+    SearchSpec,
+    check_embeds,
+    check_needs,
+    check_rows,
+    check_settings,
+    check_term,
+    check_train,
+)
 from engines.errors import InvalidRequest, NotBuilt
 from engines.manifest import Guidance, Name
 
@@ -138,7 +147,10 @@ class TrainSpec(_Frozen):
     lr: float | None = Field(None, gt=0, le=1, description="of the student; each method's own if missing")
     ema: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = (0.98,)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    processes: int = Field(1, ge=1, le=1024)
+    processes: int = Field(1, ge=1, le=1024, description="of one machine that train together; each takes its rows")
+    shard: bool = Field(False, description="each process holds a part of every trained network (FSDP2)")
+    micro_batch: int | None = Field(None, ge=1, description="most rows of one backward pass; gradients add up")
+    gradient_checkpointing: bool = Field(False, description="compute activations anew instead of keeping them")
     max_minutes: float | None = Field(None, gt=0, le=100_000)
     seed: int = Field(0, ge=0, lt=2**63)
     checkpoint_every_s: float = Field(30.0, gt=0)
@@ -148,6 +160,8 @@ class TrainSpec(_Frozen):
     def _bounded(self) -> Self:
         if self.iterations is None and self.max_minutes is None:
             raise ValueError("train has no end: say iterations or max_minutes")
+        if self.shard and self.processes == 1:
+            raise ValueError("shard spreads networks over processes: say processes=2 or more")
         return self
 
 
@@ -260,7 +274,7 @@ def parse(body: Mapping[str, Any] | bytes) -> DistillJobSpec:
 
     Raises:
         InvalidRequest: `param` names the field at fault.
-        NotBuilt: several processes, which are documented and refused until they exist.
+        NotBuilt: what is documented and refused until it exists.
     """
     try:
         data = json.loads(body) if isinstance(body, bytes) else body
@@ -270,6 +284,9 @@ def parse(body: Mapping[str, Any] | bytes) -> DistillJobSpec:
     except ValueError as error:
         raise InvalidRequest(f"the job is not JSON: {error}") from error
     _refuse_unbuilt(spec)
+    if spec.student.lora is not None and spec.train.shard:
+        message = "the roles of a LoRA share one backbone, which cannot be spread over processes: leave shard out"
+        raise InvalidRequest(message, param="train.shard")
     _check_methods(spec)
     return spec
 
@@ -297,9 +314,6 @@ def _brief(value: Any) -> str:
 
 
 def _refuse_unbuilt(spec: DistillJobSpec) -> None:
-    if spec.train.processes > 1:
-        message = f"train.processes={spec.train.processes} is not built yet: use 1"
-        raise NotBuilt(message, param="train.processes")
     if spec.data.pairs is not None:
         raise NotBuilt("data.pairs is not built yet: use data.prompts", param="data.pairs")
 
@@ -309,9 +323,10 @@ def _check_methods(spec: DistillJobSpec) -> None:
     for position, stage in enumerate(spec.stages):
         where = f"method.{position}" if isinstance(spec.method, tuple) else "method"
         check_settings(stage, spec.student.steps, inputs(spec), where)
-        _check_train(spec, stage, where)
+        check_train(stage, spec.student.lora is not None, inputs(spec), where)
         for term in stage.terms:
             check_term(term, where)
+        check_rows(stage, spec.train.batch, spec.train.processes, where)
         if not known[stage.name]["roles"] and spec.trains:
             message = f"{where}: {stage.name} trains no weights: name it as the job's schedule, not as a stage"
             raise InvalidRequest(message, param=where)
@@ -319,21 +334,6 @@ def _check_methods(spec: DistillJobSpec) -> None:
         if spec.student.weights:
             check_embeds(stage, known[stage.name], where)
     _check_schedule(spec)
-
-
-def _check_train(spec: DistillJobSpec, stage: MethodSpec, where: str) -> None:
-    """What is trained is said once, and a LoRA only where the student's network is its teacher's."""
-    lora = spec.student.lora is not None
-    said, told = stage.fields.get("train"), "lora" if lora else "full"
-    if said not in (None, told):
-        message = f"{where}.train={said} contradicts student.train, which says {told}: leave it out of the method"
-        raise InvalidRequest(message, param=f"{where}.train")
-    if lora and (reads := inputs(spec)):
-        raise NotBuilt(
-            f"{where}: the student would read {' and '.join(sorted(reads))}, for which a network needs layers that no "
-            "LoRA has: use student.train: full, or guidance: baked and methods that need none, such as kd and dmd",
-            param="student.train",
-        )
 
 
 def _check_schedule(spec: DistillJobSpec) -> None:

@@ -73,6 +73,33 @@ def check_settings(named: SearchSpec, counts: Sequence[int], reads: frozenset[st
         raise type(error)(f"{where}: {error.message}", param=own) from error
 
 
+def check_rows(stage: MethodSpec, batch: int | None, processes: int, where: str) -> None:
+    """Each process takes as many rows of an update as the others; `batch` is what the job says for all stages."""
+    schema = _schemas.schemas()[stage.name]
+    own = schema["config"]["properties"].get("batch", {}).get("default", 0)
+    rows = stage.fields.get("batch", batch or schema["defaults"].get("batch", own))
+    if rows % processes:
+        raise InvalidRequest(
+            f"{where}: a batch of {rows} rows cannot be shared equally by train.processes={processes}: "
+            "choose a multiple of it",
+            param="train.processes",
+        )
+
+
+def check_train(stage: MethodSpec, lora: bool, reads: frozenset[str], where: str) -> None:
+    """What is trained is said once, and a LoRA only where the student's network is its teacher's."""
+    said, told = stage.fields.get("train"), "lora" if lora else "full"
+    if said not in (None, told):
+        message = f"{where}.train={said} contradicts student.train, which says {told}: leave it out of the method"
+        raise InvalidRequest(message, param=f"{where}.train")
+    if lora and reads:
+        raise NotBuilt(
+            f"{where}: the student would read {' and '.join(sorted(reads))}, for which a network needs layers that no "
+            "LoRA has: use student.train: full, or guidance: baked and methods that need none, such as kd and dmd",
+            param="student.train",
+        )
+
+
 def check_term(term: TermSpec, where: str) -> None:
     try:
         _schemas.check_term(term.name, term.model_extra or {})

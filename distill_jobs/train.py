@@ -3,14 +3,14 @@
 A process of its own, so that it can be killed, niced and given back whole; the service that started it needs only its
 exit code and the files that it leaves in the job's folder. It dies with the service. SIGTERM means: finish this
 step, checkpoint, go.
+
+Under `torchrun --nproc_per_node=N` it is one of N that train together; of them the leader alone writes.
 """
 
 import argparse
 import contextlib
-import ctypes
 import json
 import logging
-import os
 import signal
 import sys
 import time
@@ -28,6 +28,8 @@ from distill_jobs.data import images, prompts
 from distill_jobs.evaluate.sheet import sheet
 from distill_jobs.events import EventLog
 from distill_jobs.exit_codes import FINISHED, PAUSED, REFUSED
+from distill_jobs.group import Group
+from distill_jobs.lifetime import die_with
 from distill_jobs.lora import adapted, layers, merged, portable
 from distill_jobs.losses import pairwise_distance
 from distill_jobs.plan import Plan
@@ -35,7 +37,7 @@ from distill_jobs.preparation import PLAN, SCHEDULE
 from distill_jobs.progress import Hooks, Wish
 from distill_jobs.small_evaluation import SmallEvaluation, learnt
 from distill_jobs.spec import DistillJobSpec, inputs
-from distill_jobs.stage import Precision
+from distill_jobs.stage import Execution, Precision
 from distill_jobs.teachers import diffusers
 from distill_jobs.trainer import Result, TrainConfig, Trainer
 from engines import priority
@@ -46,18 +48,17 @@ from engines.slimming import Slimmed
 
 log = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG = 1
 _PANEL_COLUMNS = 8
 
 
 class TrainerRun:
     """One life of a job's trainer. What it is told stands in `spec.json` and `trainer.json` of the job's folder."""
 
-    def __init__(self, folder: Path, fence: int, poll: Callable[[], Wish | None]) -> None:
+    def __init__(self, folder: Path, fence: int, poll: Callable[[], Wish | None], group: Group) -> None:
         self._began_s = time.monotonic()
         told = json.loads((folder / "trainer.json").read_bytes())
-        self.folder, self.fence, self.poll = folder, fence, poll
-        self.spec = DistillJobSpec.model_validate(json.loads((folder / "spec.json").read_bytes())["spec"])
+        self.folder, self.fence, self.poll, self.group = folder, fence, poll, group
+        self.spec = spec_of(folder)
         registry = open_registry(told["registry"])
         self.teacher = diffusers.load(registry, told["teacher"])
         self.w = float(told["guidance"])
@@ -84,7 +85,6 @@ class TrainerRun:
 
     def train(self) -> Result:
         plan = self._plan()
-        events = EventLog(self.folder, plan)
         train, evals = self.spec.train, self.spec.eval
         config = TrainConfig(
             seed=train.seed,
@@ -95,16 +95,24 @@ class TrainerRun:
             eval_every=plan.eval_every,
             best_by=evals.best_by,
             best_is_highest=evals.best_by != "fd",
+            micro_batch=train.micro_batch,
+            checkpointing=train.gradient_checkpointing,
         )
         stages = preparation.stages(plan.stages)
         student = self._beginner()
-        hooks = Hooks(self.poll, events, self._panel(events), self._evaluation())
-        checkpoints = self.folder / "checkpoints"
         trainer = Trainer(
-            stages, self.guided, student, self.source, config, folder=checkpoints, fence=self.fence, hooks=hooks
+            stages,
+            self.guided,
+            student,
+            self.source,
+            config,
+            folder=self.folder / "checkpoints",
+            fence=self.fence,
+            hooks=self._hooks(plan) if self.group.leads else Hooks(),
+            group=self.group,
         )
         result = trainer.fit()
-        if result.state == "finished":
+        if result.state == "finished" and self.group.leads:
             self._keep(result, plan)
         return result
 
@@ -115,6 +123,10 @@ class TrainerRun:
             return prompts.encoded(self.teacher, texts, cache, seed=seed)
         found = images.captioned(data.images, folders, manifest.resolutions[0], seed=seed)
         return images.encoded(self.teacher, registry, found, cache, seed=seed)
+
+    def _hooks(self, plan: Plan) -> Hooks:
+        events = EventLog(self.folder, plan)
+        return Hooks(self.poll, events, self._panel(events), self._evaluation())
 
     def _beginner(self) -> Denoiser:
         """The student before its first update: all of its weights, or an adapter beside the teacher's."""
@@ -129,7 +141,7 @@ class TrainerRun:
     def _plan(self) -> Plan:
         """What the budget buys. Measured once, when training begins: the schedule-only student is live by then, and
         what it serves costs the machine much less than what the teacher served."""
-        if not (self.folder / PLAN).exists():
+        if not self.group.agree((self.folder / PLAN).exists()):
             found = json.loads((self.folder / SCHEDULE).read_bytes())
             plan = preparation.timed_plan(
                 self.spec,
@@ -137,10 +149,13 @@ class TrainerRun:
                 self._beginner(),
                 self.source,
                 precision=Precision(found["bf16"]),
-                evaluate=self._evaluation(),
+                evaluate=self._evaluation() if self.group.leads else None,
+                execution=Execution(self.group, self.spec.train.micro_batch, self.spec.train.gradient_checkpointing),
                 spent_s=found["spent_s"] + time.monotonic() - self._began_s,
             )
-            preparation.write(self.folder / PLAN, plan.as_dict())
+            if self.group.leads:
+                preparation.write(self.folder / PLAN, plan.as_dict())
+            self.group.meet()
         return Plan.of(json.loads((self.folder / PLAN).read_bytes()))
 
     def _evaluation(self) -> SmallEvaluation:
@@ -189,6 +204,10 @@ class TrainerRun:
         preparation.write(folder / "result.json", said)
 
 
+def spec_of(folder: Path) -> DistillJobSpec:
+    return DistillJobSpec.model_validate(json.loads((folder / "spec.json").read_bytes())["spec"])
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
@@ -198,36 +217,31 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--nice", type=int, default=0)
     parser.add_argument("--parent", type=int, default=0)
     args = parser.parse_args(argv)
-    _die_with(args.parent)
+    die_with(args.parent)
     priority.lower(args.nice)
     torch.set_num_threads(args.threads)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     told: list[Wish] = []
     signal.signal(signal.SIGTERM, lambda *_: told.append("pause"))
+    group = Group.join(shards=spec_of(args.folder).train.shard)
     try:
-        run = TrainerRun(args.folder, args.fence, lambda: told[0] if told else None)
+        run = TrainerRun(args.folder, args.fence, lambda: told[0] if told else None, group)
         with _attention():
             if args.phase == "prepare":
                 return FINISHED if run.prepare() else PAUSED
             return FINISHED if run.train().state == "finished" else PAUSED
     except FewstepError as error:
         log.exception("the trainer gives up")
-        preparation.write(args.folder / "failure.json", {"code": error.code, "message": error.message})
+        if group.leads:
+            preparation.write(args.folder / "failure.json", {"code": error.code, "message": error.message})
         return REFUSED
+    finally:
+        group.leave()
 
 
 def _attention() -> contextlib.AbstractContextManager[None]:
     """On CPUs the backward of flash attention takes most of a small network's step; plain matrices are 1.7 × faster."""
     return contextlib.nullcontext() if torch.cuda.is_available() else sdpa_kernel(SDPBackend.MATH)
-
-
-def _die_with(parent: int) -> None:
-    """SIGKILL at the service's death: a checkpoint is never older than its interval, and nobody would read more."""
-    if not parent:
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        sys.exit("the service died before its trainer began")
 
 
 if __name__ == "__main__":

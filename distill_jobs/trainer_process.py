@@ -43,7 +43,12 @@ class TrainerProcess:
         self._process.wait()
 
 
-def command(folder: Path, phase: Phase, *, fence: int, threads: int, nice: int) -> list[str]:
+def command(folder: Path, phase: Phase, *, fence: int, threads: int, nice: int, processes: int = 1) -> list[str]:
+    """What is prepared is prepared by one process; `processes` train."""
     options = {"phase": phase, "fence": fence, "threads": threads, "nice": nice, "parent": os.getpid()}
+    program = "distill_jobs.train"
+    if phase == "train" and processes > 1:
+        program = "distill_jobs.launch"
+        options["processes"] = processes
     told = [f"--{name}={value}" for name, value in options.items()]
-    return [sys.executable, "-m", "distill_jobs.train", str(folder), *told]
+    return [sys.executable, "-m", program, str(folder), *told]

@@ -1,20 +1,24 @@
 """Several processes, and one in several passes, train what one process trains at once."""
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill_jobs import checkpoint
-from distill_jobs.batches import Batch, Rows, make_batch, repeated
+from distill_jobs.batches import Batch, Rows, TensorSource, make_batch, repeated
 from distill_jobs.group import Group
 from distill_jobs.methods.base import Workspace
 from distill_jobs.stage import Execution, Stage, StageRun
 from distill_jobs.times import Uniform
+from engines.denoiser import Denoiser
 from engines.errors import InvalidRequest
+from engines.process import RF
 from tests.unit.distill_jobs.tiny import SHAPE, STAGES, tiny_source, tiny_student, tiny_teacher
 from tests.unit.distill_jobs.together import CASES, chain, start, trained
 
@@ -33,6 +37,18 @@ def near(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
+
+
+class Sized(nn.Module):
+    """A UNet as a denoiser's network."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor, s: Tensor | None, w: Tensor | None) -> Tensor:
+        out: Tensor = self.unet(x, t, cond, return_dict=False)[0]
+        return out
 
 
 # shares of a batch ---------------------------------------------------------------------------------------------------
@@ -85,6 +101,37 @@ def test_the_gradient_of_a_batch_is_that_of_its_parts_together(name: str) -> Non
                 }
         found.append(gradients)
     near(*found)
+
+
+def test_activations_that_are_computed_anew_give_the_same_gradient(tmp_path: Path) -> None:
+    net = UNet2DConditionModel(
+        sample_size=4, in_channels=2, out_channels=2, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+        cross_attention_dim=4, attention_head_dim=4,
+    )  # fmt: skip
+
+    def denoiser() -> Denoiser:
+        return Denoiser(Sized(copy.deepcopy(net)), RF(), "flow")
+
+    source = TensorSource(torch.randn(16, 3, 4), (2, 4, 4), x=torch.randn(16, 2, 4, 4))
+    found, forwards = [], []
+    for checkpointing in (False, True):
+        execution = Execution(checkpointing=checkpointing)
+        run = StageRun(0, Stage("cd", 1, STAGES["cd"]), denoiser(), denoiser(), execution=execution)
+        block = run.cast.student.net.unet.down_blocks[0].resnets[0]
+        count = [0]
+        block.register_forward_pre_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+        with run.cast.only("student") as network:
+            run._backward("student", run.batch(source, 0))
+        found.append({name: p.grad for name, p in network.named_parameters()})
+        forwards.append(count[0])
+    near(*found)
+    assert forwards[1] == forwards[0] + 1  # the block's forward again in the backward pass
+
+
+def test_a_network_that_cannot_compute_activations_anew_says_so() -> None:
+    with pytest.raises(InvalidRequest, match="has no gradient checkpointing"):
+        StageRun(0, Stage("kd", 1), tiny_teacher(), tiny_student(), execution=Execution(checkpointing=True))
 
 
 # two processes -------------------------------------------------------------------------------------------------------

@@ -125,10 +125,33 @@ def test_an_unknown_term_is_refused_by_name() -> None:
         specs.parse(job(method={"name": "kd", "terms": [{"name": "alchemy"}]}))
 
 
+def test_processes_must_share_every_stages_batch_equally() -> None:
+    chain = [{"name": "kd", "batch": 12}, {"name": "sid"}]  # sid's own batch is 32
+    specs.parse(job(method=chain, train={"iterations": 1, "processes": 4}))
+    with pytest.raises(
+        InvalidRequest, match=r"method\.0: a batch of 12 rows .*processes=8: choose a multiple"
+    ) as caught:
+        specs.parse(job(method=chain, train={"iterations": 1, "processes": 8}))
+    assert caught.value.param == "train.processes"
+    with pytest.raises(InvalidRequest, match=r"method\.1: a batch of 32 rows"):
+        specs.parse(job(method=chain, train={"iterations": 1, "processes": 3}))
+    specs.parse(job(method={"name": "sid"}, train={"iterations": 1, "processes": 3, "batch": 9}))
+
+
+def test_one_process_has_nobody_to_spread_its_networks_over() -> None:
+    with pytest.raises(InvalidRequest, match="say processes=2 or more"):
+        specs.parse(job(train={"iterations": 1, "shard": True}))
+
+
+def test_the_shared_backbone_of_a_lora_is_not_spread() -> None:
+    lora = {"name": "small", "steps": [1], "train": {"lora": {"rank": 8}}}
+    with pytest.raises(InvalidRequest, match="leave shard out"):
+        specs.parse(job(student=lora, train={"iterations": 1, "processes": 2, "shard": True}))
+
+
 @pytest.mark.parametrize(
     "body",
     [
-        job(train={"iterations": 1, "processes": 2}),
         job(data={"pairs": "dj_0"}),
     ],
 )

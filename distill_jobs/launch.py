@@ -1,0 +1,60 @@
+"""Starts the processes of one trainer on this machine: `python -m distill_jobs.launch JOB_FOLDER --processes=N …`.
+
+What `torchrun` does, with the exit codes of one trainer. It starts nothing again: the keeper does, which counts whether
+a trainer gets further. Everything dies with the service, for its processes die with it and it with the service.
+"""
+
+import argparse
+import os
+import sys
+
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from distill_jobs.exit_codes import FINISHED, PAUSED, REFUSED
+from distill_jobs.lifetime import die_with
+
+_LOOPBACK = "127.0.0.1"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--processes", type=int, required=True)
+    parser.add_argument("--threads", type=int, default=1, help="of all processes together; each has one at least")
+    parser.add_argument("--parent", type=int, default=0)
+    args, rest = parser.parse_known_args(argv)
+    die_with(args.parent)
+    own = [f"--threads={max(1, args.threads // args.processes)}", f"--parent={os.getpid()}"]
+    try:
+        elastic_launch(_config(args.processes), sys.executable)("-m", "distill_jobs.train", *rest, *own)
+    except SignalException:
+        return PAUSED
+    except ChildFailedError as error:
+        return _code([failure.exitcode for failure in error.failures.values()])
+    return FINISHED
+
+
+def _config(processes: int) -> LaunchConfig:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id="train",
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"{_LOOPBACK}:0",
+        local_addr=_LOOPBACK,
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+    )
+
+
+def _code(codes: list[int]) -> int:
+    """One code of several that ended: who refuses has said why. A signal is 128 + its number, as shells have it."""
+    code = REFUSED if REFUSED in codes else codes[0]
+    return 128 - code if code < 0 else code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
