@@ -5,10 +5,10 @@ the student at its step counts on plain torch, with the questions of every evalu
 """
 
 import argparse
-import copy
 import json
 import resource
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from distill_jobs.tasks.base import Task
 from distill_jobs.teachers import diffusers, publish
 from distill_jobs.timing import shortened
 from distill_jobs.trainer import TrainConfig, Trainer
+from engines.denoiser import Denoiser
 from engines.errors import FewstepError, InvalidRequest
 from engines.registry.files import FilesRegistry
 
@@ -63,12 +64,17 @@ class Stand:
             raise InvalidRequest(f"n={n}: the teacher's shipped answers are fewer, take a smaller --n", param="n")
         return Reference.load(path, task=self.task)
 
+    def beginner(self, preset: str, settings: Mapping[str, Any]) -> Denoiser:
+        """The student before its first update, with the inputs and the points that the method needs."""
+        method = resolve(preset)
+        return self.teacher.beginner(method.method.inputs, getattr(method.config(settings), "points", 1))
+
 
 def planned(stand: Stand, preset: str, settings: dict[str, Any], evaluations: int, precision: Precision) -> Stage:
     """The stage that the budget pays for: what one iteration and one prepared row cost is found by trying."""
     known = resolve(preset).method.Config.model_fields
     key = next((name for name in PREPARED if name in known), None)
-    student = copy.deepcopy(stand.teacher.beginner(resolve(preset).method.inputs))
+    student = stand.beginner(preset, settings)
     tried = shortened(Stage(preset, _TRIED, settings), _TRIED)
     run = StageRun(0, tried, stand.guided, student, precision=precision)
     with metered() as meter, precision.context():
@@ -95,7 +101,7 @@ def entry(stand: Stand, preset: str, seed: int, evaluations: int, n: int, settin
     wanted = ({"counts": COUNTS} if "counts" in known else {}) | settings
     precision = Precision(bf16=True)
     stage = planned(stand, preset, wanted, evaluations, precision)
-    student = stand.teacher.beginner(resolve(preset).method.inputs)
+    student = stand.beginner(preset, wanted)
     trainer = Trainer([stage], stand.guided, student, stand.source, TrainConfig(seed=seed, bf16=True))
     began = time.monotonic()
     with metered() as meter:

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from engines.denoiser import Denoiser
+
 _PATIENCE = timedelta(hours=2)  # of the others while the leader evaluates
 
 
@@ -82,7 +84,7 @@ class Group:
         if not self.shards:
             return
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         mesh = init_device_mesh(torch.device(self.device).type, (self.size,))
         lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
@@ -90,6 +92,8 @@ class Group:
         inner = {other for block in blocks for other in block.modules() if other is not block}
         for unit in [*(block for block in blocks if block not in inner), network]:
             fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+        if isinstance(network, Denoiser):
+            register_fsdp_forward_method(network, "policy")  # asks the network too
 
     def whole(self, value: Tensor) -> Tensor:
         """All of a tensor of which this process may hold a part. Every process asks."""

@@ -150,6 +150,7 @@ class JobRun:
             denoiser_weights=load_file(self.folder / "trained" / "weights.safetensors"),
             adapter=load_file(adapter) if adapter.exists() else None,
             denoiser_config=said.get("config"),
+            points=max(stage.points for stage in self.spec.stages),
             schedules={int(k): Schedule.model_validate(value) for k, value in said["schedules"].items()},
             guidance=learnt(teacher.guidance, self.spec.student.weights),
             inputs=said["inputs"],

@@ -364,8 +364,9 @@ def check_weights(spec: DistillJobSpec, teacher: Guidance) -> None:
     if spec.student.weights is None:
         return
     low, high = spec.student.weights
-    if teacher.mode != "cfg" or not teacher.minimum <= low < high <= teacher.maximum:
-        can = f"{teacher.minimum}..{teacher.maximum}" if teacher.mode == "cfg" else "none at all"
+    guided = teacher.mode in ("cfg", "embedded")
+    if not guided or not teacher.minimum <= low < high <= teacher.maximum:
+        can = f"{teacher.minimum}..{teacher.maximum}" if guided else "none at all"
         message = f"student.guidance.embedded={[low, high]} is outside the teacher's weights, {can}"
         raise InvalidRequest(message, param="student.guidance.embedded")
     w = teacher.default if spec.teacher.guidance is None else spec.teacher.guidance

@@ -44,6 +44,11 @@ class SearchSpec(_Frozen):
         rest = {key: value for key, value in data.items() if key not in own}
         return {**own, "fields": rest}
 
+    @property
+    def points(self) -> int:
+        """How many x0 the student's network must give at once; several make it a policy."""
+        return int(self.fields.get("points", _schemas.schemas()[self.name]["defaults"].get("points", 1)))
+
     @model_serializer(mode="wrap")
     def _flat(self, handler: Any) -> dict[str, Any]:
         return {**handler(self), **self.fields}

@@ -41,7 +41,7 @@ from distill_jobs.stage import Execution, Precision
 from distill_jobs.teachers import diffusers
 from distill_jobs.trainer import Result, TrainConfig, Trainer
 from engines import priority
-from engines.denoiser import Denoiser, Guided
+from engines.denoiser import Denoiser
 from engines.errors import FewstepError
 from engines.registry.base import Registry, open_registry
 from engines.slimming import Slimmed
@@ -67,7 +67,7 @@ class TrainerRun:
         self.guided = self.teacher.guided(self.w)
         if weights := self.spec.student.weights:
             self.source = WeightedSource(self.prompts, *weights, seed=self.spec.train.seed)
-            self.guided = Guided(self.teacher.denoiser, self.teacher.encode([""]), self.w)  # whatever its own weight
+            self.guided = self.teacher.guide(self.w)
         if self.spec.student.lora is not None:
             layers(self.teacher.denoiser, self.spec.student.lora)  # a target that is none is refused before the work
         self._features = Path(told["features"]) if told["features"] else None
@@ -132,7 +132,7 @@ class TrainerRun:
         """The student before its first update: all of its weights, or an adapter beside the teacher's."""
         if self.spec.student.lora is not None:
             return adapted(self.teacher.denoiser, self.spec.student.lora)
-        return self.teacher.beginner(inputs(self.spec), self._slim())
+        return self.teacher.beginner(inputs(self.spec), self._slim(), max(stage.points for stage in self.spec.stages))
 
     def _slim(self) -> Slimmed | None:
         slim = self.spec.student.slim

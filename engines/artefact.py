@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from engines import golden, plugins, shipped
+from engines import golden, plugins, policy, shipped
 from engines.errors import InvalidManifest, InvalidRequest, NotBuilt
 from engines.families.base import FamilyClass, ReadFile
 from engines.graph import ComponentGraph, spec
@@ -98,6 +98,7 @@ def make_student(
     denoiser_weights: Mapping[str, Tensor] | None = None,
     adapter: Mapping[str, Tensor] | None = None,
     denoiser_config: Mapping[str, Any] | None = None,
+    points: int = 1,
     schedules: Mapping[int, Schedule] | Iterable[Schedule],
     guidance: Guidance | None = None,
     inputs: Iterable[Literal["s", "w"]] | None = None,
@@ -114,7 +115,8 @@ def make_student(
     Without weights it is a schedule-only student. Weights may lack the layers of `inputs`: those begin at zero,
     where the student is its base. `adapter` is the LoRA that `denoiser_weights` were merged with, by peft's names
     (alpha = rank): served are the full weights, on the graph that every other student has, and the LoRA is kept
-    beside them. `denoiser_config` is that of another network than the base's, such as a slimmed one.
+    beside them. `denoiser_config` is that of another network than the base's, such as a slimmed one; of
+    several `points` it is a policy, whose weights have the wider last layer.
 
     Raises:
         GraphMismatch: the weights are not those of the base's network.
@@ -127,13 +129,17 @@ def make_student(
         "base": base.version,
         "schedules": _by_steps(schedules),
         "inputs": reads,
+        "points": points,
         "guidance": guidance or base.guidance,
-        "solver": solver or base.solver,
+        "solver": solver or ("dx" if points > 1 else base.solver),
         "prediction": prediction or base.prediction,
         "process": process or base.process,
         "parents": tuple(parents) or (base.version,),
         "golden": None,
     }
+    if points > 1:
+        config = denoiser_config or json.loads(registry.read_blob(base.components["denoiser"].files["config.json"]))
+        denoiser_config = policy.widened(config, points)
     if denoiser_weights is not None or reads != base.inputs:
         changed["components"] = base.components | {
             "denoiser": _with_weights(registry, base, reads, denoiser_weights, dtype, adapter, denoiser_config)
@@ -150,8 +156,9 @@ def export_diffusers(registry: Registry, version: str, directory: Path) -> None:
         NotBuilt: its network reads inputs that diffusers' own has not.
     """
     manifest = registry.student(version)
-    if manifest.inputs:
-        raise NotBuilt(f"a network that reads {sorted(manifest.inputs)} is no plain diffusers network")
+    if manifest.inputs or manifest.points > 1:
+        odd = f"reads {sorted(manifest.inputs)}" if manifest.inputs else f"gives {manifest.points} x0 at once"
+        raise NotBuilt(f"a network that {odd} is no plain diffusers network")
     folders: dict[str, tuple[str, ...]] = plugins.load("engines.families", manifest.family, "FOLDERS")
     for role, names in folders.items():
         part = manifest.components[role]

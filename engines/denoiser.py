@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from engines.manifest import Kind
+from engines.policy import Policy
 from engines.process import Process, over
 
 Cond = Any  # a pytree of tensors with leading B, or None
@@ -59,26 +60,40 @@ class BaseDenoiser(nn.Module):
 class Denoiser(BaseDenoiser):
     """A network with its process and prediction kind. `inputs` says which of s and w the network reads.
 
-    A network that reads s and is given none is asked for s = t, its instantaneous velocity.
+    A network that reads s and is given none is asked for s = t, its instantaneous velocity. One of several `points` is
+    a policy: its answer is the line to where its way from t to s ends, or without s its velocity at t.
     """
 
-    def __init__(self, net: Net, process: Process, kind: Kind, inputs: Collection[str] = frozenset()) -> None:
+    def __init__(
+        self, net: Net, process: Process, kind: Kind, inputs: Collection[str] = frozenset(), points: int = 1
+    ) -> None:
         super().__init__()
         self.net = net
         self.process = process
         self.kind: Kind = kind
         self.inputs = frozenset(inputs)
+        self.points = points
 
     def forward(
         self, x: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None, w: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        pred = self._asked(x, t, cond, s, w)
+        if self.points == 1:
+            return self.process.split(pred, self.kind, x, t)
+        way = Policy.read(self.process, self.kind, pred, x, t, torch.zeros_like(t) if s is None else s)
+        return way.at(x, t) if s is None else way.line(x)
+
+    def policy(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond = None, w: Tensor | None = None) -> Policy:
+        """The way from x = x_t to s that one evaluation lays out."""
+        return Policy.read(self.process, self.kind, self._asked(x, t, cond, s, w), x, t, s)
+
+    def _asked(self, x: Tensor, t: Tensor, cond: Cond, s: Tensor | None, w: Tensor | None) -> Tensor:
         cond, w = unweighted(cond, w)
         if "w" in self.inputs and w is None:
             raise ValueError("this network reads the guidance weight: give w [B]")
         time = self.process.network_time
         s_net = time(t if s is None else s) if "s" in self.inputs else None
-        pred = self.net(x, time(t), cond, s_net, w if "w" in self.inputs else None)
-        return self.process.split(pred.to(x.dtype), self.kind, x, t)
+        return self.net(x, time(t), cond, s_net, w if "w" in self.inputs else None).to(x.dtype)
 
 
 class Guided(BaseDenoiser):

@@ -189,6 +189,13 @@ class StudentManifest(_Frozen):
     process: ProcessSpec = ProcessSpec()
     prediction: Kind = "flow"
     inputs: frozenset[Literal["s", "w"]] = frozenset()
+    points: int = Field(
+        1,
+        ge=1,
+        le=64,
+        exclude_if=lambda points: points == 1,
+        description="x0 that the network gives at once; several make it a policy",
+    )
     solver: str = "ddim"
     schedules: dict[int, Schedule] = Field(min_length=1)
     guidance: Guidance = Guidance()
@@ -214,6 +221,8 @@ class StudentManifest(_Frozen):
             raise ValueError(f"components lack {sorted(missing)}")
         if (self.guidance.mode == "embedded") != ("w" in self.inputs):
             raise ValueError("guidance is embedded if and only if the network reads 'w'")
+        if any((self.solver_for(steps) == "dx") != (self.points > 1) for steps in self.schedules):
+            raise ValueError("solver dx is for networks of several points, and they for no other")
         return self
 
     def canonical(self) -> bytes:

@@ -105,6 +105,14 @@ class Process(ABC):
         return torch.atan2(self.sigma(t), self.alpha(t))
 
 
+def secant(process: Process, x: Tensor, t: Tensor, there: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """(x0, eps) of the line through x at t and `there` at s: [[alpha_t, sigma_t], [alpha_s, sigma_s]] (x0, eps) =
+    (x, there)."""
+    (a, b), (c, d) = ((over(process.alpha(time), x), over(process.sigma(time), x)) for time in (t, s))
+    det = a * d - b * c
+    return (d * x - b * there) / det, (a * there - c * x) / det
+
+
 @dataclass(frozen=True)
 class RF(Process):
     """Rectified flow: a straight line from data (t = 0) to noise (t = 1).

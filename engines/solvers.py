@@ -3,7 +3,8 @@
 A solver belongs to one plan; its coefficients are computed once in double precision. `advance` is pure: it changes no
 tensor it is given, and what a multistep solver remembers is in the `State`. `sample` is the same rule for training.
 
-Source: DDIM arXiv 2010.02502; DPM-Solver++ 2211.01095; UniPC 2302.04867; CTM gamma 2310.02279 and TCD 2402.19159 (eta).
+Source: DDIM arXiv 2010.02502; DPM-Solver++ 2211.01095; UniPC 2302.04867; CTM gamma 2310.02279 and TCD 2402.19159 (eta);
+pi-Flow 2510.14974 (dx).
 Checked against: diffusers 0.42 FlowMatchEuler-, DPMSolverMultistep- and UniPCMultistepScheduler (tests).
 """
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from engines.denoiser import BaseDenoiser, Cond
 from engines.errors import InvalidManifest, UnknownPlugin
 from engines.manifest import LINEAR, Kind, Schedule, Step
+from engines.policy import Policy
 from engines.process import Process
 
 
@@ -106,6 +108,15 @@ class DDIM(Solver):
     def _step(self, state: State, x0: Tensor, eps: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         s = torch.full((1,), self.target(state), dtype=x0.dtype, device=x0.device)
         return self.process.mix(x0, eps, s), ()
+
+
+class DX(DDIM):
+    """The way of a policy, in closed form between two evaluations of a network that gives x0 at several points."""
+
+    def _split(self, state: State, pred: Tensor) -> tuple[Tensor, Tensor]:
+        ends = (self.plan[state.i].t, self.target(state))
+        t, s = (torch.full((1,), time, dtype=state.x.dtype, device=state.x.device) for time in ends)
+        return Policy.read(self.process, self.kind, pred, state.x, t, s).line(state.x)
 
 
 class Euler(Solver):
@@ -217,6 +228,7 @@ class Linear(Solver):
 
 _SOLVERS: dict[str, type[Solver]] = {
     "ddim": DDIM,
+    "dx": DX,
     "euler": Euler,
     "flow_match_euler": FlowMatchEuler,
     "ab2": AdamsBashforth2,

@@ -13,18 +13,10 @@ from distill_jobs.batches import Batch
 from distill_jobs.losses import over_rows
 from distill_jobs.methods.base import Method
 from engines.denoiser import BaseDenoiser, Cond
-from engines.process import Process, over
 from engines.solvers import sample, trajectory
 
 Line = tuple[Tensor, Tensor]  # (x0, eps)
 END = 0.02  # the least noise level at which a student learns a line: near 0 every line through x is right
-
-
-def secant(process: Process, x: Tensor, t: Tensor, there: Tensor, s: Tensor) -> Line:
-    """The line through x at t and `there` at s: [[alpha_t, sigma_t], [alpha_s, sigma_s]] (x0, eps) = (x, there)."""
-    (a, b), (c, d) = ((over(process.alpha(time), x), over(process.sigma(time), x)) for time in (t, s))
-    det = a * d - b * c
-    return (d * x - b * there) / det, (a * there - c * x) / det
 
 
 def flow_error(guess: Line, line: Line) -> Tensor:

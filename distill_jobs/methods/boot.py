@@ -19,13 +19,13 @@ from torch import Tensor
 from distill_jobs import times
 from distill_jobs.batches import Batch
 from distill_jobs.losses import over_rows
-from distill_jobs.methods._line import secant, shown
+from distill_jobs.methods._line import shown
 from distill_jobs.methods.base import FewStepConfig, Method, Preset
 from distill_jobs.methods.kd import few_step_schedules
 from distill_jobs.roles import Cast, Role
 from engines.errors import InvalidRequest
 from engines.manifest import Schedule
-from engines.process import over
+from engines.process import over, secant
 
 
 class BOOTConfig(FewStepConfig):

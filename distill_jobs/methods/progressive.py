@@ -22,12 +22,13 @@ from torch import Tensor
 from distill_jobs import times
 from distill_jobs.batches import Batch
 from distill_jobs.methods._data import DataConfig, DataMethod
-from distill_jobs.methods._line import END, Line, ask, secant, shown, snr_error
+from distill_jobs.methods._line import END, Line, ask, shown, snr_error
 from distill_jobs.methods.base import Preset
 from distill_jobs.methods.kd import few_step_schedules
 from distill_jobs.roles import Cast, Role
 from engines.denoiser import BaseDenoiser
 from engines.manifest import Schedule
+from engines.process import secant
 
 
 class GuidanceConfig(DataConfig):

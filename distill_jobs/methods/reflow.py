@@ -31,12 +31,13 @@ from distill_jobs.batches import Batch
 from distill_jobs.losses import huber
 from distill_jobs.methods._bank import BankConfig, BankMethod
 from distill_jobs.methods._data import DataConfig, DataMethod
-from distill_jobs.methods._line import END, Line, ask, flow_error, path, secant, shown
+from distill_jobs.methods._line import END, Line, ask, flow_error, path, shown
 from distill_jobs.methods.base import Method, Preset
 from distill_jobs.methods.kd import few_step_schedules
 from distill_jobs.pairs import TeacherPath
 from distill_jobs.roles import Cast, Role
 from engines.manifest import Schedule
+from engines.process import secant
 
 
 @dataclass(frozen=True)

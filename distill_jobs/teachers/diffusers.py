@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engines import plugins, process
+from engines import plugins, policy, process
 from engines.artefact import FRESH
 from engines.denoiser import AtWeight, BaseDenoiser, Denoiser, Guided
 from engines.families.base import ComponentNetwork, Family
@@ -45,19 +45,28 @@ class Teacher:
     def shape(self) -> tuple[int, int, int]:
         return self.manifest.latent_shape(*self.manifest.resolutions[0])
 
-    def beginner(self, inputs: frozenset[str], slim: Slimmed | None = None) -> Denoiser:
+    def beginner(self, inputs: frozenset[str], slim: Slimmed | None = None, points: int = 1) -> Denoiser:
         """A student before its first update: the teacher's network, trainable, which reads `inputs` too. The layers
-        for them begin at zero, so that it is still the teacher; with `slim` it is what is left of it."""
+        for them begin at zero, so that it is still the teacher; with `slim` it is what is left of it. As a policy of
+        several `points` it gives the same x0 at all of them.
+
+        Raises:
+            NotBuilt: this network cannot be a policy.
+        """
         reads = inputs | self.denoiser.inputs
         spec = replace(self.graph, inputs=tuple(sorted(reads)))
         weights = blob_weights(self.denoiser.state_dict())
         if slim is not None:
-            own = ("denoiser/config.json", json.dumps(slim.config))
-            spec = replace(spec, files=tuple(own if file[0] == own[0] else file for file in spec.files))
             weights = {new: value for name, value in weights.items() if (new := slim.rename(name)) is not None}
+        if points > 1:
+            weights = policy.repeated(weights, points)
+        if slim is not None or points > 1:
+            config = json.loads(dict(spec.files)["denoiser/config.json"]) if slim is None else slim.config
+            own = ("denoiser/config.json", json.dumps(policy.widened(config, points)))
+            spec = replace(spec, files=tuple(own if file[0] == own[0] else file for file in spec.files))
         network = ComponentGraph(spec, Path).module()
         network.load(weights, fresh=FRESH)
-        return Denoiser(network, self.denoiser.process, self.denoiser.kind, reads)
+        return Denoiser(network, self.denoiser.process, self.denoiser.kind, reads, points)
 
     def slimmed(self, layers: int | None, middle: bool) -> Slimmed:
         """The denoiser with fewer layers.
@@ -70,9 +79,13 @@ class Teacher:
     def guided(self, w: float) -> BaseDenoiser:
         """u + w(c - u) where the family's own null conditioning is u; the plain network for w = 1. A network that reads
         its weight is asked with it."""
+        return self.denoiser if w == 1.0 and "w" not in self.denoiser.inputs else self.guide(w)
+
+    def guide(self, w: float) -> BaseDenoiser:
+        """The same even for w = 1: rows may bring weights of their own."""
         if "w" in self.denoiser.inputs:
             return AtWeight(self.denoiser, w)
-        return self.denoiser if w == 1.0 else Guided(self.denoiser, self._family(self.denoiser).null(), w)
+        return Guided(self.denoiser, self._family(self.denoiser).null(), w)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], batch: int = 64) -> Tensor:
@@ -83,6 +96,8 @@ class Teacher:
     def student(self, denoiser: Denoiser, schedules: Mapping[int, Schedule], guidance: Guidance) -> LoadedStudent:
         """A network in training as serving would run it: the same plans, solvers and family, on plain torch."""
         changed = {"schedules": dict(schedules), "guidance": guidance, "inputs": denoiser.inputs, "kind": "full"}
+        if denoiser.points > 1:
+            changed |= {"points": denoiser.points, "solver": "dx"}
         manifest = self.manifest.model_copy(update=changed)
         return LoadedStudent(manifest, self._family(denoiser), denoiser.process, "eager", "fp32")
 

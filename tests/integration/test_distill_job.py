@@ -135,6 +135,20 @@ def test_a_student_without_the_middle_of_its_teacher_is_served_on_its_own_graph(
     assert current.tiers["low"].student == result["student"]
 
 
+def test_a_policy_is_served_by_a_graph_of_several_predictions(shop: Workshop) -> None:
+    method = {"name": "pi_flow", "batch": 8, "points": 4}
+    job = shop.submit(method=method, student={"name": "tiny-policy", "steps": [1, 2]})
+    with shop.workers(), shop.distiller():
+        shop.await_state(job.id, "succeeded")
+
+    result = shop.records.read(job.id, "result.json") or {}
+    manifest = shop.registry.student(result["student"])
+    assert (manifest.points, manifest.inputs, manifest.solver_for(1)) == (4, {"s"}, "dx")
+    current = shop.registry.current(DEPLOYMENT)
+    assert current is not None
+    assert current.tiers["low"].student == result["student"]
+
+
 def test_a_missed_gate_publishes_nothing_and_is_no_failure(shop: Workshop) -> None:
     before = shop.registry.history(DEPLOYMENT)
     job = shop.submit(gates=LENIENT | {"fd_ratio": 1e-6}, student={"name": "missed", "steps": [1, 2]})

@@ -13,7 +13,7 @@ from distill_jobs.teachers.diffusers import Teacher
 from engines import artefact
 from engines.errors import InvalidRequest
 from engines.loader import load_student
-from engines.manifest import Guidance, Schedule
+from engines.manifest import Guidance, Schedule, StudentManifest
 from engines.student import sample
 from tests import tiny_sd
 
@@ -107,6 +107,43 @@ def test_a_guidance_weight_is_served_as_it_was_trained_at_every_value_of_its_ran
     assert (made[1.0] - made[4.0]).abs().max() > 1
     with pytest.raises(InvalidRequest, match=r"guidance_scale=4.5 is outside 1.0..4.0"):
         sample(loaded, CAPTIONS, SEEDS, 2, guidance=4.5)
+
+
+WAY = {2: Schedule(times=(1.0, 0.4, 0.0), solver="dx")}
+
+
+def test_a_policy_begins_as_its_teachers_straight_steps(teacher: Teacher) -> None:
+    beginner = teacher.beginner(frozenset({"s"}), points=3)
+    cond, x, t, s = teacher.encode(CAPTIONS), torch.randn(3, *teacher.shape), torch.full((3,), 0.7), torch.zeros(3)
+    with torch.no_grad():
+        torch.testing.assert_close(beginner.jump(x, t, s, cond), teacher.denoiser.jump(x, t, s, cond))
+        assert beginner.policy(x, t, s, cond).points.shape == (3, 3, *teacher.shape)
+
+
+def test_a_policy_is_served_as_it_was_trained(teacher: Teacher) -> None:
+    registry, student = tiny_sd.teacher().registry, teacher.beginner(frozenset({"s"}), points=3)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for value in student.parameters():
+            value.add_(0.02 * torch.randn_like(value))
+    version = artefact.make_student(
+        registry,
+        teacher.manifest.version,
+        "ways",
+        denoiser_weights=diffusers.blob_weights(student.state_dict()),
+        schedules=WAY,
+        guidance=baked(2.0),
+        inputs=("s",),
+        points=3,
+        dtype="fp32",
+    )
+    manifest = registry.student(version)
+    assert (manifest.points, manifest.solver_for(2)) == (3, "dx")
+    served = sample(load_student(registry, manifest), CAPTIONS, SEEDS, 2)
+    trained = sample(teacher.student(student, WAY, baked(2.0)), CAPTIONS, SEEDS, 2)
+    assert (served.int() - trained.int()).abs().max() <= 1
+    with pytest.raises(ValueError, match="solver dx is for networks of several points"):
+        StudentManifest.model_validate(manifest.model_dump() | {"points": 1})
 
 
 def test_a_guided_teacher_is_u_plus_w_times_c_minus_u(teacher: Teacher) -> None:

@@ -32,6 +32,7 @@ CASES: dict[str, Stage] = {
     "derivative": Stage("mean_flow", ITERATIONS, STAGES["mean_flow"]),
     "gradient through a derivative": Stage("esd", ITERATIONS, STAGES["esd"]),
     "derivative by the end": Stage("lsd", ITERATIONS, STAGES["lsd"]),
+    "policy": Stage("pi_flow", ITERATIONS, STAGES["pi_flow"]),
 }
 CHAIN = [Stage("kd", 3, STAGES["kd"]), Stage("dmd", 5, {**STAGES["dmd"], "fake_warmup": 2})]
 

@@ -8,14 +8,13 @@ from torch import Tensor, nn
 
 from distill_jobs import times
 from distill_jobs.methods import boot
-from distill_jobs.methods._line import secant
 from distill_jobs.methods.base import resolve
 from distill_jobs.methods.boot import BOOT
 from distill_jobs.roles import Cast
 from engines.denoiser import Denoiser, Guided
 from engines.errors import InvalidRequest
 from engines.manifest import Kind
-from engines.process import RF, TRIG, VP, Process
+from engines.process import RF, TRIG, VP, Process, secant
 from tests.unit.distill_jobs.closed_form import (
     NULL_MEAN,
     STD,

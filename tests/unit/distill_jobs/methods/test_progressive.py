@@ -13,7 +13,7 @@ from torch import Tensor
 from distill_jobs import times
 from distill_jobs.batches import Batch
 from distill_jobs.methods import progressive
-from distill_jobs.methods._line import secant, snr_error
+from distill_jobs.methods._line import snr_error
 from distill_jobs.methods.base import Workspace, resolve
 from distill_jobs.methods.progressive import Guidance, Progressive
 from distill_jobs.roles import Cast
@@ -21,7 +21,7 @@ from distill_jobs.stage import Stage, StageRun
 from engines.denoiser import BaseDenoiser, Denoiser, Guided
 from engines.errors import InvalidRequest
 from engines.manifest import Kind
-from engines.process import RF, Process
+from engines.process import RF, Process, secant
 from tests.unit.distill_jobs.closed_form import (
     NULL_MEAN,
     STD,
