@@ -143,8 +143,8 @@ def unguided(den: BaseDenoiser) -> BaseDenoiser:
 
 
 def _tell_shards(module: nn.Module) -> None:
-    """FSDP2 hands on whether a weight wants gradients when it next gathers it. Within `torch.func.jvp` that would be an
-    error (https://github.com/pytorch/pytorch/issues/91309), so it is gathered here once."""
+    """FSDP2 hands on whether a weight wants gradients when it next gathers it. Functions under `torch.func.jvp`
+    may not call `requires_grad_`, so it is gathered here once, before any."""
     for unit in module.modules():
         if hasattr(unit, "unshard"):
             unit.unshard()  # type: ignore[operator]
