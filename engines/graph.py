@@ -175,8 +175,23 @@ def export(spec: ComponentSpec, folder: Path) -> None:
             optimize=False,
         )
     assert program is not None
-    model = without_weights(program.model_proto, {inner: name for name, inner in network.graph_names().items()})
+    used = _used(program.exported_program)
+    names = {inner: name for name, inner in network.graph_names().items() if inner in used}
+    model = without_weights(program.model_proto, names)
     (folder / _GRAPH).write_bytes(onnx.ModelProto.SerializeToString(model, deterministic=True))
+
+
+def _used(program: Any) -> set[str]:
+    """The parameters and buffers that the output depends on: a text encoder's last layer is often not read."""
+    signature = program.graph_signature
+    named = signature.inputs_to_parameters | signature.inputs_to_buffers
+    waiting, reached = [program.graph.output_node()], set()
+    while waiting:
+        node = waiting.pop()
+        if node.name not in reached:
+            reached.add(node.name)
+            waiting.extend(node.all_input_nodes)
+    return {named[name] for name in reached & named.keys()}
 
 
 def without_weights(model: Any, names: Mapping[str, str]) -> Any:

@@ -94,8 +94,11 @@ def text_model(config: dict[str, Any], known: Sequence[str]) -> Any:
         raise InvalidManifest(f"the text encoder is a {name}: this family has {', '.join(known)}")
     model_class = getattr(transformers, name)
     settings = {key: value for key, value in config.items() if key not in ("architectures", "dtype", "torch_dtype")}
-    made = model_class(model_class.config_class(**settings))
-    return made.encoder if name in T5_MODELS else made
+    described = model_class.config_class(**settings)
+    if name in T5_MODELS:  # its biased attention, fused, has no ONNX graph
+        described._attn_implementation = "eager"
+        return model_class(described).encoder
+    return model_class(described)
 
 
 def read_json(read: ReadFile, name: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@ patches, a video VAE of which one frame is used.
 
 The template's 34 first tokens are dropped and 512 are kept, padded and masked where the pipeline has lists of any
 length. A guided prediction keeps the norm of the conditional one, patch by patch. The pictures of Qwen2.5-VL are not
-read.
+read. The transformer turns positions as complex numbers, which ONNX has not: it is served by `eager`.
 Checked against: diffusers/pipelines/qwenimage/pipeline_qwenimage.py at 0.42.1.
 """
 
