@@ -9,7 +9,7 @@ from pathlib import Path
 from distill_jobs.tasks import shapes
 from distill_jobs.tasks.base import DEFAULT, Task
 from engines.artefact import import_diffusers
-from engines.manifest import Schedule
+from engines.manifest import ProcessSpec, Schedule
 from engines.registry.base import Registry, Revision, TierTarget
 
 TIER = "high"
@@ -31,6 +31,7 @@ def publish(registry: Registry, deployment: str, directory: Path | None = None, 
         schedules=[uniform(steps) for steps in (*contract.compared, contract.steps)],
         guidance=contract.guidance,
         solver=contract.solver,
+        process=ProcessSpec(kind="rf"),  # taught at all times of the flow, not at the ticks of the scheduler beside it
         golden_prompts=contract.prompts,
         task=None if task.name == DEFAULT else task.name,
     )

@@ -1,15 +1,20 @@
 """The committed teacher: a stock pipeline loads it as it is, and it draws what it is asked for."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
+from distill_jobs.assessment import TeacherAs
+from distill_jobs.evaluate.reference import kept_answers
 from distill_jobs.tasks.shapes import TASK
+from distill_jobs.teachers.publish import publish
 from distill_jobs.teachers.shapes import data
 from distill_jobs.teachers.training import latents, vae
+from engines.registry.files import FilesRegistry
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what diffusers warns about while loading is not ours
 PIPELINE = TASK.pipeline
@@ -58,3 +63,11 @@ def test_the_card_names_what_it_was_trained_on() -> None:
     card = (PIPELINE / "README.md").read_text()
     assert "distill_jobs.teachers.training.train" in card
     assert all(f"{data.COLOURS[colour]} {data.KINDS[kind]}" in card for colour, kind in data.HELD_OUT)
+
+
+def test_its_shipped_answers_are_those_of_the_version_that_is_published(tmp_path: Path) -> None:
+    """Otherwise every job would first ask it thousands of questions."""
+    registry = FilesRegistry(tmp_path)
+    asked = TeacherAs.of(registry.student(publish(registry, "shapes")))
+    for n in (256, 2000, 10_000):
+        assert kept_answers([TASK.answers], asked.digest, steps=asked.steps, guidance=asked.guidance, n=n) is not None
