@@ -21,6 +21,7 @@ from distill_jobs.assessment import SEED, TeacherAs, sampler_of
 from distill_jobs.data import prompts
 from distill_jobs.evaluate.reference import Reference, kept_answers
 from distill_jobs.evaluate.report import evaluate, teacher_metrics
+from distill_jobs.methods import _schemas
 from distill_jobs.methods._schemas import PREPARED
 from distill_jobs.methods.base import Workspace, resolve
 from distill_jobs.pairs import SHARD
@@ -67,7 +68,7 @@ class Stand:
     def beginner(self, preset: str, settings: Mapping[str, Any]) -> Denoiser:
         """The student before its first update, with the inputs and the points that the method needs."""
         method = resolve(preset)
-        return self.teacher.beginner(method.method.inputs, getattr(method.config(settings), "points", 1))
+        return self.teacher.beginner(method.method.inputs, points=getattr(method.config(settings), "points", 1))
 
 
 def planned(stand: Stand, preset: str, settings: dict[str, Any], evaluations: int, precision: Precision) -> Stage:
@@ -91,14 +92,24 @@ def planned(stand: Stand, preset: str, settings: dict[str, Any], evaluations: in
     return Stage(preset, max(1, int(rest / each)), told)
 
 
+def counts_of(preset: str) -> dict[str, Any]:
+    """The step counts of every entry, as a setting; nothing for a method that is for its own alone."""
+    asked = {"counts": list(COUNTS)}
+    try:
+        _schemas.check(preset, asked)
+        _schemas.check_counts(preset, asked, resolve(preset).method.inputs)
+    except InvalidRequest:
+        return {}
+    return {"counts": COUNTS}
+
+
 def entry(stand: Stand, preset: str, seed: int, evaluations: int, n: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Figures by step count.
 
     Raises:
         Diverged: training or sampling left the numbers.
     """
-    known = resolve(preset).method.Config.model_fields
-    wanted = ({"counts": COUNTS} if "counts" in known else {}) | settings
+    wanted = counts_of(preset) | settings
     precision = Precision(bf16=True)
     stage = planned(stand, preset, wanted, evaluations, precision)
     student = stand.beginner(preset, wanted)

@@ -25,6 +25,7 @@ is as good as the teacher, lower is better). In the screening every method gets 
 default settings and nothing tuned for this teacher. `evaluations` are those really used; alignment, diversity and
 grain are ratios to the teacher's, averaged over step counts. *experimental*: with this budget its students are, over
 their step counts together, no better than the teacher itself at the same counts, so there is no reason yet to take it.
+Methods for some of the counts only come after those for all three, because four steps alone are easier.
 """
 
 
@@ -35,7 +36,12 @@ def score(made: Made) -> float:
 
 
 def ranked(made: Sequence[Made]) -> list[Made]:
-    return sorted(made, key=lambda one: (score(one), one["preset"]))
+    """Nearest first; those not made for all step counts after those that are: four steps alone are easier."""
+    return sorted(made, key=lambda one: (not _is_whole(one), score(one), one["preset"]))
+
+
+def _is_whole(made: Made) -> bool:
+    return set(COUNTS) <= set(made.get("figures", ()))
 
 
 def experimental(one: Made, teacher: Made) -> bool:

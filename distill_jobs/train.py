@@ -132,7 +132,9 @@ class TrainerRun:
         """The student before its first update: all of its weights, or an adapter beside the teacher's."""
         if self.spec.student.lora is not None:
             return adapted(self.teacher.denoiser, self.spec.student.lora)
-        return self.teacher.beginner(inputs(self.spec), self._slim(), max(stage.points for stage in self.spec.stages))
+        return self.teacher.beginner(
+            inputs(self.spec), self._slim(), points=max(stage.points for stage in self.spec.stages)
+        )
 
     def _slim(self) -> Slimmed | None:
         slim = self.spec.student.slim

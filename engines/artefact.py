@@ -55,8 +55,10 @@ def import_diffusers(
         NotBuilt: its pipeline class has no family file here, or its scheduler cannot be followed.
         InvalidManifest: it is not what its class says.
     """
-    family = _family_of(str(_json(directory / "model_index.json").get("_class_name")))
+    index = _json(directory / "model_index.json")
+    family = _family_of(str(index.get("_class_name")))
     folders: dict[str, tuple[str, ...]] = plugins.load("engines.families", family, "FOLDERS")
+    _refuse_experts(index, folders["denoiser"])
     family_class: FamilyClass = plugins.load("engines.families", family, "FAMILY")
     scheduler = _json(directory / "scheduler" / "scheduler_config.json")
     geometry = family_class.geometry(_reads_configs(directory, folders))
@@ -286,6 +288,19 @@ def _reads_configs(directory: Path, folders: Mapping[str, Sequence[str]]) -> Rea
 def _inside(folders: Sequence[str], folder: str, name: str) -> str:
     """A file or weight of one of a component's folders as the component names it."""
     return name if len(folders) == 1 else f"{folder}/{name}"
+
+
+def _refuse_experts(index: Mapping[str, Any], known: Sequence[str]) -> None:
+    """A pipeline with a second denoiser for some of its times, as Wan 2.2 has, is not its first one alone."""
+    more = [
+        name
+        for name, loaded in index.items()
+        if name.startswith(("transformer", "unet")) and isinstance(loaded, list) and loaded[0] and name not in known
+    ]
+    if more:
+        raise NotBuilt(
+            f"{index['_class_name']} has further denoisers ({', '.join(more)}): one alone can be served here"
+        )
 
 
 def _by_steps(schedules: Mapping[int, Schedule] | Iterable[Schedule]) -> dict[int, Schedule]:

@@ -116,7 +116,11 @@ def _autoencoder(teacher: Teacher, registry: Registry) -> Any:
 def _of_folder(folder: Path, size: tuple[int, int]) -> Captioned:
     content = hashlib.sha256()
     files, captions = [], []
-    for number, line in enumerate((folder / METADATA).read_text().splitlines(), 1):
+    try:
+        lines = (folder / METADATA).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{METADATA} of {folder.name} is not UTF-8: {error}", param="data.images") from error
+    for number, line in enumerate(lines, 1):
         if line.strip():
             file, caption = _row(folder, number, line)
             content.update(json.dumps([caption, hashlib.sha256(file.read_bytes()).hexdigest()]).encode())

@@ -98,7 +98,7 @@ PRESETS = {
     "optimal_step_size": Preset(
         Fitted,
         "One scale on each straight jump, by least squares on the teacher's path.",
-        "2312.00094",
+        "own, after 2312.00094",
         {"fit": "scale"},
     ),
     "d_ode": Preset(
@@ -108,6 +108,9 @@ PRESETS = {
         {"fit": "change"},
     ),
     "fitted_solver": Preset(
-        Fitted, "All coefficients of each step, by least squares on the teacher's path.", "2309.16421", {"fit": "all"}
+        Fitted,
+        "All coefficients of each step, by least squares on the teacher's path.",
+        "own, after 2309.16421",
+        {"fit": "all"},
     ),
 }

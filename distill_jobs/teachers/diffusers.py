@@ -45,7 +45,7 @@ class Teacher:
     def shape(self) -> tuple[int, int, int]:
         return self.manifest.latent_shape(*self.manifest.resolutions[0])
 
-    def beginner(self, inputs: frozenset[str], slim: Slimmed | None = None, points: int = 1) -> Denoiser:
+    def beginner(self, inputs: frozenset[str], slim: Slimmed | None = None, *, points: int = 1) -> Denoiser:
         """A student before its first update: the teacher's network, trainable, which reads `inputs` too. The layers
         for them begin at zero, so that it is still the teacher; with `slim` it is what is left of it. As a policy of
         several `points` it gives the same x0 at all of them.

@@ -105,6 +105,12 @@ def test_a_line_that_names_no_picture_of_the_folder_is_refused(folders: Path, li
         images.captioned("holiday", folders, (16, 16))
 
 
+def test_metadata_that_is_no_text_is_refused(folders: Path) -> None:
+    (folders / "holiday" / images.METADATA).write_bytes(b"\xff\xfe{}")
+    with pytest.raises(InvalidRequest, match="is not UTF-8"):
+        images.captioned("holiday", folders, (16, 16))
+
+
 def test_a_file_that_is_no_picture_is_named(folders: Path) -> None:
     (folders / "holiday/2.png").write_text("words")
     with pytest.raises(InvalidRequest, match=r"2\.png is no picture"):

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from bench import distill_table as table
+from bench.distill_entry import counts_of
 from distill_jobs.methods import _schemas
 
 
@@ -46,6 +47,18 @@ def test_ranks_go_by_the_geometric_mean_and_leave_failures_out() -> None:
         ("sid", 2, True),
     ]
     assert ranks["kd"]["fd_ratio"] == {"1": 1.2, "2": 1.0, "4": 1.0}
+
+
+def test_a_student_of_four_steps_alone_is_ranked_after_those_of_all_counts() -> None:
+    easy = made("progressive", {"4": 0.9})
+    assert [one["preset"] for one in table.ranked([FAILED, easy, WORSE, GOOD])] == ["kd", "sid", "progressive", "dmd"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "asked"), [("kd", (1, 2, 4)), ("boot", None), ("progressive", None), ("lightning", None)]
+)
+def test_methods_are_asked_for_all_counts_that_they_can_make(preset: str, asked: Any) -> None:
+    assert counts_of(preset) == ({"counts": asked} if asked else {})
 
 
 def test_seeds_of_a_preset_become_one_entry_of_medians_with_the_widest_interval() -> None:

@@ -141,6 +141,16 @@ def test_what_is_no_pipeline_of_a_known_family_is_refused_by_name(tmp_path: Path
         import_diffusers(tmp_path, MemoryRegistry(), name="no", schedules=TWO)
 
 
+def test_a_pipeline_with_a_second_denoiser_is_refused(tmp_path: Path) -> None:
+    index = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"transformer_2": index["transformer"]}))
+    with pytest.raises(NotBuilt, match=r"further denoisers \(transformer_2\)"):
+        import_diffusers(tmp_path, MemoryRegistry(), name="no", schedules=TWO)
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"transformer_2": [None, None]}))
+    with pytest.raises(InvalidManifest, match="scheduler"):  # the next thing that is missing
+        import_diffusers(tmp_path, MemoryRegistry(), name="no", schedules=TWO)
+
+
 def test_a_noise_schedule_that_is_no_flow_has_to_be_named(tmp_path: Path) -> None:
     shutil.copytree(tiny_sd.teacher().directory, tmp_path / "p")
     config = tmp_path / "p" / "scheduler" / "scheduler_config.json"
