@@ -68,7 +68,7 @@ bench-student: install-dev  ## three students of 20 minutes each, judged at N = 
 	$(BIN)/python -m bench.student
 
 bench-distill: install-dev  ## the leaderboard of distillation methods; stop and go on as you like
-	$(BIN)/python -m bench.distill $(ARGS)
+	$(BIN)/python -m bench.distill --publish $(ARGS)
 
 bench-searches: install-dev  ## the searches for a schedule beside each other; stop and go on as you like
 	$(BIN)/python -m bench.searches $(ARGS)

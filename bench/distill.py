@@ -84,16 +84,15 @@ def trained() -> list[str]:
     return [name for name, schema in sorted(_schemas.schemas().items()) if schema["roles"]]
 
 
-def measured(task: str, ledger: Ledger) -> dict[str, Any]:
-    """The teacher, the screening and the final of one task.
-
-    Raises:
-        SystemExit: its teacher could not be judged.
-    """
+def measured(task: str, ledger: Ledger) -> dict[str, Any] | None:
+    """The teacher, the screening and the final of one task; None where its teacher could not be judged."""
     options = ledger.options
-    (teacher,) = ledger.made([Wanted(task, distill_table.TEACHER, 0, 0, options.n)], f"{task}: teacher")
-    if "failed" in teacher:
-        sys.exit(f"the teacher of {task} could not be judged: {teacher['failed']}")
+    judged = ledger.made([Wanted(task, distill_table.TEACHER, 0, 0, options.n)], f"{task}: teacher")
+    if not judged or "failed" in judged[0]:
+        why = judged[0]["failed"] if judged else "the time was over before"
+        print(f"the teacher of {task} was not judged: {why}", file=sys.stderr)  # noqa: T201 - a program's own message
+        return None
+    teacher = judged[0]
     wanted = [Wanted(task, name, 0, options.evaluations, options.n) for name in options.presets]
     screened = ledger.made(wanted, f"{task}: screening")
     finals: list[dict[str, Any]] = []
@@ -116,11 +115,15 @@ def main() -> None:
     parser.add_argument("--budget-minutes", type=float, default=None, help="begin no entry after so long")
     parser.add_argument("--work", type=Path, default=Path(".fewstep/bench-distill"), help="continued from if there")
     parser.add_argument("--out", type=Path, default=_OUT)
+    parser.add_argument("--publish", action="store_true", help="write the ranks and the page beside the methods too")
     options = parser.parse_args()
     ledger = Ledger(options)
-    tasks = {task: measured(task, ledger) for task in options.tasks}
+    tasks = {task: found for task in options.tasks if (found := measured(task, ledger)) is not None}
+    if not tasks:
+        sys.exit("no task was measured: see above")
     options.out.write_text(json.dumps(report(tasks), indent=1) + "\n")
-    distill_table.write(tasks)
+    if options.publish:
+        distill_table.write(tasks)
     for name, task in tasks.items():
         table = distill_table.table(task["screening"], task["teacher"])
         Console().print(f"{name}\n{table}", soft_wrap=True, markup=False)

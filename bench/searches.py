@@ -94,7 +94,10 @@ def main() -> None:
         file = options.work / f"{options.task}-{name}-{options.n}-{'-'.join(map(str, options.counts))}.json"
         if not file.exists():
             with sdpa_kernel(SDPBackend.MATH):  # the backward pass of the fused kernel is slow on CPUs
-                file.write_text(json.dumps(row(stand, name, tuple(options.counts), options.n)))
+                made = json.dumps(row(stand, name, tuple(options.counts), options.n))
+            partial = file.with_suffix(".partial")
+            partial.write_text(made)
+            partial.replace(file)
         rows.append(json.loads(file.read_bytes()))
         console.print(line(rows[-1]), markup=False, soft_wrap=True)
     report = machine.described("bench.searches") | {"task": options.task, "rows": rows}

@@ -154,12 +154,14 @@ class Assessor:
         """The guided teacher at few steps, what a student has to beat; kept beside its answers. Counts that it was not
         made for are left out."""
         own = self._registry.student(teacher.version).schedules
-        path = self._answers / f"few-steps-{teacher.digest[:12]}-{teacher.guidance:g}-{n}.json"
+        reference = self.reference(teacher, n)
+        judged = f"{teacher.digest[:12]}-{teacher.steps}-{teacher.guidance:g}-{n}-{reference.network.digest[:12]}"
+        path = self._answers / f"few-steps-{judged}.json"  # its ratios are to the teacher at its own steps
         read = json.loads(path.read_bytes()) if path.exists() else {}
         kept = {int(k): Metrics.model_validate(figures) for k, figures in read.items()}
         missing = [k for k in counts if k in own and k not in kept]
         if missing:
-            kept |= self.metrics(teacher.version, n, self.reference(teacher, n), missing, guidance=teacher.guidance)
+            kept |= self.metrics(teacher.version, n, reference, missing, guidance=teacher.guidance)
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps({k: m.model_dump(mode="json") for k, m in sorted(kept.items())}))

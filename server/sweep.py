@@ -42,6 +42,10 @@ class Curve:
     values: list[float] = field(default_factory=list)
 
     def add(self, share: float, value: float) -> None:
+        """What a trainer says again, having gone back to a checkpoint, takes the place of what it said before."""
+        while self.shares and self.shares[-1] >= share:
+            self.shares.pop()
+            self.values.pop()
         self.shares.append(share)
         self.values.append(value)
 
@@ -61,7 +65,10 @@ def trials(sweep: Any) -> list[Trial]:
         found = _grid(sweep["base"], sweep["grid"])
     else:
         raise InvalidRequest("a sweep is a list of jobs, or `base`, one job, with `grid`, values for its dotted fields")
-    specs = [json.dumps(one.spec, sort_keys=True) for one in found]
+    try:
+        specs = [json.dumps(one.spec, sort_keys=True) for one in found]
+    except TypeError as error:
+        raise InvalidRequest(f"a job of the sweep is not JSON: {error}; quote dates and the names of fields") from error
     if len(set(specs)) < len(specs):
         twice = next(one.name for i, one in enumerate(found) if specs[i] in specs[:i])
         raise InvalidRequest(f"the sweep names a job twice: {twice}")
@@ -108,6 +115,8 @@ def _grid(base: Any, grid: Any) -> list[Trial]:
     if not isinstance(base, dict) or not isinstance(grid, dict) or not grid:
         raise InvalidRequest("`base` is a job and `grid` maps dotted fields to lists of values")
     for path, values in grid.items():
+        if not isinstance(path, str):
+            raise InvalidRequest(f"grid.{path} is no field: give dotted names such as train.lr")
         if not isinstance(values, list) or not values:
             raise InvalidRequest(f"grid.{path} is {values!r}: give a list of values")
     found = []

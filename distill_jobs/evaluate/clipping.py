@@ -1,6 +1,7 @@
 """Clipping: the share of values that stand at an end of the range, as over-saturated students put them there.
 
-It is measured after rounding, as in the picture that people get; the teacher's own share is what it is compared with.
+It is measured after rounding, as in the picture that people get, and stands beside the teacher's own share where the
+teacher's answers have one: those that were kept before it was measured have none.
 """
 
 from __future__ import annotations

@@ -106,9 +106,11 @@ def load(task: Task = shapes.TASK, path: Path | None = None) -> FeatureNetwork:
     """The task's committed network, or another one of its kind.
 
     Raises:
-        CorruptBlob: the file does not hold exactly this network's tensors.
+        CorruptBlob: the file does not hold exactly this network's tensors, or is not there.
     """
     path = path or task.weights / WEIGHTS
+    if not path.is_file():
+        raise CorruptBlob(f"the task {task.name} has no metric network ({path.name}): train it with features_train")
     net = FeatureNet(task.classes)
     tensors = {name: value.float() for name, value in load_file(path).items()}
     try:

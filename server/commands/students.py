@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from engines.errors import GoldenMismatch, NotBuilt
+from engines.errors import GoldenMismatch, InvalidRequest, NotBuilt
 from engines.manifest import shown
 from engines.registry.base import open_registry
 from server.commands.terminal import DEFAULT_URL, Key, Url, connected, out
@@ -51,6 +51,7 @@ def export(
     from engines.artefact import export_lora
     from engines.export import SAMPLING, export_pipeline
 
+    _known(registry_url)
     if directory.exists():
         raise NotBuilt(f"{directory} exists: name a folder that is not there yet")
     if lora:
@@ -72,6 +73,7 @@ def verify(
     """Compare a student's pictures by diffusers and by the compiled engine with the reference, on the same noise."""
     from diffusers.utils import logging
 
+    _known(registry_url)
     from engines.backends.base import choose
     from engines.verify import verify as compared
 
@@ -84,6 +86,13 @@ def verify(
         out.print(f"Not compared with diffusers: {found.missing}", highlight=False)
     if not found.passed:
         raise GoldenMismatch(f"{version}: a form of it makes other pictures; do not publish or ship it")
+
+
+def _known(registry_url: str) -> None:
+    """Refuses a folder that is not there: opening it would make an empty registry in the wrong place."""
+    if "://" not in registry_url and not Path(registry_url).is_dir():
+        message = f"there is no registry at {registry_url}: name one with --registry-url, such as that of `fewstep up`"
+        raise InvalidRequest(message, param="registry_url")
 
 
 def _table(found: "Verification") -> Table:

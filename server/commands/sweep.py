@@ -11,11 +11,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from engines.errors import AlreadyEnded, FewstepError, InvalidRequest
+from engines.errors import AlreadyEnded, FewstepError, InvalidRequest, Unavailable
 from server.client import Client
 from server.commands.follow import ENDED, JOBS
 from server.sweep import Curve, Trial, hopeless, leaderboard, markdown
 
+_PATIENCE = 150  # looks without an answer: five minutes, longer than a gateway needs to start again
 ESTIMATE = "/v1/distillation/estimate"
 Json = dict[str, Any]
 
@@ -55,7 +56,8 @@ class Sweep:
         """Checks every trial, then submits every one.
 
         Raises:
-            FewstepError: one cannot run; none was submitted.
+            FewstepError: one cannot run, and none was submitted; or the gateway went away while they were, and the
+                same command goes on from there.
         """
         for trial in self._trials:
             try:
@@ -98,9 +100,9 @@ class Sweep:
                 one.curve.add(event["step"] / event["total_steps"], value)
 
     def _stop(self, one: Running) -> None:
-        one.stopped = True
         with suppress(AlreadyEnded):  # since it was last looked at
             one.job = self._client.post(f"{JOBS}/{one.job['id']}/cancel")
+        one.stopped = True
 
     def _is_hopeless(self, one: Running) -> bool:
         others = [other.curve for other in self.running if other is not one]
@@ -120,13 +122,24 @@ def write(entries: Sequence[Json], folder: Path) -> None:
 def run(
     sweep: Sweep, folder: Path, console: Console, *, poll_s: float = 2.0, wait: Callable[[float], None] = time.sleep
 ) -> None:
-    """Submits, watches to the end and writes the leaderboard whenever a job has ended."""
+    """Submits, watches to the end and writes the leaderboard whenever a job has ended.
+
+    Raises:
+        Unavailable: the gateway was not there for five minutes at the usual `poll_s`; the jobs go on.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     sweep.submit()
+    missed = 0
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("sweep", total=len(sweep.running), note="")
         while True:
-            lines = sweep.look()
+            try:
+                lines, missed = sweep.look(), 0
+            except Unavailable:
+                lines, missed = [], missed + 1
+                if missed > _PATIENCE:
+                    raise
             for line in lines:
                 console.print(line, highlight=False, markup=False)
             ended = sum(one.ended for one in sweep.running)

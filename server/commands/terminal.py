@@ -40,9 +40,15 @@ def connected(url: str, api_key: str | None) -> Iterator[Client]:
 
 
 def one_sentence_errors(app: typer.Typer) -> None:
-    """Runs the application; what Fewstep raises on purpose ends in one sentence and exit code 1, not a traceback."""
+    """Runs the application. What Fewstep raises on purpose, and a file that cannot be read or written, ends in one
+    sentence and exit code 1, not a traceback."""
     try:
         app()
     except FewstepError as error:
         err.print(f"[red]{error.code}[/red]: {error.message}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        err.print(f"[red]{error.strerror}[/red]: {error.filename}", highlight=False, soft_wrap=True)
         sys.exit(1)

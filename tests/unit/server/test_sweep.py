@@ -2,6 +2,7 @@
 
 import io
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from engines.errors import AlreadyEnded, InvalidRequest
+from engines.errors import AlreadyEnded, InvalidRequest, Unavailable
 from server.commands.sweep import Sweep, run
 from server.sweep import Curve, Trial, hopeless, leaderboard, markdown, trials
 
@@ -64,6 +65,9 @@ def test_a_list_of_jobs_is_named_by_place_and_method() -> None:
         ({"base": BASE, "grid": {"method.name.x": [1]}}, "no place called 'x'"),
         ({"base": {**BASE, "method": [{"name": "kd"}]}, "grid": {"method.4.lr": [1]}}, "no place called '4'"),
         ([BASE, BASE], "names a job twice"),
+        ([{**BASE, "when": date(2026, 1, 1)}], "not JSON"),
+        ({"base": BASE, "grid": {3: [1]}}, "grid.3 is no field"),
+        ([{**BASE, 4: 1}], "not JSON"),
     ],
 )
 def test_what_is_no_sweep_is_refused_with_a_reason(sweep: Any, reason: str) -> None:
@@ -92,6 +96,12 @@ def test_a_best_value_behind_the_median_of_running_averages_is_hopeless() -> Non
     assert not hopeless(curve(5, 3.4), OTHERS)
     assert not hopeless(curve(3.4, 9), OTHERS)  # its best counts, not its last
     assert not hopeless(curve(3.5, 3.5), OTHERS)  # as good as the median
+
+
+def test_what_a_trainer_says_again_replaces_what_it_said() -> None:
+    again = curve(3, 2)  # at .25 and .5, then back to a checkpoint
+    again.add(0.25, 5)
+    assert (again.shares, again.values) == ([0.25], [5])
 
 
 def test_what_the_others_reached_later_does_not_count() -> None:
@@ -219,6 +229,37 @@ def test_a_sweep_runs_to_its_leaderboard_and_stops_what_falls_behind(tmp_path: P
         ("t2", "succeeded"), ("t0", "succeeded"), ("t1", "succeeded"), ("t3", "stopped"),
     ]  # fmt: skip
     assert (tmp_path / "leaderboard.md").read_text().count("\n") == 6
+
+
+class Shaky(Jobs):
+    """Every third look, and the first of each cancellation, finds nobody."""
+
+    def __init__(self, gone: bool = False) -> None:
+        super().__init__()
+        self.gone, self.looks, self.refused = gone, 0, set[str]()
+
+    def get(self, path: str, after: int = 0) -> dict[str, Any]:
+        self.looks += 1
+        if self.gone or self.looks % 3 == 0:
+            raise Unavailable("nobody answers")
+        return super().get(path, after)
+
+    def post(self, path: str, body: Any = None, headers: dict[str, str] | None = None) -> dict[str, Any]:
+        if path.endswith("/cancel") and path not in self.refused:
+            self.refused.add(path)
+            raise Unavailable("the owner cannot be told now")
+        return super().post(path, body, headers)
+
+
+def test_a_gateway_that_is_away_for_a_moment_neither_ends_a_sweep_nor_its_stopping(tmp_path: Path) -> None:
+    jobs = Shaky()
+    made(jobs, specs(*GOOD, [9.0, 8.0, 7.0, 0.1]), tmp_path)
+    assert [job["status"] for job in jobs.by_key.values()] == ["succeeded"] * 3 + ["canceled"]
+
+
+def test_a_gateway_that_stays_away_ends_a_sweep(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable):
+        made(Shaky(gone=True), specs(*GOOD), tmp_path)
 
 
 def test_a_grace_of_one_stops_nothing(tmp_path: Path) -> None:
