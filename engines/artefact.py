@@ -58,11 +58,13 @@ def import_diffusers(
     index = _json(directory / "model_index.json")
     family = _family_of(str(index.get("_class_name")))
     folders: dict[str, tuple[str, ...]] = plugins.load("engines.families", family, "FOLDERS")
-    _refuse_experts(index, folders["denoiser"])
+    _refuse_more(index, folders["denoiser"])
     family_class: FamilyClass = plugins.load("engines.families", family, "FAMILY")
     scheduler = _json(directory / "scheduler" / "scheduler_config.json")
     geometry = family_class.geometry(_reads_configs(directory, folders))
     width, height = resolution or (geometry.width * geometry.downscale, geometry.height * geometry.downscale)
+    if width % geometry.downscale or height % geometry.downscale:
+        raise InvalidRequest(f"{width}x{height} are no multiples of {geometry.downscale}, the VAE's scale")
     own = shipped.read(scheduler, process, prediction)
     latent = (height // geometry.downscale, width // geometry.downscale)
     asked = list(schedules.values() if isinstance(schedules, Mapping) else schedules)
@@ -110,15 +112,15 @@ def make_student(
     kind: Literal["full", "schedule"] | None = None,
     dtype: Literal["fp32", "bf16", "fp16"] = "fp16",
     parents: Sequence[str] = (),
-    golden_prompts: Sequence[str] = GOLDEN_PROMPTS,
+    golden_prompts: Sequence[str] | None = None,
 ) -> str:
     """Publishes a student of `base_version` and returns its version; what is not given is the base's.
 
     Without weights it is a schedule-only student. Weights may lack the layers of `inputs`: those begin at zero,
-    where the student is its base. `adapter` is the LoRA that `denoiser_weights` were merged with, by peft's names
-    (alpha = rank): served are the full weights, on the graph that every other student has, and the LoRA is kept
-    beside them. `denoiser_config` is that of another network than the base's, such as a slimmed one; of
-    several `points` it is a policy, whose weights have the wider last layer.
+    where the student is its base. Golden samples are of the base's prompts, unless others are given. `adapter` is the
+    LoRA that `denoiser_weights` were merged with, by peft's names (alpha = rank): served are the full weights, on the
+    graph that every other student has, and the LoRA is kept beside them. `denoiser_config` is that of another network
+    than the base's, such as a slimmed one; of several `points` it is a policy, whose weights have the wider last layer.
 
     Raises:
         GraphMismatch: the weights are not those of the base's network.
@@ -148,7 +150,14 @@ def make_student(
         }
         changed["dtype"] = dtype
     manifest = StudentManifest.model_validate(base.model_dump() | _dumped(changed))
-    return _publish(registry, manifest, golden_prompts)
+    return _publish(registry, manifest, golden_prompts or prompts_of(registry, base))
+
+
+def prompts_of(registry: Registry, manifest: StudentManifest) -> tuple[str, ...]:
+    """The prompts of a version's golden samples, which its network can read; the usual ones where it has none."""
+    if manifest.golden is None:
+        return GOLDEN_PROMPTS
+    return tuple(dict.fromkeys(golden.Golden.from_bytes(registry.read_blob(manifest.golden)).prompts))
 
 
 def export_diffusers(registry: Registry, version: str, directory: Path) -> None:
@@ -290,8 +299,11 @@ def _inside(folders: Sequence[str], folder: str, name: str) -> str:
     return name if len(folders) == 1 else f"{folder}/{name}"
 
 
-def _refuse_experts(index: Mapping[str, Any], known: Sequence[str]) -> None:
-    """A pipeline with a second denoiser for some of its times, as Wan 2.2 has, is not its first one alone."""
+def _refuse_more(index: Mapping[str, Any], known: Sequence[str]) -> None:
+    """A pipeline with a second denoiser for some of its times, as Wan 2.2 has, is not its first one alone; and SDXL may
+    be guided away from the empty prompt's own encoding, where its family here has zeros."""
+    if index.get("force_zeros_for_empty_prompt") is False:
+        raise NotBuilt(f"{index['_class_name']} with force_zeros_for_empty_prompt=false is not built: set it to true")
     more = [
         name
         for name, loaded in index.items()

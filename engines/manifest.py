@@ -167,6 +167,10 @@ class Guidance(_Frozen):
         return self
 
 
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?$")]
+"""A file or one folder and a file: names become paths where a student is exported or its tokenizer is read."""
+
+
 class Component(_Frozen):
     """One network of a student: its weights and the files that say what it is, all by content.
 
@@ -174,7 +178,7 @@ class Component(_Frozen):
     """
 
     weights: Sha256
-    files: dict[str, Sha256]
+    files: dict[FileName, Sha256]
 
 
 class StudentManifest(_Frozen):

@@ -22,7 +22,7 @@ from engines.manifest import Kind, StudentManifest, shown
 
 SCHEDULER = "UniPCMultistepScheduler"
 _PREDICTIONS: dict[Kind, str] = {
-    "flow": "flow_prediction", "eps": "epsilon", "v": "v_prediction", "x0": "sample",
+    "flow": "flow_prediction", "eps": "epsilon", "x0": "sample",
 }  # fmt: skip
 _ORDERS = {"ddim": 1, "euler": 1, "flow_match_euler": 1, "dpmpp_2m": 2, "unipc": 2}
 _CORRECTED = ("unipc",)
@@ -73,6 +73,8 @@ def sampling(manifest: StudentManifest, steps: int) -> Sampling:
     faults = {
         f"noises by {manifest.process.kind}, and only rf is built": manifest.process.kind != "rf",
         f"goes from noise level {first:g} to {last:g}, not from 1 to 0": (first, last) != (1, 0),
+        "predicts v, which diffusers knows of variance-preserving noise only": manifest.prediction == "v",
+        "has a time shift in its process": manifest.process.shift != 1,
         "re-noises between its steps": any(step.eta > 0 for step in plan[:-1]),
         "is guided in some steps only": len({step.w for step in plan}) > 1,
         "changes networks between its steps": {step.net for step in plan} != {"denoiser"},

@@ -40,7 +40,15 @@ _BUILT: dict[str, tuple[Any, ...]] = {
     "timestep_type": ("discrete",),
     "interpolation_type": ("linear",),
     "disable_corrector": ([], ()),
+    "stochastic_sampling": (False,),
+    "lower_order_final": (True,),
+    "euler_at_final": (False,),
+    "num_train_timesteps": (1000,),  # families tell their networks thousandths
 }
+
+
+_MULTISTEP = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+_CHAIN = ("beta_start", "beta_end", "num_train_timesteps")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +108,8 @@ def _process(config: Mapping[str, Any], name: str) -> ProcessSpec:
         return ProcessSpec(kind="rf", ticks=config["num_train_timesteps"])
     if config.get("beta_schedule") not in get_args(Betas.model_fields["curve"].annotation):
         raise NotBuilt(f"the noise of {name} has no process here: give `process` and `prediction`")
+    if lacking := [key for key in _CHAIN if key not in config]:
+        raise NotBuilt(f"the config of {name} lacks {', '.join(lacking)}: write them there, or give `process`")
     return ProcessSpec(
         kind="ddpm",
         betas=Betas(
@@ -112,7 +122,12 @@ def _process(config: Mapping[str, Any], name: str) -> ProcessSpec:
 
 
 def _prediction(config: Mapping[str, Any], name: str) -> Kind:
-    return "flow" if "FlowMatch" in name else _PREDICTIONS[str(config.get("prediction_type"))]
+    if "FlowMatch" in name:
+        return "flow"
+    said = config.get("prediction_type", "epsilon")  # what diffusers takes where a config says nothing
+    if said not in _PREDICTIONS:
+        raise NotBuilt(f"{name} with prediction_type={said!r} is not built: it is none of {', '.join(_PREDICTIONS)}")
+    return _PREDICTIONS[said]
 
 
 def _scheduler(config: Mapping[str, Any], name: str) -> Any:
@@ -127,7 +142,17 @@ def _scheduler(config: Mapping[str, Any], name: str) -> Any:
     made = getattr(diffusers, name).from_config(dict(config))
     for key, built in _BUILT.items():
         if key in made.config and made.config[key] not in built:
-            raise NotBuilt(f"{name} with {key}={made.config[key]!r} is not built: set it to {built[0]!r}")
+            known = " or ".join(map(repr, built))
+            raise NotBuilt(f"{name} with {key}={made.config[key]!r} is not built: set it to {known}")
+    if name in _MULTISTEP and made.config.final_sigmas_type != "zero":
+        raise NotBuilt(
+            f"{name} with final_sigmas_type={made.config.final_sigmas_type!r} is not built: set it to 'zero'"
+        )
+    if name == "EulerDiscreteScheduler" and made.config.timestep_spacing != "leading":
+        spacing = made.config.timestep_spacing
+        raise NotBuilt(
+            f"{name} with timestep_spacing={spacing!r} starts from less than unit noise: set it to 'leading'"
+        )
     return made
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from engines.errors import InvalidRequest
 
+_LAYERS = "student.slim.layers"
 Rename = Callable[[str], str | None]
 _UNET_LAYER = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.(resnets|attentions)\.(\d+)\.")
-_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
+_BLOCK = re.compile(r"((?:transformer_)?blocks)\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +74,22 @@ def _transformer(config: Mapping[str, Any], layers: int | None, middle: bool) ->
         raise InvalidRequest("blocks of this transformer differ (dual_attention_layers)", param="student.slim")
     blocks = int(config["num_layers"])
     kept = _checked(layers, blocks)
-    chosen = [round(i * (blocks - 1) / max(1, kept - 1)) for i in range(kept)]
+    if kept < 2:
+        raise InvalidRequest("a transformer keeps its first and its last block: say 2 layers or more", param=_LAYERS)
+    chosen = [round(i * (blocks - 1) / (kept - 1)) for i in range(kept)]
 
     def rename(name: str) -> str | None:
         found = _BLOCK.match(name)
         if found is None:
             return name
-        if (at := int(found[1])) not in chosen:
+        if (at := int(found[2])) not in chosen:
             return None
-        return f"transformer_blocks.{chosen.index(at)}.{name[found.end() :]}"
+        return f"{found[1]}.{chosen.index(at)}.{name[found.end() :]}"
 
     return Slimmed(dict(config) | {"num_layers": kept}, rename)
 
 
 def _checked(layers: int | None, there: int) -> int:
     if layers is not None and not 1 <= layers <= there:
-        raise InvalidRequest(f"student.slim.layers={layers}: the teacher has {there}", param="student.slim.layers")
+        raise InvalidRequest(f"student.slim.layers={layers}: the teacher has {there}", param=_LAYERS)
     return there if layers is None else layers

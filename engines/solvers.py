@@ -223,7 +223,7 @@ class Linear(Solver):
         x = keep * state.x
         for share, part in zip(shares, seen, strict=False):  # a row may reach less far back than is remembered
             x = x + share * part
-        return x, seen
+        return x, seen[: max((len(step.coefficients or ()) for step in self.plan[state.i + 1 :]), default=2) - 2]
 
 
 _SOLVERS: dict[str, type[Solver]] = {

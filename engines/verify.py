@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engines.artefact import GOLDEN_PROMPTS
+from engines.artefact import prompts_of
 from engines.backends.base import Choice, Tolerance, psnr, tolerance
-from engines.errors import InvalidManifest, NotBuilt
+from engines.errors import InvalidManifest, InvalidRequest, NotBuilt
 from engines.export import SAMPLING, export_pipeline
 from engines.loader import load_student
+from engines.manifest import shown
 from engines.noise import noise
 from engines.registry.base import Registry
 from engines.student import LoadedStudent, sample
@@ -61,19 +62,24 @@ def verify(
     choice: Choice,
     cache: Path,
     directory: Path | None = None,
-    prompts: Sequence[str] = GOLDEN_PROMPTS,
+    prompts: Sequence[str] | None = None,
 ) -> Verification:
     """Compares every step count of a student. Without the `directory` of an export one is made for the time being.
 
-    Prompts with words that the student cannot read are left out: serving drops such words, and diffusers does not.
+    The prompts are those of its golden samples, unless others are given. Those with words that the student cannot read
+    are left out: serving drops such words, and diffusers does not.
 
     Raises:
         InvalidManifest: the directory is no export.
+        InvalidRequest: the student can read none of the prompts.
     """
     manifest = registry.student(version)
     eager = load_student(registry, manifest)
-    ignored = eager.family.tokenize(prompts).ignored_words
-    prompts = [prompt for prompt, words in zip(prompts, ignored, strict=True) if not words]
+    asked = list(prompts or prompts_of(registry, manifest))
+    ignored = eager.family.tokenize(asked).ignored_words
+    prompts = [prompt for prompt, words in zip(asked, ignored, strict=True) if not words]
+    if not prompts:
+        raise InvalidRequest(f"{shown(version)} can read none of the prompts: give others")
     seeds = range(_FIRST_SEED, _FIRST_SEED + len(prompts))
     expected = {k: sample(eager, prompts, seeds, k) for k in sorted(manifest.schedules)}
     compiled = load_student(registry, manifest, choice=choice, cache=cache)

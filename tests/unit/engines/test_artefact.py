@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engines.artefact import ADAPTER, export_diffusers, export_lora, import_diffusers, make_student
+from engines.artefact import ADAPTER, export_diffusers, export_lora, import_diffusers, make_student, prompts_of
 from engines.errors import GraphMismatch, InvalidManifest, InvalidRequest, NotBuilt
 from engines.loader import load_student, load_weights
-from engines.manifest import Guidance, Schedule
+from engines.manifest import Component, Guidance, Schedule
 from engines.registry.memory import MemoryRegistry
 from engines.student import sample
 from tests import tiny_sd
@@ -149,6 +149,35 @@ def test_a_pipeline_with_a_second_denoiser_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"transformer_2": [None, None]}))
     with pytest.raises(InvalidManifest, match="scheduler"):  # the next thing that is missing
         import_diffusers(tmp_path, MemoryRegistry(), name="no", schedules=TWO)
+
+
+def test_a_size_that_is_no_multiple_of_the_autoencoder_s_scale_is_refused() -> None:
+    directory = tiny_sd.teacher().directory
+    with pytest.raises(InvalidRequest, match="17x16 are no multiples of 2"):
+        import_diffusers(directory, MemoryRegistry(), name="odd", schedules=TWO, resolution=(17, 16))
+
+
+def test_pipelines_that_are_guided_away_from_the_empty_prompt_s_own_encoding_are_refused(tmp_path: Path) -> None:
+    index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": False}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(NotBuilt, match="force_zeros_for_empty_prompt"):
+        import_diffusers(tmp_path, MemoryRegistry(), name="no", schedules=TWO)
+
+
+@pytest.mark.parametrize("name", ["../evil.txt", "x/../../evil.txt", "/etc/passwd", ".hidden", "a/b/c", "a/.git", ""])
+def test_a_component_s_file_names_stay_inside_its_folder(name: str) -> None:
+    sha = "0" * 64
+    with pytest.raises(ValueError, match="pattern"):
+        Component(weights=sha, files={name: sha})
+
+
+def test_golden_samples_of_a_student_are_of_its_base_s_prompts() -> None:
+    registry = MemoryRegistry()
+    base = import_diffusers(
+        tiny_sd.teacher().directory, registry, name="t", schedules=TWO, golden_prompts=("a blue circle",)
+    )
+    student = registry.student(make_student(registry, base, "s", schedules=TWO))
+    assert prompts_of(registry, student) == ("a blue circle",)
 
 
 def test_a_noise_schedule_that_is_no_flow_has_to_be_named(tmp_path: Path) -> None:

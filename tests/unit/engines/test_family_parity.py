@@ -147,6 +147,13 @@ def test_an_unknown_pipeline_is_refused_with_its_name_and_those_that_are_known(t
         ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, "use_karras_sigmas=True"),
         ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "solver_order=3.*set it to 2"),
         ({"_class_name": "DDIMScheduler", "timestep_spacing": "linspace", "clip_sample": False}, "linspace"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "final_sigmas_type": "sigma_min"}, "sigma_min"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "euler_at_final": True}, "euler_at_final"),
+        ({"_class_name": "UniPCMultistepScheduler", "solver_type": "bh1"}, "'midpoint' or 'bh2'"),
+        ({"_class_name": "UniPCMultistepScheduler", "lower_order_final": False}, "lower_order_final"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}, "set it to 'leading'"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "stochastic_sampling": True}, "stochastic_sampling"),
+        ({"_class_name": "DDIMScheduler", "clip_sample": False, "num_train_timesteps": 500}, "num_train_timesteps"),
     ],
 )
 def test_a_scheduler_that_no_plan_can_follow_is_refused(config: dict[str, object], said: str) -> None:
@@ -161,6 +168,15 @@ def test_noise_without_a_process_is_refused_unless_one_is_given() -> None:
         shipped.read(config)
     given = shipped.read(config, ProcessSpec(kind="edm"))
     assert (given.process.kind, given.prediction, given.solver) == ("edm", "eps", "ddim")
+
+
+def test_a_config_that_says_no_prediction_means_eps_and_one_without_its_noise_is_refused() -> None:
+    chain = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+    assert shipped.read({**chain, "beta_start": 0.00085, "beta_end": 0.012}).prediction == "eps"
+    with pytest.raises(NotBuilt, match="lacks beta_start, beta_end"):
+        shipped.read(chain)
+    with pytest.raises(NotBuilt, match="prediction_type='other'"):
+        shipped.read({**chain, "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "other"})
 
 
 def test_a_scheduler_s_times_are_not_taken_for_another_process(tmp_path: Path) -> None:

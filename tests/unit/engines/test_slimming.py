@@ -79,6 +79,7 @@ def test_a_transformer_without_blocks_that_do_nothing_computes_the_same() -> Non
         (lambda: dict(unet().config) | {"mid_block_type": None}, {"middle": False}, "no middle"),
         (lambda: dict(unet().config) | {"layers_per_block": (1, 2)}, {"layers": 1}, "different numbers"),
         (lambda: dict(transformer().config), {"middle": False}, "say layers"),
+        (lambda: dict(transformer().config), {"layers": 1}, "2 layers or more"),
         (lambda: dict(transformer().config) | {"dual_attention_layers": [0]}, {"layers": 1}, "differ"),
         (lambda: {"_class_name": "Other"}, {"layers": 1}, "a Other cannot be slimmed"),
     ],

@@ -12,7 +12,7 @@ from engines.backends.base import Choice
 from engines.errors import InvalidManifest, NotBuilt
 from engines.export import SAMPLING, export_pipeline
 from engines.loader import load_weights
-from engines.manifest import Guidance, Schedule
+from engines.manifest import Guidance, ProcessSpec, Schedule
 from engines.registry.memory import MemoryRegistry
 from engines.scheduler import sampling, samplings
 from engines.verify import Verification, verify
@@ -108,6 +108,8 @@ def test_a_student_that_diffusers_cannot_sample_is_checked_on_the_engine_alone(t
         (Schedule(times=(0.9, 0.0)), {}, "from noise level 0.9"),
         (Schedule(times=(1.0, 0.5, 0.0)), {"solver": "ab2"}, "sampled by ab2"),
         (Schedule(times=(1.0, 0.5, 0.0)), {"guidance": PARTLY}, "some steps only"),
+        (Schedule(times=(1.0, 0.5, 0.0)), {"prediction": "v"}, "predicts v"),
+        (Schedule(times=(1.0, 0.5, 0.0)), {"process": ProcessSpec(shift=3.0)}, "time shift"),
     ],
 )  # fmt: skip
 def test_what_diffusers_would_sample_otherwise_is_refused(
