@@ -41,8 +41,8 @@ demo: install  ## the whole loop on this machine: teacher, job, gate, swap under
 	$(BIN)/fewstep demo
 
 test: install-dev system-packages  ## every test
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 tests/unit/distill_jobs
-	$(ONE_THREAD) $(BIN)/python -m pytest --ignore tests/unit/distill_jobs
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 tests/unit/distill_jobs tests/unit/engines
+	$(ONE_THREAD) $(BIN)/python -m pytest --ignore tests/unit/distill_jobs --ignore tests/unit/engines
 
 test-unit: install-dev  ## only the quick ones
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/unit tests/test_architecture.py

@@ -41,17 +41,20 @@ def estimate(spec: specs.DistillJobSpec, records: JobRecords, sees: Callable[[st
     each = weights if lora is None else _adapter_weights(shapes, lora)
     trained = max(len(names) for names in specs.roles(spec))
     copies = trained * _FLOATS_PER_TRAINED_WEIGHT + len(spec.train.ema)
+    processes = spec.train.processes  # each holds a teacher, and the rest too unless it is spread
+    spread = 1 if spec.train.shard else processes
     what = "network(s)" if lora is None else f"adapter(s) of {each} weights"
     speed, source = _measured_speed(spec, records, sees)
     seconds = _seconds(spec, speed)
     return Estimate(
-        memory_bytes=_BYTES_PER_FLOAT * (weights + each * copies),
+        memory_bytes=_BYTES_PER_FLOAT * (weights * processes + each * copies * spread),
         train_seconds=seconds,
         iterations_per_s=speed,
         hard_stop_seconds=None if spec.train.max_minutes is None else 120.0 * spec.train.max_minutes,
         basis={
             "memory_bytes": f"{weights} weights in fp32: the teacher, {trained} trained {what} with gradient and "
-            f"two moments, {len(spec.train.ema)} average(s); activations are not in it",
+            f"two moments, {len(spec.train.ema)} average(s), in {processes} process(es){', spread' * spec.train.shard}"
+            "; activations are not in it",
             "train_seconds": "train.max_minutes" if spec.train.max_minutes else source,
             "iterations_per_s": source,
         },

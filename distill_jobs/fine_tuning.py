@@ -4,7 +4,7 @@
 part of a native job; the rest comes from the shipped job. Fields of OpenAI's that mean nothing here are accepted.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -35,7 +35,7 @@ class CreateJob(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     model: str
-    training_file: str = "shapes"
+    training_file: str | None = Field(None, description="a prompt source; the teacher's own task if missing")
     suffix: str | None = Field(None, description="names the student; `<model>-fast` if missing")
     seed: int | None = Field(None, ge=0)
     hyperparameters: dict[str, Any] = {}
@@ -47,7 +47,7 @@ class CreateJob(BaseModel):
         body = specs.preset(_PRESET)
         body["teacher"] = {"id": self.model}
         body["student"]["name"] = self.suffix or f"{self.model.partition('@')[0]}-fast"
-        body["data"] = {"prompts": self.training_file}
+        body["data"] = {} if self.training_file is None else {"prompts": self.training_file}
         body["publish"]["deployment"] = self.model.partition("@")[0]
         batch = self.hyperparameters.get("batch_size")
         body["train"] |= {"batch": batch} if isinstance(batch, int) else {}
@@ -148,7 +148,7 @@ def shape(job: DistillJob, records: JobRecords) -> dict[str, Any]:
         "method": {"type": "distillation", "distillation": job.spec},
         "metadata": records.read(job.id, _METADATA),
         "seed": train["seed"] % 2**31,
-        "training_file": _source(job.spec["data"]["prompts"]),
+        "training_file": _source(job.spec["data"]),
         "validation_file": None,
         "trained_tokens": None,
         "organization_id": job.owner or "none",
@@ -201,8 +201,10 @@ def _page(data: list[dict[str, Any]], limit: int, after: str | None) -> Page:
     return Page(data=part, has_more=start + limit < len(data), first_id=first, last_id=last)
 
 
-def _source(prompts: Any) -> str:
-    return prompts if isinstance(prompts, str) else "inline" if prompts else "shapes"
+def _source(data: Mapping[str, Any]) -> str:
+    """OpenAI's clients want a text: the source's name, or how the prompts were given."""
+    named = data.get("images") or data.get("prompts")
+    return named if isinstance(named, str) else "inline" if named else "default"
 
 
 def _unix(at: str) -> int:

@@ -8,6 +8,7 @@ Source: LoRA, arXiv 2106.09685, §4.1: W + (alpha / rank) B A with B = 0 at the 
 """
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -56,7 +57,8 @@ def adapted(denoiser: Denoiser, lora: LoraSpec) -> Adapted:
         InvalidRequest: a target is no layer that can be adapted.
     """
     net = _sharing(_module(denoiser), {})
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.factor * lora.rank, target_modules=layers(denoiser, lora))
+    exactly = "|".join(map(re.escape, layers(denoiser, lora)))  # a list would mean ends of names, and match more
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.factor * lora.rank, target_modules=exactly)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         inject_adapter_in_model(config, net, _NAME)

@@ -28,7 +28,7 @@ from distill_jobs.spec import DistillJobSpec, PublishSpec
 from distill_jobs.trainer_process import command
 from distill_jobs.watch import Watch
 from engines import artefact
-from engines.errors import JobFailed, NotBuilt, SwapRejected
+from engines.errors import InvalidRequest, JobFailed, NotBuilt, SwapRejected
 from engines.manifest import Guidance, Schedule
 
 _ORDER = [
@@ -88,6 +88,7 @@ class JobRun:
             FewstepError: the job failed.
         """
         self._refuse_poison()
+        self._refuse_crowds()
         if "schedule" not in self.result:
             self._enter(JobState.PREPARING)
             self._prepare()
@@ -103,6 +104,12 @@ class JobRun:
         self._enter(JobState.PUBLISHING)
         self._publish(self.result["student"], self.result["gates"])
         self._enter(JobState.SUCCEEDED)
+
+    def _refuse_crowds(self) -> None:
+        asked, most = self.spec.train.processes, self.around.settings.max_processes
+        if asked > most:
+            message = f"train.processes={asked} is more than this distiller starts, {most} (DISTILLER_MAX_PROCESSES)"
+            raise InvalidRequest(message, param="train.processes")
 
     # parts -------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """What a distiller can be told, from DISTILLER_* variables. Built once by its composition root and passed down."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +21,9 @@ class DistillerSettings(BaseSettings):
     nice: int = Field(10, ge=0, le=19, description="of the trainer")
     backend: str = Field("auto", description="the engine on which the gate judges; the workers' own")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    max_processes: int = Field(
+        default_factory=lambda: os.cpu_count() or 1, ge=1, description="of one trainer; jobs that ask for more fail"
+    )
     lease_s: float = Field(30.0, gt=0)
     poll_s: float = Field(0.5, gt=0, description="how often an idle distiller looks for a job")
     max_tries: int = Field(3, ge=1, description="deaths of the trainer without progress before a job fails")

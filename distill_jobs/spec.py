@@ -18,6 +18,7 @@ from distill_jobs.stages import (
     SearchSpec,
     check_embeds,
     check_needs,
+    check_network,
     check_rows,
     check_settings,
     check_term,
@@ -284,10 +285,9 @@ def parse(body: Mapping[str, Any] | bytes) -> DistillJobSpec:
     except ValueError as error:
         raise InvalidRequest(f"the job is not JSON: {error}") from error
     _refuse_unbuilt(spec)
-    if spec.student.lora is not None and spec.train.shard:
-        message = "the roles of a LoRA share one backbone, which cannot be spread over processes: leave shard out"
-        raise InvalidRequest(message, param="train.shard")
     _check_methods(spec)
+    lora, slim = spec.student.lora is not None, spec.student.slim is not None
+    check_network(spec.stages, trains=spec.trains, lora=lora, slim=slim, shard=spec.train.shard)
     return spec
 
 
@@ -322,7 +322,7 @@ def _check_methods(spec: DistillJobSpec) -> None:
     known = _schemas.schemas()
     for position, stage in enumerate(spec.stages):
         where = f"method.{position}" if isinstance(spec.method, tuple) else "method"
-        check_settings(stage, spec.student.steps, inputs(spec), where)
+        check_settings(stage, spec.student.steps, inputs(spec), where, last=stage is spec.stages[-1])
         check_train(stage, spec.student.lora is not None, inputs(spec), where)
         for term in stage.terms:
             check_term(term, where)

@@ -61,9 +61,11 @@ class MethodSpec(SearchSpec):
     terms: tuple[TermSpec, ...] = ()
 
 
-def check_settings(named: SearchSpec, counts: Sequence[int], reads: frozenset[str], where: str) -> None:
-    """What a method's own schema says of its settings, and whether it makes students of these step counts; `reads` are
-    the student's inputs.
+def check_settings(
+    named: SearchSpec, counts: Sequence[int], reads: frozenset[str], where: str, *, last: bool = True
+) -> None:
+    """What a method's own schema says of its settings, and whether it makes students of these step counts, as a search
+    and the `last` stage must; `reads` are the student's inputs.
 
     Raises:
         UnknownPlugin: no such method.
@@ -76,11 +78,31 @@ def check_settings(named: SearchSpec, counts: Sequence[int], reads: frozenset[st
     except InvalidRequest as error:
         own = (error.param or "method").replace("method", where, 1)
         raise type(error)(f"{where}: {error.message}", param=own) from error
+    if last and sorted(told["counts"]) != sorted(counts):
+        message = f"{where}.counts={list(told['counts'])} are not student.steps={list(counts)}: leave counts out"
+        raise InvalidRequest(message, param=f"{where}.counts")
+
+
+def check_network(stages: Sequence[MethodSpec], *, trains: bool, lora: bool, slim: bool, shard: bool) -> None:
+    """Whether the stages train the network that the job says: an adapter, or one with fewer layers."""
+    if not trains and (lora or slim):
+        what = "train.lora" if lora else "slim"
+        message = f"student.{what}: {stages[0].name} trains no weights: leave it out, or name a method that does"
+        raise InvalidRequest(message, param=f"student.{what}")
+    if lora and shard:
+        message = "the roles of a LoRA share one backbone, which cannot be spread over processes: leave shard out"
+        raise InvalidRequest(message, param="train.shard")
+    teach = [name for name, one in _schemas.schemas().items() if one["file"] == "slimming"]
+    if slim and (stages[0].name not in teach or len(stages) < 2):
+        message = f"student.slim: the first stage must teach the smaller network ({' or '.join(sorted(teach))}), and a "
+        raise InvalidRequest(f"{message}few-step method follow it", param="student.slim")
 
 
 def check_rows(stage: MethodSpec, batch: int | None, processes: int, where: str) -> None:
     """Each process takes as many rows of an update as the others; `batch` is what the job says for all stages."""
     schema = _schemas.schemas()[stage.name]
+    if not schema["roles"]:
+        return  # a search is the work of one process
     own = schema["config"]["properties"].get("batch", {}).get("default", 0)
     rows = stage.fields.get("batch", batch or schema["defaults"].get("batch", own))
     if rows % processes:

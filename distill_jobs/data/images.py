@@ -117,7 +117,7 @@ def _of_folder(folder: Path, size: tuple[int, int]) -> Captioned:
     content = hashlib.sha256()
     files, captions = [], []
     try:
-        lines = (folder / METADATA).read_text(encoding="utf-8").splitlines()
+        lines = (folder / METADATA).read_text(encoding="utf-8-sig").split("\n")  # JSON may hold other line ends
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"{METADATA} of {folder.name} is not UTF-8: {error}", param="data.images") from error
     for number, line in enumerate(lines, 1):
@@ -135,11 +135,13 @@ def _row(folder: Path, number: int, line: str) -> tuple[Path, str]:
     where = f"{folder.name}/{METADATA} line {number}"
     try:
         row = json.loads(line)
-        name, caption = str(row["file_name"]), str(row["text"])
+        name, caption = row["file_name"], row["text"]
+        if not isinstance(name, str) or not isinstance(caption, str):
+            raise TypeError("both are text")
+        file = (folder / name).resolve()
     except (ValueError, KeyError, TypeError) as error:
         message = f'{where} is not {{"file_name": …, "text": …}}: {line[:80]}'
         raise InvalidRequest(message, param="data.images") from error
-    file = (folder / name).resolve()
     if not file.is_relative_to(folder.resolve()) or not file.is_file():
         raise InvalidRequest(f"{where}: {name!r} is no file of the folder", param="data.images")
     return file, caption

@@ -37,7 +37,7 @@ class Learned(Search):
     """The parent: a subclass says what is learnt besides the times, and what the rows are."""
 
     def best(self, batch: Batch, truth: Tensor, k: int) -> Schedule:
-        """The better of where learning began and where it ended."""
+        """The better of where learning began and where it ended; where it began if learning left the numbers."""
 
         def miss(schedule: Schedule) -> float:
             return distance(self.cast.teacher, batch, truth, schedule)
@@ -52,7 +52,10 @@ class Learned(Search):
         gaps, extras = _gaps(levels).requires_grad_(), self.extras(k)
         if k > 1 or extras:
             self._learn(batch, truth, gaps, base, extras)
-        return min(first, self._schedule(gaps, base, extras), key=miss)
+        try:
+            return min(first, self._schedule(gaps, base, extras), key=miss)
+        except ValueError:  # of the schedule: times that do not fall, coefficients that are no numbers
+            return first
 
     @property
     def bases(self) -> tuple[Base, ...]:

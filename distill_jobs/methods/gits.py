@@ -43,16 +43,20 @@ class GITS(Search):
         return super().search(batch, proceed)
 
     def best(self, batch: Batch, truth: Tensor, k: int) -> Schedule:
-        rungs = cheapest(self._costs, min(k, self.config.fine), self.config.later)
-        fine = times.uniform(self.config.fine)
+        rungs, fine = cheapest(self._costs, k, self.config.later), times.uniform(self._fine)
         solvers = self.config.solvers if k > 1 else ("ddim",)  # one step is the same for all
         made = [plain(self.process, tuple(fine[i] for i in rungs), solver) for solver in solvers]
         return min(made, key=lambda schedule: distance(self.cast.teacher, batch, truth, schedule))
 
+    @property
+    def _fine(self) -> int:
+        """Steps of the fine path: no fewer than the most that are searched."""
+        return int(max(self.config.fine, *self.config.counts))
+
     @torch.no_grad()
     def costs(self, batch: Batch) -> Tensor:
         """[F + 1, F + 1] root mean square by which one DDIM step from rung i to rung j > i misses the fine path."""
-        grid = times.grid(self.process, times.uniform(self.config.fine))
+        grid = times.grid(self.process, times.uniform(self._fine))
         x, jumps = batch.noise * self.process.sigma(batch.noise.new_tensor(grid[:1])), list[tuple[Tensor, Tensor]]()
         path = [x]
         for t, s in pairwise(grid):

@@ -93,6 +93,8 @@ def test_a_task_draws_its_pictures_and_says_what_they_show(teacher: Teacher, tmp
         ('{"file_name": "../secret.png", "text": "a"}', "is no file of the folder"),
         ('{"file_name": "missing.png", "text": "a"}', "is no file of the folder"),
         ('{"file_name": "0.png"}', "line 1 is not"),
+        ('{"file_name": "0.png", "text": null}', "line 1 is not"),
+        ('{"file_name": "a\\u0000b.png", "text": "a"}', "line 1 is not"),
         ("[]", "line 1 is not"),
         ("no json", "line 1 is not"),
         ("", "names no picture"),
@@ -103,6 +105,12 @@ def test_a_line_that_names_no_picture_of_the_folder_is_refused(folders: Path, li
     (folders / "holiday" / images.METADATA).write_text(line)
     with pytest.raises(InvalidRequest, match=told):
         images.captioned("holiday", folders, (16, 16))
+
+
+def test_captions_may_hold_other_line_ends_and_the_file_a_mark_at_its_beginning(folders: Path) -> None:
+    row = json.dumps({"file_name": "0.png", "text": "one\u2028two"}, ensure_ascii=False)
+    (folders / "holiday" / images.METADATA).write_text(row, encoding="utf-8-sig")
+    assert images.captioned("holiday", folders, (16, 16)).captions == ("one\u2028two",)
 
 
 def test_metadata_that_is_no_text_is_refused(folders: Path) -> None:

@@ -51,6 +51,27 @@ def trainer(name: str, folder: Path | None = None, *, dropout: float = 0.0, hook
     )
 
 
+class Nested(nn.Module):
+    """A linear layer whose name is the end of another layer's, which has groups and gets no adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(2, 2, 1)
+        self.b = nn.Module()
+        self.b.proj = nn.Conv2d(2, 2, 3, padding=1, groups=2)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor, s: Tensor | None, w: Tensor | None) -> Tensor:
+        out: Tensor = self.b.proj(self.proj(x))
+        return out
+
+
+def test_exactly_the_layers_that_can_be_adapted_are() -> None:
+    denoiser = Denoiser(Nested(), RF(), "flow")
+    found = adapted(denoiser, LORA)
+    assert layers(denoiser, LORA) == ["proj"]
+    assert {name.rpartition(".lora_")[0].removeprefix("net.") for name in found.state_dict()} == {"proj"}
+
+
 def shaken(denoiser: Adapted, seed: int = 5) -> Adapted:
     """With an adapter that does something."""
     generator = torch.Generator().manual_seed(seed)

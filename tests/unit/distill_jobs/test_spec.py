@@ -192,6 +192,36 @@ def test_a_lora_that_cannot_be_is_refused_when_submitted(body: dict[str, Any], p
     assert refusal.value.param == param
 
 
+SLIM = {"name": "small", "steps": [1, 2], "slim": {"middle": False}}
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (job(schedule={"name": "gits", "counts": [3]}), r"schedule.counts=\[3\] are not student.steps=\[1, 2\]"),
+        (job(method={"name": "gits", "counts": [3]}), r"method.counts=\[3\] are not"),
+        (job(method=[{"name": "kd"}, {"name": "kd", "counts": [1]}]), r"method.1.counts=\[1\] are not"),
+        (job(student=SLIM), "must teach the smaller network"),
+        (job(student=SLIM, method=[{"name": "kd"}, {"name": "slimming"}]), "must teach the smaller network"),
+        (job(student=SLIM, method={"name": "slimming"}), "few-step method follow it"),
+        (job(student=SLIM, method={"name": "gits"}), "student.slim: gits trains no weights"),
+        (
+            job(student={"name": "small", "steps": [1], "train": {"lora": {}}}, method={"name": "gits"}),
+            "student.train.lora: gits trains no weights",
+        ),
+    ],
+)
+def test_what_could_only_fail_while_it_runs_is_refused_before(body: dict[str, Any], told: str) -> None:
+    with pytest.raises(InvalidRequest, match=told):
+        specs.parse(body)
+
+
+def test_a_first_stage_may_be_for_other_counts_and_a_search_be_asked_for_with_many_processes() -> None:
+    specs.parse(job(method=[{"name": "guidance", "counts": [16]}, {"name": "kd"}]))
+    specs.parse(job(student=SLIM, method=[{"name": "koala"}, {"name": "kd"}]))
+    specs.parse(job(method={"name": "gits"}, train={"iterations": 1, "processes": 3}))
+
+
 def test_a_body_that_is_no_json_is_refused() -> None:
     with pytest.raises(FewstepError, match="not JSON"):
         specs.parse(b"{teacher")

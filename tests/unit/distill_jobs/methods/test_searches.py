@@ -54,6 +54,16 @@ def searched(
     return one
 
 
+def test_gits_makes_every_step_that_it_is_asked_for_however_coarse_its_path() -> None:
+    assert {k: s.steps for k, s in searched("gits", RF(), counts=(2, 5), fine=3).schedules.items()} == {2: 2, 5: 5}
+
+
+@pytest.mark.parametrize("name", ["gas", "amed"])
+def test_a_learning_that_leaves_the_numbers_keeps_where_it_began(name: str) -> None:
+    found = searched(name, RF(), lr=20.0).schedules
+    assert {k: schedule.steps for k, schedule in found.items()} == {2: 2, 3: 3}
+
+
 def exact_end(process: Process, noise: Tensor) -> Tensor:
     """Where the teacher's path from this noise ends."""
     flow = student_of(process, "x0")
