@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from engines.denoiser import Denoiser
 
@@ -34,7 +36,12 @@ class Group:
         """The group that torchrun put this process in, by its environment; alone without one."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls(device=device)
-        dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", timeout=_PATIENCE)
+        store, rank, size = next(rendezvous("env://"))
+        # torchrun keeps one store over all of its restarts: without a name of its own a life would find the addresses
+        # that dead processes left there.
+        life = PrefixStore(f"life-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, store=life, rank=rank, world_size=size, timeout=_PATIENCE)
         return cls(dist.get_rank(), dist.get_world_size(), shards=shards, device=device)
 
     def leave(self) -> None:

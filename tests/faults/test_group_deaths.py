@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -76,7 +76,11 @@ def started(folder: Folder, *told: str) -> Iterator[TrainerProcess]:
     try:
         yield process
     finally:
+        below = psutil.Process(process.pid).children(recursive=True) if psutil.pid_exists(process.pid) else []
         process.kill()
+        for left in below:  # torchrun's own sessions outlive it
+            with suppress(psutil.NoSuchProcess):
+                left.kill()
 
 
 def ends(process: TrainerProcess) -> int | None:
