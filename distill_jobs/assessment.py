@@ -151,14 +151,13 @@ class Assessor:
             self._loader.release(student)
 
     def teacher_at(self, teacher: TeacherAs, n: int, counts: Sequence[int]) -> dict[int, Metrics]:
-        """The guided teacher at few steps, what a student has to beat; kept beside its answers. Counts that it was not
-        made for are left out."""
+        """The guided teacher at few steps, what a student has to beat; kept beside its answers, shipped ones included.
+        Counts that it was not made for are left out."""
         own = self._registry.student(teacher.version).schedules
         reference = self.reference(teacher, n)
         judged = f"{teacher.digest[:12]}-{teacher.steps}-{teacher.guidance:g}-{n}-{reference.network.digest[:12]}"
         path = self._answers / f"few-steps-{judged}.json"  # its ratios are to the teacher at its own steps
-        read = json.loads(path.read_bytes()) if path.exists() else {}
-        kept = {int(k): Metrics.model_validate(figures) for k, figures in read.items()}
+        kept = _few_steps(teacher.task.answers / path.name) | _few_steps(path)
         missing = [k for k in counts if k in own and k not in kept]
         if missing:
             kept |= self.metrics(teacher.version, n, reference, missing, guidance=teacher.guidance)
@@ -224,6 +223,11 @@ class Assessor:
             )
             for name, values in singles.items()
         }
+
+
+def _few_steps(path: Path) -> dict[int, Metrics]:
+    read = json.loads(path.read_bytes()) if path.exists() else {}
+    return {int(k): Metrics.model_validate(figures) for k, figures in read.items()}
 
 
 def chosen(backend: str, precision: str) -> Choice:

@@ -1,8 +1,8 @@
 """Makes a teacher's features, and says what it scores: `python -m distill_jobs.evaluate.teacher_make`.
 
-The teacher is asked on the engine that serves, as its students will be; the features file then stands beside its
-weights. Reconstructions by its VAE are the best that any denoiser could do, the unguided teacher says what guidance
-costs, and the same teacher at few steps is what students must beat.
+The teacher is asked on the engine that serves, as its students will be; the features file and the figures at few steps,
+which students must beat, then stand beside its weights. Reconstructions by its VAE are the best that any denoiser could
+do, and the unguided teacher says what guidance costs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import argparse
 import json
 import logging
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,22 +29,8 @@ from engines.cache import DiskCache
 from engines.graph import GraphStore
 from engines.loader import Loader
 from engines.registry.files import FilesRegistry
-from engines.student import LoadedStudent
 
 log = logging.getLogger(__name__)
-
-
-def judge(
-    loaded: LoadedStudent, teacher: TeacherAs, counts: Sequence[int], *, reference: Reference, n: int
-) -> dict[str, Metrics]:
-    """The guided teacher at its own steps (in `reference`), unguided, and guided at few steps."""
-    rows = {f"teacher {teacher.steps} steps": teacher_metrics(n, SEED, reference)}
-    asked = [(f"unguided {teacher.steps} steps", teacher.steps, 1.0)]
-    asked += [(f"teacher {k} steps", k, teacher.guidance) for k in counts]
-    for name, steps, guidance in asked:
-        ask = sampler_of(loaded, guidance=guidance)
-        rows[name] = evaluate(ask, n=n, seed=SEED, steps=steps, reference=reference, progress=_said(name))
-    return rows
 
 
 def reconstructions(vae: Path, reference: Reference, n: int) -> Metrics:
@@ -76,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make a teacher's features and print what it scores.")
     parser.add_argument("--task", type=tasks.load, default=tasks.load(tasks.DEFAULT))
     parser.add_argument("--pipeline", type=Path, help="its diffusers directory; the task's shipped one if missing")
-    parser.add_argument("--out", type=Path, help="folder of the features file; the task's shipped one if missing")
+    parser.add_argument("--out", type=Path, help="folder of what it makes; the task's shipped one if missing")
     parser.add_argument("--report", type=Path, help="JSON to write the figures to")
     parser.add_argument("--n", type=int, default=2000)
     parser.add_argument("--counts", type=int, nargs="*", help="those of the task if missing")
@@ -108,8 +93,15 @@ def run(options: argparse.Namespace) -> dict[str, Metrics]:
         reference = assessor.reference(teacher, options.n)
         profile = Profile(batches=(1, BATCH), precision=choice.precision, threads=options.threads)
         loaded = Loader(registry, choice, profile, GraphStore(DiskCache(cache))).load(registry.student(version))
-        rows = {"reconstructions": reconstructions(options.pipeline / "vae", reference, options.n)}
-        return rows | judge(loaded, teacher, options.counts, reference=reference, n=options.n)
+        unguided, n = f"unguided {teacher.steps} steps", options.n
+        ask = sampler_of(loaded, guidance=1.0)
+        few = assessor.teacher_at(teacher, n, options.counts)
+        return {
+            "reconstructions": reconstructions(options.pipeline / "vae", reference, n),
+            f"teacher {teacher.steps} steps": teacher_metrics(n, SEED, reference),
+            unguided: evaluate(ask, n=n, seed=SEED, steps=teacher.steps, reference=reference, progress=_said(unguided)),
+            **{f"teacher {k} steps": metrics for k, metrics in few.items()},
+        }
 
 
 if __name__ == "__main__":

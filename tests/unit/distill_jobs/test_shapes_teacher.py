@@ -8,12 +8,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
-from distill_jobs.assessment import TeacherAs
+from distill_jobs.assessment import Assessor, TeacherAs
 from distill_jobs.evaluate.reference import kept_answers
 from distill_jobs.tasks.shapes import TASK
 from distill_jobs.teachers.publish import publish
 from distill_jobs.teachers.shapes import data
 from distill_jobs.teachers.training import latents, vae
+from engines.backends.base import Choice
 from engines.registry.files import FilesRegistry
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what diffusers warns about while loading is not ours
@@ -71,3 +72,18 @@ def test_its_shipped_answers_are_those_of_the_version_that_is_published(tmp_path
     asked = TeacherAs.of(registry.student(publish(registry, "shapes")))
     for n in (256, 2000, 10_000):
         assert kept_answers([TASK.answers], asked.digest, steps=asked.steps, guidance=asked.guidance, n=n) is not None
+
+
+def test_its_shipped_figures_at_few_steps_are_read_instead_of_drawn(tmp_path: Path) -> None:
+    def drawing() -> None:
+        raise AssertionError("the teacher was asked")
+
+    registry = FilesRegistry(tmp_path / "registry")
+    asked = TeacherAs.of(registry.student(publish(registry, "shapes")))
+    choice, folders = Choice("eager", "fp32"), {"cache": tmp_path / "cache", "answers": tmp_path / "answers"}
+    assessor = Assessor(registry, choice=choice, **folders, check=drawing)
+    shipped = assessor.teacher_at(asked, 2000, TASK.teacher.compared)
+    assert set(shipped) == set(TASK.teacher.compared)
+    assert shipped[1].fd_ratio > 2 > 1.05 > shipped[16].fd_ratio
+    with pytest.raises(AssertionError, match="the teacher was asked"):
+        assessor.teacher_at(asked, 256, (1,))
