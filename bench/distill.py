@@ -1,7 +1,8 @@
 """The leaderboard of distillation methods: `python -m bench.distill`. A ledger, so it goes on where it was stopped.
 
 Every method that trains gets the same number of network evaluations on the embedded teacher; then the best get more,
-with several seeds. Entries are files of the working folder, one process each; what is there already is kept.
+with several seeds. Entries are files of the working folder, one process each; what is there already is kept. All that
+was measured is written to the ledger too, a file of the repository, so that another machine goes on from there.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from distill_jobs.tasks import base
 from engines import plugins
 
 _OUT = Path(__file__).parent / "distill.json"
+_LEDGER = Path(__file__).parent / "distill_ledger.json"
 _BEST = 6
 
 
@@ -38,15 +40,21 @@ class Wanted:
     evaluations: int
     n: int
 
+    @property
+    def name(self) -> str:
+        return f"{self.task}-{self.preset}-{self.evaluations}-{self.seed}-{self.n}"
+
     def file(self, work: Path) -> Path:
-        return work / "entries" / f"{self.task}-{self.preset}-{self.evaluations}-{self.seed}-{self.n}.json"
+        return work / "entries" / f"{self.name}.json"
 
 
 class Ledger:
-    """The entries of one working folder."""
+    """The entries of one working folder, and those that the ledger's file has from elsewhere."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        path: Path = options.ledger
+        self._kept: dict[str, dict[str, Any]] = json.loads(path.read_bytes()) if path.exists() else {}
         self.until = time.monotonic() + 60 * options.budget_minutes if options.budget_minutes else None
         (options.work / "entries").mkdir(parents=True, exist_ok=True)
 
@@ -59,18 +67,26 @@ class Ledger:
                 progress.advance(bar)
         return [found for one in wanted if (found := self._read(one)) is not None]
 
+    def write(self) -> None:
+        """All that was ever made, for the next machine."""
+        files = sorted((self.options.work / "entries").glob("*.json"))
+        kept = self._kept | {file.stem: json.loads(file.read_bytes()) for file in files}
+        self.options.ledger.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
+
     def _read(self, one: Wanted) -> dict[str, Any] | None:
         """An entry; one whose process ended without any is a failure now and is tried again by the next run."""
         file = one.file(self.options.work)
         if file.exists():
             found: dict[str, Any] = json.loads(file.read_bytes())
             return found
+        if one.name in self._kept:
+            return self._kept[one.name]
         log = file.with_suffix(".log")
         return {"preset": one.preset, "seed": one.seed, "failed": f"see {log.name}"} if log.exists() else None
 
     def _make(self, one: Wanted) -> None:
         file = one.file(self.options.work)
-        if file.exists() or (self.until is not None and time.monotonic() > self.until):
+        if file.exists() or one.name in self._kept or (self.until is not None and time.monotonic() > self.until):
             return
         command = [sys.executable, "-m", "bench.distill_entry", "--task", one.task, "--preset", one.preset]
         command += ["--seed", str(one.seed), "--evaluations", str(one.evaluations), "--n", str(one.n)]
@@ -114,11 +130,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="entries at a time, one thread each")
     parser.add_argument("--budget-minutes", type=float, default=None, help="begin no entry after so long")
     parser.add_argument("--work", type=Path, default=Path(".fewstep/bench-distill"), help="continued from if there")
+    parser.add_argument("--ledger", type=Path, default=_LEDGER, help="entries that are not made again; written to")
     parser.add_argument("--out", type=Path, default=_OUT)
     parser.add_argument("--publish", action="store_true", help="write the ranks and the page beside the methods too")
     options = parser.parse_args()
     ledger = Ledger(options)
     tasks = {task: found for task in options.tasks if (found := measured(task, ledger)) is not None}
+    ledger.write()
     if not tasks:
         sys.exit("no task was measured: see above")
     options.out.write_text(json.dumps(report(tasks), indent=1) + "\n")

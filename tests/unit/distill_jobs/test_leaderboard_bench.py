@@ -1,11 +1,14 @@
 """The leaderboard's table, entries and ranks, from figures that are given."""
 
 import json
+from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench import distill_table as table
+from bench.distill import Ledger, Wanted
 from bench.distill_entry import counts_of
 from distill_jobs.methods import _schemas
 
@@ -73,6 +76,18 @@ def test_the_page_names_failures_and_recommends_the_best_of_each_situation() -> 
     assert "| 1 step | `kd` | 1.20 | 1.00 | 1.00 |" in page
     assert "- `dmd`: diverged: not a number" in page
     assert "`sid` *experimental*" in page
+
+
+def test_what_the_ledger_has_is_not_made_again_and_stays_in_it(tmp_path: Path) -> None:
+    here, there = Wanted("shapes", "kd", 0, 1000, 2000), Wanted("shapes", "sid", 0, 1000, 2000)
+    options = Namespace(work=tmp_path, ledger=tmp_path / "ledger.json", workers=1, budget_minutes=1e-9)
+    options.ledger.write_text(json.dumps({there.name: WORSE}))
+    ledger = Ledger(options)
+    here.file(tmp_path).write_text(json.dumps(GOOD))
+    assert [one["preset"] for one in ledger.made([here, there], "")] == ["kd", "sid"]
+    assert not there.file(tmp_path).exists()
+    ledger.write()
+    assert json.loads(options.ledger.read_text()).keys() == {here.name, there.name}
 
 
 def test_the_committed_ranks_are_of_methods_that_exist() -> None:
