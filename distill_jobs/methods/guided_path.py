@@ -1,0 +1,74 @@
+"""Guidance learnt where it leads: the student answers in one evaluation as its guided teacher, on that one's own paths.
+
+Guidance distillation asks at pictures noised anew, but a guided sampler is seldom there: guidance moves it away from
+them. Here the states of a row are kept from one guided trajectory, so no data is needed. Meant for adapters
+(`student.train: {lora: ...}`), which leave the teacher as it is and go with other checkpoints of its base.
+
+Source: arXiv 2503.07274 §4; through LoRA 2312.06899.
+Left out: the paper's own adapter layers, LoRA takes their place; a range of weights (the teacher's is baked in).
+Checked against: the closed-form guided denoiser of Gaussian data (tests).
+"""
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from distill_jobs import times
+from distill_jobs.batches import Batch
+from distill_jobs.methods._bank import BankConfig, BankMethod
+from distill_jobs.methods._line import ask, shown, snr_error
+from distill_jobs.methods.base import Preset
+from distill_jobs.methods.kd import few_step_schedules
+from distill_jobs.pairs import TeacherPath
+from distill_jobs.roles import Cast, Role
+from engines.manifest import Schedule
+
+
+class GuidedPathConfig(BankConfig):
+    counts: tuple[int, ...] = Field((16,), min_length=1, description="step counts that the student is sampled in")
+    batch: int = Field(64, ge=1)
+    pairs: int = Field(1024, ge=1, description="guided trajectories in the bank")
+    states: int = Field(16, ge=1, description="states kept of each, one teacher step apart")
+
+
+class GuidedPath(BankMethod):
+    Config = GuidedPathConfig
+
+    def __init__(self, cast: Cast, config: GuidedPathConfig) -> None:
+        super().__init__(cast, config)
+        self.levels = tuple(config.top * u for u in times.uniform(config.states))
+
+    @classmethod
+    def roles(cls, config: Any) -> dict[str, Role]:
+        return {"student": config.student_role()}
+
+    @property
+    def schedules(self) -> dict[int, Schedule]:
+        return few_step_schedules(self, {})
+
+    @property
+    def path(self) -> TeacherPath:
+        return TeacherPath(self.levels, self.config.states, self.config.teacher_solver)
+
+    def loss(self, role: str, batch: Batch) -> dict[str, Tensor]:
+        assert batch.rows.pair is not None
+        n = batch.picks(self.config.states)
+        x = batch.rows.pair[torch.arange(len(batch), device=n.device), n]
+        t = batch.noise.new_tensor(times.grid(self.process, self.levels))[n]
+        with torch.no_grad():
+            line = self.cast.teacher(x, t, batch.cond)
+        guess = ask(self.cast.student, x, t, torch.zeros_like(t), batch)
+        return {"guided_path": snr_error(guess, line).mean()}
+
+    @torch.no_grad()
+    def panel(self, batch: Batch) -> dict[str, Tensor]:
+        return shown(self, batch)
+
+
+PRESETS = {
+    "agd": Preset(
+        GuidedPath, "Bakes guidance into an adapter, learnt on the guided teacher's own trajectories.", "2503.07274"
+    ),
+}
