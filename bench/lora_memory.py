@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from bench.machine import described
 from distill_jobs.batches import TensorSource
 from distill_jobs.lora import adapted
-from distill_jobs.spec import LoraSpec
 from distill_jobs.stage import Stage, StageRun
+from distill_jobs.student_spec import LoraSpec
 from engines.denoiser import Denoiser
 from engines.families._text import Packing
 from engines.families.sd import DenoiserNet

@@ -17,6 +17,7 @@ from distill_jobs.evaluate.pixels import Pixels
 from distill_jobs.evaluate.questions import questions
 from distill_jobs.evaluate.reference import Reference, kept_answers, teacher_path
 from distill_jobs.evaluate.report import Metrics, Sampler, evaluate, sheet, teacher_metrics, teacher_reference
+from distill_jobs.forgetting import Forget
 from distill_jobs.tasks import base as tasks
 from distill_jobs.tasks.base import Task
 from engines.backends.base import Choice, Profile, choose
@@ -26,6 +27,8 @@ from engines.loader import Loader
 from engines.manifest import StudentManifest
 from engines.registry.base import Registry
 from engines.student import LoadedStudent, sample
+
+Forgets = tuple[Forget, ...]
 
 BATCH = 8
 _REPEATS = 15
@@ -101,16 +104,16 @@ class Assessor:
         self._registry = registry
         self._answers = answers
         self._check = check
-        self._references: dict[Path, Reference] = {}
+        self._references: dict[tuple[Path, Forgets], Reference] = {}
         profile = Profile(batches=(1, BATCH), precision=choice.precision, threads=threads)
         self._loader = Loader(registry, choice, profile, GraphStore(DiskCache(cache)))
 
-    def reference(self, teacher: TeacherAs, n: int) -> Reference:
-        """What students are compared with; one for each file, because it keeps what it drew."""
-        path = self.features_file(teacher, n)
-        if path not in self._references:
-            self._references[path] = Reference.load(path, task=teacher.task)
-        return self._references[path]
+    def reference(self, teacher: TeacherAs, n: int, forget: Forgets = ()) -> Reference:
+        """What students are compared with that `forget` something; each is made once, because it keeps what it drew."""
+        key = self.features_file(teacher, n), forget
+        if key not in self._references:
+            self._references[key] = Reference.load(key[0], task=teacher.task).forgetting(forget)
+        return self._references[key]
 
     def features_file(self, teacher: TeacherAs, n: int) -> Path:
         """Where the teacher's answers are; it is asked 2 n times where nobody has asked as much yet."""
@@ -150,12 +153,12 @@ class Assessor:
         finally:
             self._loader.release(student)
 
-    def teacher_at(self, teacher: TeacherAs, n: int, counts: Sequence[int]) -> dict[int, Metrics]:
+    def teacher_at(self, teacher: TeacherAs, n: int, counts: Sequence[int], forget: Forgets = ()) -> dict[int, Metrics]:
         """The guided teacher at few steps, what a student has to beat; kept beside its answers, shipped ones included.
         Counts that it was not made for are left out."""
         own = self._registry.student(teacher.version).schedules
-        reference = self.reference(teacher, n)
-        judged = f"{teacher.digest[:12]}-{teacher.steps}-{teacher.guidance:g}-{n}-{reference.network.digest[:12]}"
+        reference = self.reference(teacher, n, forget)
+        judged = f"{teacher.digest[:12]}-{teacher.steps}-{teacher.guidance:g}-{n}-{reference.digest[:12]}"
         path = self._answers / f"few-steps-{judged}.json"  # its ratios are to the teacher at its own steps
         kept = _few_steps(teacher.task.answers / path.name) | _few_steps(path)
         missing = [k for k in counts if k in own and k not in kept]

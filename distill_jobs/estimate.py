@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from distill_jobs import spec as specs
 from distill_jobs.jobs import JobState
 from distill_jobs.records import PROGRESS, JobRecords
+from distill_jobs.student_spec import LoraSpec
 from engines.errors import StudentNotFound
 from engines.manifest import StudentManifest
 from engines.registry.base import Registry
@@ -90,7 +91,7 @@ def _shapes(manifest: StudentManifest, registry: Registry) -> dict[str, tuple[in
     return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
 
 
-def _adapter_weights(shapes: Mapping[str, tuple[int, ...]], lora: specs.LoraSpec) -> int:
+def _adapter_weights(shapes: Mapping[str, tuple[int, ...]], lora: LoraSpec) -> int:
     """rank x (in + out) of every matrix and convolution that the targets name."""
     ends = (".weight",) if lora.targets == "auto" else tuple(f".{target}.weight" for target in lora.targets)
     able = [shape for name, shape in shapes.items() if f".{name}".endswith(ends) and len(shape) in (2, 4)]

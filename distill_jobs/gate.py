@@ -28,6 +28,8 @@ class Ratios(Protocol):
     def diversity_ratio(self) -> float | None: ...
     @property
     def grain_ratio(self) -> float | None: ...
+    @property
+    def alignment_forgotten(self) -> float | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +85,25 @@ _AT_MOST = {
     "alignment_ratio": False,
     "diversity_ratio": False,
     "grain_ratio": True,
+    "alignment_forgotten": True,
     "latency_ms": True,
 }
 
 
-def judge(gates: GateSpec, student: Mapping[int, Ratios], latency_ms: Mapping[int, float] | None = None) -> Verdict:
-    """Judges every step count of the student by every rule that has a limit."""
+def judge(
+    gates: GateSpec,
+    student: Mapping[int, Ratios],
+    latency_ms: Mapping[int, float] | None = None,
+    *,
+    forgets: bool = False,
+) -> Verdict:
+    """Judges every step count of the student by every rule that has a limit; by what is left of a concept where the
+    student is to forget one. All other figures are then those of the other prompts."""
     results: list[GateResult] = []
     for steps, ratios in sorted(student.items()):
         for rule, at_most in _AT_MOST.items():
             limit = _limit(gates, rule, steps)
-            if limit is None:
+            if limit is None or (rule == "alignment_forgotten" and not forgets):
                 continue
             value = (latency_ms or {}).get(steps) if rule == "latency_ms" else getattr(ratios, rule)
             interval = ratios.fd_ratio_ci if rule == "fd_ratio" else None

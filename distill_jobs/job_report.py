@@ -28,13 +28,15 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A column of the table. `ci` names the interval that stands beside the value."""
+    """A column of the table. `ci` names the interval that stands beside the value. One that `forgets` is of jobs that
+    do: there all others are of the prompts that name nothing to forget."""
 
     key: str
     label: str
     what: str
     digits: int = 3
     ci: str | None = None
+    forgets: bool = False
 
 
 FIGURES = (
@@ -46,6 +48,8 @@ FIGURES = (
     Figure("coverage", "coverage", "share of real pictures with one of its own nearby"),
     Figure("alignment", "alignment", "share of what captions state that is found in its pictures"),
     Figure("alignment_heldout", "unseen", "alignment on combinations that no training picture had"),
+    Figure("alignment_forgotten", "forgotten", "share of what is to be forgotten that is still drawn", forgets=True),
+    Figure("alignment_instead", "instead", "share of it that is drawn as its replacement", forgets=True),
     Figure("diversity", "diversity", "distance between pictures of one caption, over that of real ones"),
     Figure("grain", "grain", "roughness of flat areas in 8-bit levels"),
     Figure("saturation", "saturation", "mean chroma in 8-bit levels", 1),
@@ -73,6 +77,7 @@ def render(job: DistillJob, records: JobRecords) -> str:
     result: Json = records.read(job.id, RESULT) or {}
     events = records.events(job.id)
     sheet = records.registry.read_job_file(job.id, SAMPLES)
+    figures = tuple(figure for figure in FIGURES if not figure.forgets or job.spec["student"].get("forget"))
     document: str = _template().render(
         job=job,
         spec=job.spec,
@@ -82,8 +87,8 @@ def render(job: DistillJob, records: JobRecords) -> str:
         gates=result.get("gates"),
         judged=judged(result.get("gates")),
         error=job.log[-1].error,
-        figures=FIGURES,
-        rows=rows(result),
+        figures=figures,
+        rows=rows(result, figures),
         floor=_floor(result),
         charts=charts(events, result),
         sheet=base64.b64encode(sheet).decode() if sheet else None,
@@ -94,7 +99,7 @@ def render(job: DistillJob, records: JobRecords) -> str:
     return document
 
 
-def rows(result: Mapping[str, Any]) -> list[Row]:
+def rows(result: Mapping[str, Any], figures: Sequence[Figure] = FIGURES) -> list[Row]:
     """The teacher at its own steps, then for each count the student, the teacher and the schedule-only student."""
     teacher = result.get("teacher") or (result.get("schedule") or {}).get("teacher")
     if not teacher:
@@ -105,8 +110,8 @@ def rows(result: Mapping[str, Any]) -> list[Row]:
         ("teacher, best times", (result.get("schedule") or {}).get("metrics") or {}),
     )
     counts = sorted({int(k) for _, found in sources for k in found}, reverse=True)
-    found = [_row("teacher", int(teacher["steps"]), teacher)]
-    return found + [_row(name, k, one[str(k)]) for k in counts for name, one in sources if str(k) in one]
+    found = [_row("teacher", int(teacher["steps"]), teacher, figures)]
+    return found + [_row(name, k, one[str(k)], figures) for k in counts for name, one in sources if str(k) in one]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +163,8 @@ def _template() -> Template:
     return environment.from_string(files("distill_jobs").joinpath("job_report.html").read_text())
 
 
-def _row(name: str, steps: int, figures: Mapping[str, Any]) -> Row:
-    return Row(name, steps, name == "student", tuple(_cell(figure, figures) for figure in FIGURES))
+def _row(name: str, steps: int, values: Mapping[str, Any], figures: Sequence[Figure]) -> Row:
+    return Row(name, steps, name == "student", tuple(_cell(figure, values) for figure in figures))
 
 
 def _cell(figure: Figure, figures: Mapping[str, Any]) -> Cell:

@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from distill_jobs.spec import LoraSpec
+from distill_jobs.student_spec import LoraSpec
 from engines.denoiser import Denoiser
 from engines.errors import InvalidRequest
 

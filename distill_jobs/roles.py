@@ -89,7 +89,9 @@ class Cast:
                 assert lora is not None
                 assert isinstance(plain, Denoiser)
                 return adapted(plain, lora)
-            return copy.deepcopy(plain)
+            learner = copy.deepcopy(plain)
+            learner.reads_instead = False  # it learns what the student makes of its own prompts
+            return learner
 
         others = {name: played(name, role) for name, role in roles.items() if name != "student"}
         return cls(teacher, student=student, **others)

@@ -137,7 +137,8 @@ class JobRun:
         )
         judged = self._evaluated(version, self.spec.publish)
         try:
-            self._publish(version, judged["gates"])
+            if not self.spec.student.forget:  # its teacher's weights draw what is to be forgotten
+                self._publish(version, judged["gates"])
         except SwapRejected as error:
             self.records.event(self.job.id, "note", message=f"the schedule-only student stays unpublished: {error}")
         self._note(schedule_student=version, schedule=judged, teacher_at=self._teacher_at(teacher))
@@ -166,10 +167,11 @@ class JobRun:
     def _evaluated(self, version: str, publish: PublishSpec | None) -> dict[str, Any]:
         """Metrics and verdict of a version; its report and its samples are put beside it."""
         teacher, counts, n = self._teacher(), self.spec.student.steps, self.spec.eval.samples
-        reference = self.assessor.reference(teacher, n)
+        reference = self.assessor.reference(teacher, n, self.spec.student.forgets)
         metrics = self.assessor.metrics(version, n, reference, counts)
         speeds = self.assessor.speeds(version, teacher, counts)
-        verdict = judge(self.spec.gates, metrics, {k: speeds[str(k)].latency_ms_p50 for k in counts})
+        latency_ms = {k: speeds[str(k)].latency_ms_p50 for k in counts}
+        verdict = judge(self.spec.gates, metrics, latency_ms, forgets=self.spec.student.forget is not None)
         gates = verdict.as_dict(publish.tiers if publish else {})
         figures = {
             "metrics": {str(k): as_json(m, speeds[str(k)]) for k, m in metrics.items()},
@@ -182,7 +184,8 @@ class JobRun:
 
     def _teacher_at(self, teacher: TeacherAs) -> dict[str, Any]:
         """The guided teacher at the student's counts: what the student has to beat."""
-        found = self.assessor.teacher_at(teacher, self.spec.eval.samples, self.spec.student.steps)
+        counts, n = self.spec.student.steps, self.spec.eval.samples
+        found = self.assessor.teacher_at(teacher, n, counts, self.spec.student.forgets)
         speeds = self.assessor.speeds(teacher.version, teacher, list(found), guidance=teacher.guidance)
         return {str(k): as_json(m, speeds[str(k)]) for k, m in found.items()}
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from distill_jobs import forgetting
 from distill_jobs.methods import _schemas
 from distill_jobs.stages import (
     MethodSpec,
@@ -24,10 +25,10 @@ from distill_jobs.stages import (
     check_term,
     check_train,
 )
+from distill_jobs.student_spec import Steps, StudentSpec
 from engines.errors import InvalidRequest, NotBuilt
 from engines.manifest import Guidance, Name
 
-Steps = Annotated[int, Field(ge=1, le=64)]
 Limit = Annotated[float, Field(gt=0)]
 Limits = Limit | dict[Steps, Limit]
 Metric = Literal["fd", "alignment", "diversity", "grain", "latency"]
@@ -42,84 +43,6 @@ class TeacherSpec(_Frozen):
     revision: int | None = Field(None, ge=1, description="revision of the deployment; the current one if missing")
     guidance: float | None = Field(None, ge=0, le=30, description="u + w(c - u); the teacher's own if missing")
     steps: Steps | None = Field(None, description="how many steps the teacher is judged at; its most if missing")
-
-
-class LoraSpec(_Frozen):
-    rank: int = Field(32, ge=1, le=1024)
-    alpha: float | None = Field(None, gt=0, description="the update is alpha / rank times B A; the rank if missing")
-    targets: Literal["auto"] | tuple[str, ...] = Field(
-        "auto", min_length=1, description="ends of layer names such as to_q; auto is every linear and convolution"
-    )
-
-    @property
-    def factor(self) -> float:
-        """alpha / rank."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
-
-
-class LoraTrain(_Frozen):
-    lora: LoraSpec
-
-
-class SlimSpec(_Frozen):
-    """Fewer layers than the teacher has: the stage `slimming` teaches them, a few-step method follows."""
-
-    layers: int | None = Field(
-        None, ge=1, description="of each block of a UNet, or blocks of a transformer; all if missing"
-    )
-    middle: bool = Field(True, description="false leaves a UNet's middle block out")
-
-    @model_validator(mode="after")
-    def _smaller(self) -> Self:
-        if self.layers is None and self.middle:
-            raise ValueError("slim leaves nothing out: say layers, or middle: false")
-        return self
-
-
-Weight = Annotated[float, Field(ge=0, le=30)]
-
-
-class EmbeddedGuidance(_Frozen):
-    embedded: tuple[Weight, Weight] = Field(description="least and greatest weight of u + w(c - u) that it learns")
-
-    @model_validator(mode="after")
-    def _rises(self) -> Self:
-        if self.embedded[0] >= self.embedded[1]:
-            raise ValueError(f"embedded needs a least and a greater weight, not {self.embedded}")
-        return self
-
-
-class StudentSpec(_Frozen):
-    name: Name
-    steps: tuple[Steps, ...] = Field((1, 2, 4), min_length=1, max_length=8)
-    train: Literal["full"] | LoraTrain = "full"
-    guidance: Literal["baked"] | EmbeddedGuidance = Field(
-        "baked", description="the teacher's weight in the network's own, or a range of weights that the network reads"
-    )
-
-    slim: SlimSpec | None = Field(None, description="which of the teacher's layers the student is left with")
-
-    @property
-    def weights(self) -> tuple[float, float] | None:
-        """The range of guidance weights that the network reads; None where one is baked in."""
-        return None if self.guidance == "baked" else self.guidance.embedded
-
-    @model_validator(mode="after")
-    def _distinct(self) -> Self:
-        if len(set(self.steps)) != len(self.steps):
-            raise ValueError(f"steps names a count twice: {self.steps}")
-        return self
-
-    @model_validator(mode="after")
-    def _slim_is_full(self) -> Self:
-        if self.slim is not None and self.train != "full":
-            raise ValueError("slim changes the network, and a LoRA is beside the teacher's own: train full")
-        return self
-
-    @property
-    def lora(self) -> LoraSpec | None:
-        """The adapter that is trained; None where all weights are."""
-        return None if self.train == "full" else self.train.lora
 
 
 class DataSpec(_Frozen):
@@ -201,6 +124,9 @@ class GateSpec(_Frozen):
     alignment_ratio: Limits | None = 0.93
     diversity_ratio: Limits | None = 0.8
     grain_ratio: Limits | None = 3.0
+    alignment_forgotten: Limits | None = Field(
+        0.1, description="most that may be left of what the student forgets; judged where it forgets something"
+    )
     latency_ms: Limits | None = None
 
 
@@ -286,8 +212,8 @@ def parse(body: Mapping[str, Any] | bytes) -> DistillJobSpec:
         raise InvalidRequest(f"the job is not JSON: {error}") from error
     _refuse_unbuilt(spec)
     _check_methods(spec)
-    lora, slim = spec.student.lora is not None, spec.student.slim is not None
-    check_network(spec.stages, trains=spec.trains, lora=lora, slim=slim, shard=spec.train.shard)
+    check_network(spec.stages, spec.student, trains=spec.trains, shard=spec.train.shard)
+    _check_forgets(spec)
     return spec
 
 
@@ -353,6 +279,12 @@ def _check_schedule(spec: DistillJobSpec) -> None:
             searches = ", ".join(name for name, one in sorted(_schemas.schemas().items()) if not one["roles"])
             message = f"{where}: {named.name} trains weights and finds no schedule: choose from {searches}"
             raise InvalidRequest(message, param=where)
+
+
+def _check_forgets(spec: DistillJobSpec) -> None:
+    """Of prompts that the job lists itself; those of a named source are read by the trainer."""
+    if isinstance(spec.data.prompts, tuple):
+        forgetting.check_heard(spec.data.prompts, spec.student.forgets)
 
 
 def check_weights(spec: DistillJobSpec, teacher: Guidance) -> None:

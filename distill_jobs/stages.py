@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 from distill_jobs.methods import _schemas
+from distill_jobs.student_spec import StudentSpec
 from engines.errors import InvalidRequest, NotBuilt
 
 
@@ -83,17 +84,18 @@ def check_settings(
         raise InvalidRequest(message, param=f"{where}.counts")
 
 
-def check_network(stages: Sequence[MethodSpec], *, trains: bool, lora: bool, slim: bool, shard: bool) -> None:
-    """Whether the stages train the network that the job says: an adapter, or one with fewer layers."""
-    if not trains and (lora or slim):
-        what = "train.lora" if lora else "slim"
-        message = f"student.{what}: {stages[0].name} trains no weights: leave it out, or name a method that does"
-        raise InvalidRequest(message, param=f"student.{what}")
-    if lora and shard:
+def check_network(stages: Sequence[MethodSpec], student: StudentSpec, *, trains: bool, shard: bool) -> None:
+    """Whether the stages train the network that the job says, such as an adapter or one with fewer layers."""
+    said = {"train.lora": student.lora, "slim": student.slim, "forget": student.forget}
+    asked = [name for name, value in said.items() if value is not None]
+    if asked and not trains:
+        message = f"student.{asked[0]}: {stages[0].name} trains no weights: leave it out, or name a method that does"
+        raise InvalidRequest(message, param=f"student.{asked[0]}")
+    if student.lora and shard:
         message = "the roles of a LoRA share one backbone, which cannot be spread over processes: leave shard out"
         raise InvalidRequest(message, param="train.shard")
     teach = [name for name, one in _schemas.schemas().items() if one["file"] == "slimming"]
-    if slim and (stages[0].name not in teach or len(stages) < 2):
+    if student.slim and (stages[0].name not in teach or len(stages) < 2):
         message = f"student.slim: the first stage must teach the smaller network ({' or '.join(sorted(teach))}), and a "
         raise InvalidRequest(f"{message}few-step method follow it", param="student.slim")
 

@@ -63,10 +63,10 @@ class TrainerRun:
         self.teacher = diffusers.load(registry, told["teacher"])
         self.w = float(told["guidance"])
         self.prompts = self._source(registry, Path(told["work"]), Path(told["data"]) if told.get("data") else None)
-        self.source: Source = self.prompts
+        self.source: Source = self._forgetting(Path(told["work"]))
         self.guided = self.teacher.guided(self.w)
         if weights := self.spec.student.weights:
-            self.source = WeightedSource(self.prompts, *weights, seed=self.spec.train.seed)
+            self.source = WeightedSource(self.source, *weights, seed=self.spec.train.seed)
             self.guided = self.teacher.guide(self.w)
         if self.spec.student.lora is not None:
             layers(self.teacher.denoiser, self.spec.student.lora)  # a target that is none is refused before the work
@@ -122,7 +122,14 @@ class TrainerRun:
             texts = prompts.texts(data.prompts, seed=seed, default=manifest.task)
             return prompts.encoded(self.teacher, texts, cache, seed=seed)
         found = images.captioned(data.images, folders, manifest.resolutions[0], seed=seed)
+        if forgets := self.spec.student.forgets:
+            found = images.relabelled(found, forgets)
         return images.encoded(self.teacher, registry, found, cache, seed=seed)
+
+    def _forgetting(self, cache: Path) -> Source:
+        """What networks are trained on: the prompts, with what the teacher is asked for in place of some."""
+        forgets = self.spec.student.forgets
+        return prompts.forgetting(self.teacher, self.prompts, forgets, cache) if forgets else self.prompts
 
     def _hooks(self, plan: Plan) -> Hooks:
         events = EventLog(self.folder, plan)
@@ -162,7 +169,8 @@ class TrainerRun:
 
     def _evaluation(self) -> SmallEvaluation:
         guidance = learnt(self.w, self.spec.student.weights)
-        return SmallEvaluation(self.teacher, guidance, self.spec.eval.while_training, self._features)
+        n, forgets = self.spec.eval.while_training, self.spec.student.forgets
+        return SmallEvaluation(self.teacher, guidance, n, self._features, forgets)
 
     def _panel(self, events: EventLog) -> Callable[[int, Mapping[str, Tensor]], None]:
         captions = self.prompts.captions(0, _PANEL_COLUMNS)

@@ -29,6 +29,16 @@ class Weighted(NamedTuple):
     w: Tensor
 
 
+class Forgetting(NamedTuple):
+    """A condition that a student reads, and the one that its teacher is asked with `instead`, row by row.
+
+    A pytree like any other, so whoever hands a condition to both networks hands each its own.
+    """
+
+    cond: Cond
+    instead: Cond
+
+
 Net = Callable[[Tensor, Tensor, Cond, Tensor | None, Tensor | None], Tensor]  # net(x, t, cond, s, w) -> pred
 
 
@@ -37,6 +47,7 @@ class BaseDenoiser(nn.Module):
 
     process: Process
     inputs: frozenset[str] = frozenset()
+    reads_instead = False  # of a `Forgetting` condition, as a teacher does that must not teach all it knows
 
     @abstractmethod
     def forward(
@@ -55,6 +66,15 @@ class BaseDenoiser(nn.Module):
         """x_s from x_t: the flow map. Of a network that ignores s it is exactly one DDIM step."""
         x0, eps = self(x, t, cond, s, w)
         return self.process.mix(x0, eps, s)
+
+    def read(self, cond: Cond, w: Tensor | None) -> tuple[Cond, Tensor | None]:
+        """The condition as this network is asked with it, and the weights [B]: `w` where it is given, else the
+        condition's own."""
+        if isinstance(cond, Weighted):
+            cond, w = cond.cond, cond.w if w is None else w
+        if isinstance(cond, Forgetting):
+            cond = cond.instead if self.reads_instead else cond.cond
+        return cond, w
 
 
 class Denoiser(BaseDenoiser):
@@ -88,7 +108,7 @@ class Denoiser(BaseDenoiser):
         return Policy.read(self.process, self.kind, self._asked(x, t, cond, s, w), x, t, s)
 
     def _asked(self, x: Tensor, t: Tensor, cond: Cond, s: Tensor | None, w: Tensor | None) -> Tensor:
-        cond, w = unweighted(cond, w)
+        cond, w = self.read(cond, w)
         if "w" in self.inputs and w is None:
             raise ValueError("this network reads the guidance weight: give w [B]")
         time = self.process.network_time
@@ -114,11 +134,12 @@ class Guided(BaseDenoiser):
         self.interval = interval
         self.process = denoiser.process
         self.inputs = denoiser.inputs - {"w"}
+        self.reads_instead = denoiser.reads_instead
 
     def forward(
         self, x: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None, w: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        cond, w = unweighted(cond, w)
+        cond, w = self.read(cond, w)
         if w is None and (self.w == 1.0 or self._is_off(t)):
             c: tuple[Tensor, Tensor] = self.denoiser(x, t, cond, s)
             return c
@@ -151,11 +172,12 @@ class AtWeight(BaseDenoiser):
         self.w = w
         self.process = denoiser.process
         self.inputs = denoiser.inputs - {"w"}
+        self.reads_instead = denoiser.reads_instead
 
     def forward(
         self, x: Tensor, t: Tensor, cond: Cond = None, s: Tensor | None = None, w: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        cond, w = unweighted(cond, w)
+        cond, w = self.read(cond, w)
         asked: tuple[Tensor, Tensor] = self.denoiser(x, t, cond, s, torch.full_like(t, self.w) if w is None else w)
         return asked
 
@@ -163,11 +185,6 @@ class AtWeight(BaseDenoiser):
 def _guide(both: Tensor, w: Tensor) -> Tensor:
     c, u = both.chunk(2)
     return u + over(w, u) * (c - u)
-
-
-def unweighted(cond: Cond, w: Tensor | None = None) -> tuple[Cond, Tensor | None]:
-    """A condition without its weights, and the weights [B]: `w` where it is given, else the condition's own."""
-    return (cond.cond, cond.w if w is None else w) if isinstance(cond, Weighted) else (cond, w)
 
 
 def expand(cond: Cond, rows: int) -> Cond:

@@ -7,8 +7,9 @@ a line. Encoded once for each teacher and content, and found again after a death
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill_jobs.data.prompts import PromptSource
+from distill_jobs.forgetting import Forget, holds, instead
 from distill_jobs.tasks import base as tasks
 from distill_jobs.tasks.base import Task
 from distill_jobs.teachers.diffusers import Teacher
@@ -61,6 +63,30 @@ def captioned(name: str, folder: Path | None, size: tuple[int, int], *, count: i
         hint = "" if folder else "; folders need DISTILLER_DATA_DIR"
         raise InvalidRequest(f"data.images={name!r} is not here: choose from {known}{hint}", param="data.images")
     return _of_folder(folder / name, size)
+
+
+def relabelled(pictures: Captioned, rules: Sequence[Forget]) -> Captioned:
+    """The same without the pictures of what is to be forgotten, whose prompts get others: each picture of a
+    replacement is there again under the concept's name. What has no replacement gets any pictures, as prompts do that
+    ask for nothing.
+
+    Raises:
+        InvalidRequest: every picture is of something to forget.
+    """
+    captions = pictures.captions
+    kept = [i for i, caption in enumerate(captions) if not holds(caption, rules)]
+    shown = [(i, captions[i]) for i in kept]
+    shown += [(i, rule.renamed(captions[i])) for rule in rules for i in kept if rule.is_instead_in(captions[i])]
+    nameless = [caption for caption in captions if holds(caption, rules) and instead(caption, rules) is None]
+    shown += zip(cycle(kept), nameless, strict=False)
+    if not shown:
+        raise InvalidRequest("every caption of data.images names what is to be forgotten", param="data.images")
+    said = json.dumps([pictures.digest, *(rule.model_dump() for rule in rules)])
+
+    def read(start: int, end: int) -> Pixels:
+        return np.concatenate([pictures.read(i, i + 1) for i, _ in shown[start:end]])
+
+    return Captioned(tuple(caption for _, caption in shown), hashlib.sha256(said.encode()).hexdigest(), read)
 
 
 def encoded(teacher: Teacher, registry: Registry, pictures: Captioned, cache: Path, *, seed: int = 0) -> PromptSource:

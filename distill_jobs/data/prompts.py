@@ -7,16 +7,20 @@ again after a death, under the hash of teacher and texts.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distill_jobs.batches import TensorSource
+from distill_jobs.batches import Rows, TensorSource
+from distill_jobs.forgetting import Forget, check_heard, holds, instead
 from distill_jobs.tasks import base as tasks
 from distill_jobs.teachers.diffusers import Teacher
 from engines import plugins
+from engines.denoiser import Forgetting
 from engines.errors import InvalidRequest
 
 COUNT = 8192
@@ -71,3 +75,34 @@ def encoded(teacher: Teacher, prompts: Sequence[str], cache: Path, *, seed: int 
         save_file({"cond": teacher.encode(prompts).contiguous()}, partial)
         partial.replace(path)
     return PromptSource(prompts, load_file(path)["cond"], teacher.shape, seed)
+
+
+class ForgettingSource:
+    """The rows of a source of prompts, each with what the teacher is asked instead: `asked` [L, D] by prompt, for the
+    prompts that name something to forget. Those of the others are their own.
+    """
+
+    def __init__(self, source: PromptSource, asked: Mapping[str, Tensor]) -> None:
+        self.source, self.asked = source, asked
+        self.shape, self.has_data = source.shape, source.has_data
+
+    def rows(self, position: int, count: int) -> Rows:
+        rows = self.source.rows(position, count)
+        prompts = self.source.captions(position, count)
+        asked = [self.asked.get(prompt, own) for prompt, own in zip(prompts, rows.cond, strict=True)]
+        return replace(rows, cond=Forgetting(rows.cond, torch.stack(asked)))
+
+
+def forgetting(teacher: Teacher, source: PromptSource, rules: Sequence[Forget], cache: Path) -> ForgettingSource:
+    """The source for a student that forgets.
+
+    Raises:
+        InvalidRequest: no prompt names a concept, so that nothing would be learnt of it.
+    """
+    check_heard(source.prompts, rules)
+    wanted = {prompt: instead(prompt, rules) for prompt in dict.fromkeys(source.prompts) if holds(prompt, rules)}
+    texts = sorted({text for text in wanted.values() if text is not None})
+    known: dict[str | None, Tensor] = {None: teacher.null()[0]}
+    if texts:
+        known |= dict(zip(texts, encoded(teacher, texts, cache).cond, strict=True))
+    return ForgettingSource(source, {prompt: known[text] for prompt, text in wanted.items()})

@@ -7,11 +7,13 @@ longer list, so that a short evaluation can be compared with part of a long one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from distill_jobs.forgetting import Forget, holds
 from distill_jobs.tasks import shapes
 from distill_jobs.tasks.base import Scene, Task
 
@@ -36,6 +38,7 @@ class Questions:
     attributes: npt.NDArray[np.int64]  # [N, A], ABSENT where the caption is silent
     heldout: npt.NDArray[np.bool_]  # [N]
     groups: npt.NDArray[np.int64]  # [N], which caption
+    rows: npt.NDArray[np.int64]  # [N], which of all questions of this seed
 
     @property
     def n(self) -> int:
@@ -44,6 +47,20 @@ class Questions:
     @property
     def captions(self) -> list[str]:
         return [scene.caption for scene in self.scenes]
+
+    def part(self, index: npt.NDArray[np.int64]) -> Questions:
+        """Those at `index` [M]."""
+        return Questions(
+            task=self.task,
+            seed=self.seed,
+            scenes=[self.scenes[i] for i in index],
+            seeds=[self.seeds[i] for i in index],
+            other_seeds=[self.other_seeds[i] for i in index],
+            attributes=self.attributes[index],
+            heldout=self.heldout[index],
+            groups=np.unique(self.groups[index], return_inverse=True)[1],
+            rows=self.rows[index],
+        )
 
     def draw(self, again: int, size: int) -> npt.NDArray[np.uint8]:
         """Real pictures of the captions: the answers of a perfect generator. Another `again` draws new ones."""
@@ -64,12 +81,15 @@ def questions(n: int, seed: int = 0, task: Task = shapes.TASK) -> Questions:
         attributes=np.array([scene.attributes() for scene in rows], dtype=np.int64),
         heldout=np.array([scene.heldout for scene in rows], dtype=np.bool_),
         groups=np.arange(n) // SEEDS_PER_CAPTION,
+        rows=np.arange(n),
     )
 
 
-def real_set(n: int, size: int, task: Task = shapes.TASK) -> npt.NDArray[np.uint8]:
-    """The fixed real pictures that `fd` is measured to: other captions, with the same share of unseen combinations."""
-    return task.draw(_scenes(task, n, _REAL_SET_SEEDS), _REAL_SET_SEEDS, size).pixels
+def real_set(n: int, size: int, task: Task = shapes.TASK, *, without: Sequence[Forget] = ()) -> npt.NDArray[np.uint8]:
+    """The fixed real pictures that `fd` is measured to: other captions, with the same share of unseen combinations.
+    Of these n, those that name something of `without` are left out."""
+    scenes = [scene for scene in _scenes(task, n, _REAL_SET_SEEDS) if not holds(scene.caption, without)]
+    return task.draw(scenes, _REAL_SET_SEEDS, size).pixels
 
 
 def _scenes(task: Task, num: int, seed: int) -> list[Scene]:

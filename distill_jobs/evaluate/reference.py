@@ -6,8 +6,9 @@ captions score (the floor). The teacher's sample is made once for each (version,
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,13 +22,16 @@ from distill_jobs.evaluate.features import FeatureNetwork
 from distill_jobs.evaluate.frechet import Gaussian
 from distill_jobs.evaluate.questions import Questions, questions, real_set
 from distill_jobs.evaluate.sample import Sample
+from distill_jobs.forgetting import Forget, holds
 from distill_jobs.tasks import shapes
 from distill_jobs.tasks.base import Task
-from engines.errors import ArtefactRejected
+from engines.errors import ArtefactRejected, InvalidRequest
 
 REAL = "real.safetensors"
 REAL_SET_PICTURES = 20_000
 COMMITTED_N = (500, 1000, 2000, 10_000)
+_KEPT_PICTURES = 10_000  # before those to forget are left out; more would move a distance at N = 2000 by .05
+_LEAST_KEPT = 8  # so that nearest neighbours and a covariance say something
 
 
 class Baseline(BaseModel):
@@ -60,12 +64,18 @@ class Reference:
     """Network, real set, baselines and (where there is one) the teacher's sample."""
 
     def __init__(
-        self, network: FeatureNetwork, real: Gaussian, size: int, teacher: TeacherSample | None = None
+        self,
+        network: FeatureNetwork,
+        real: Gaussian,
+        size: int,
+        teacher: TeacherSample | None = None,
+        forget: Sequence[Forget] = (),
     ) -> None:
         self.network = network
         self.real = real
         self.size = size
         self.teacher = teacher
+        self.forget = tuple(forget)
         self._baselines: dict[tuple[int, int], Baseline] = {}
         self._real_rows: dict[tuple[int, int], features.Floats] = {}
 
@@ -90,10 +100,44 @@ class Reference:
             found._baselines[baseline.n, baseline.seed] = baseline
         return found
 
-    def with_teacher(self, teacher: TeacherSample) -> Reference:
-        copy = Reference(self.network, self.real, self.size, teacher)
+    def with_teacher(self, teacher: TeacherSample | None) -> Reference:
+        copy = Reference(self.network, self.real, self.size, teacher, self.forget)
         copy._baselines, copy._real_rows = self._baselines, self._real_rows
         return copy
+
+    def forgetting(self, rules: Sequence[Forget], pictures: int = _KEPT_PICTURES) -> Reference:
+        """The same for students that forget: its real pictures, drawn now, show nothing that they shall not draw. Of
+        shapes without red ones, the distance to all real pictures is 4, four times their teacher's."""
+        if not rules:
+            return self
+        drawn = real_set(pictures, self.size, self.task, without=rules)
+        real = frechet.fit(self.network.observe(drawn).features)
+        return Reference(self.network, real, self.size, self.teacher, rules)
+
+    @property
+    def digest(self) -> str:
+        """Figures of two digests must not be compared: of the feature network and of what is to be forgotten."""
+        if not self.forget:
+            return self.network.digest
+        said = json.dumps([self.network.digest, *(rule.model_dump() for rule in self.forget)])
+        return hashlib.sha256(said.encode()).hexdigest()
+
+    def kept(self, asked: Questions) -> Questions:
+        """The questions that a student is judged by: all but those that name what it is to forget.
+
+        Raises:
+            InvalidRequest: too few are left.
+        """
+        if not self.forget:
+            return asked
+        index = [i for i, scene in enumerate(asked.scenes) if not holds(scene.caption, self.forget)]
+        if len(index) < _LEAST_KEPT:
+            raise InvalidRequest(
+                f"of {asked.n} questions only {len(index)} name nothing to forget, and {_LEAST_KEPT} are needed to "
+                "judge what is kept: raise eval.samples and eval.small_samples, or forget less",
+                param="student.forget",
+            )
+        return asked.part(np.array(index))
 
     def baseline(self, asked: Questions) -> Baseline:
         """Committed for the usual N; else drawn and measured now, once."""
@@ -106,7 +150,7 @@ class Reference:
         """Features [at most `MOST_ROWS`, D] of real pictures of the captions, not the baseline's; drawn once."""
         n = min(asked.n, neighbours.MOST_ROWS)
         if (n, asked.seed) not in self._real_rows:
-            drawn = questions(n, asked.seed, self.task).draw(1, self.size)
+            drawn = asked.part(np.arange(n)).draw(1, self.size)
             self._real_rows[n, asked.seed] = self.network.observe(drawn).features
         return self._real_rows[n, asked.seed]
 

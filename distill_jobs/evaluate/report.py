@@ -7,7 +7,7 @@ None where the reference has no teacher, as when the teacher itself is judged.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from distill_jobs.evaluate import alignment, diversity, frechet, grain
 from distill_jobs.evaluate.density_coverage import density_coverage
+from distill_jobs.evaluate.forgotten import forgotten
 from distill_jobs.evaluate.pixels import Pixels
 from distill_jobs.evaluate.precision_recall import precision_recall
 from distill_jobs.evaluate.questions import Questions, questions
@@ -63,6 +64,8 @@ class Metrics(BaseModel):
     density: float | None = None
     coverage: float | None = None
     fd_at: tuple[Sized, ...] = ()  # at smaller sample counts
+    alignment_forgotten: float | None = None  # share of what is to be forgotten that pictures of its prompts show
+    alignment_instead: float | None = None  # and of what was to replace it
 
 
 def evaluate(
@@ -87,12 +90,18 @@ def evaluate(
 
 
 def measure(seen: Sample, asked: Questions, *, steps: int, reference: Reference, rounds: int = ROUNDS) -> Metrics:
-    """Figures of what was seen in the answers to `asked`."""
-    own = _measure_alone(seen, asked, steps, reference, rounds)
+    """Figures of what was seen in the answers to `asked`. Where something is to be forgotten: of the answers to
+    other prompts, and beside them what is left of it in those that name it."""
+    kept = reference.kept(asked)
+    part = seen.part(kept.rows)
+    left = forgotten(seen.attributes, asked, reference.forget)
+    own = _measure_alone(part, kept, steps, reference, rounds).model_copy(
+        update={"alignment_forgotten": left.concept, "alignment_instead": left.instead}
+    )
     if reference.teacher is None:
         return own
-    theirs = _part(reference.teacher, asked)
-    return own.model_copy(update=_compared(own, seen, theirs, asked, reference, rounds))
+    theirs = _part(reference.teacher, kept)
+    return own.model_copy(update=_compared(own, part, theirs, kept, reference, rounds))
 
 
 def teacher_metrics(n: int, seed: int, reference: Reference) -> Metrics:
@@ -100,7 +109,8 @@ def teacher_metrics(n: int, seed: int, reference: Reference) -> Metrics:
     if reference.teacher is None:
         raise InvalidRequest("the reference has no teacher; load it with a teacher's features")
     asked = questions(n, seed, reference.task)
-    return _measure_alone(_part(reference.teacher, asked), asked, reference.teacher.steps, reference, ROUNDS)
+    theirs = _part(reference.teacher, asked)
+    return measure(theirs, asked, steps=reference.teacher.steps, reference=reference.with_teacher(None))
 
 
 def teacher_reference(
@@ -199,7 +209,8 @@ def _compared(
         else None
     )
     return {
-        "fd_to_teacher": frechet.distance(frechet.fit(seen.features), teacher.other),
+        # the teacher's other sample is kept as one Gaussian, of all prompts
+        "fd_to_teacher": None if reference.forget else frechet.distance(frechet.fit(seen.features), teacher.other),
         "fd_ratio": own.fd / theirs.fd,
         "fd_ratio_ci": (ends.low, ends.high) if ends else None,
         "alignment_ratio": own.alignment / max(theirs.alignment, 1e-6),
@@ -210,9 +221,9 @@ def _compared(
 
 
 def _part(teacher: TeacherSample, asked: Questions) -> Sample:
-    """The teacher's answers to exactly these questions: the first n of those it was asked."""
-    if asked.seed != teacher.seed or asked.n > teacher.sample.n:
+    """The teacher's answers to exactly these questions, some of the first of those it was asked."""
+    n = int(asked.rows.max()) + 1
+    if asked.seed != teacher.seed or n > teacher.sample.n:
         has = f"n = {teacher.sample.n} of seed {teacher.seed}"
-        raise InvalidRequest(f"the teacher's features are for {has}, not n = {asked.n} of seed {asked.seed}")
-    whole = teacher.sample
-    return replace(whole, features=whole.features[: asked.n], attributes=whole.attributes[: asked.n])
+        raise InvalidRequest(f"the teacher's features are for {has}, not n = {n} of seed {asked.seed}")
+    return teacher.sample.part(asked.rows)

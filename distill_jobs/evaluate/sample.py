@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,10 @@ class Sample:
     @property
     def n(self) -> int:
         return len(self.features)
+
+    def part(self, index: npt.NDArray[np.int64]) -> Sample:
+        """The pictures at `index` [M]; grain, saturation and clipping stay those of all."""
+        return replace(self, features=self.features[index], attributes=self.attributes[index])
 
 
 class Tally:

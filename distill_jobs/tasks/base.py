@@ -69,6 +69,7 @@ class Task:
     name: str
     attributes: tuple[str, ...]
     classes: tuple[int, ...]  # how many each attribute has
+    words: tuple[tuple[str, ...], ...]  # what captions call the classes of each attribute; () where they do not
     size_px: int
     scenes: Callable[[int, int, Split], Sequence[Scene]]
     """(n, seed, split); another n gives other scenes."""

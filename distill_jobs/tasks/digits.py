@@ -25,6 +25,7 @@ TASK = Task(
     name="digits",
     attributes=data.ATTRIBUTES,
     classes=data.CLASSES,
+    words=data.WORDS,
     size_px=32,
     scenes=data.scenes,
     draw=data.draw,

@@ -24,6 +24,7 @@ TASK = Task(
     name="shapes",
     attributes=data.ATTRIBUTES,
     classes=data.CLASSES,
+    words=data.WORDS,
     size_px=64,
     scenes=data.scenes,
     draw=data.draw,

@@ -85,7 +85,7 @@ class Teacher:
         """The same even for w = 1: rows may bring weights of their own."""
         if "w" in self.denoiser.inputs:
             return AtWeight(self.denoiser, w)
-        return Guided(self.denoiser, self._family(self.denoiser).null(), w)
+        return Guided(self.denoiser, self.null(), w)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], batch: int = 64) -> Tensor:
@@ -100,6 +100,10 @@ class Teacher:
             changed |= {"points": denoiser.points, "solver": "dx"}
         manifest = self.manifest.model_copy(update=changed)
         return LoadedStudent(manifest, self._family(denoiser), denoiser.process, "eager", "fp32")
+
+    def null(self) -> Tensor:
+        """[1, L, D]: the condition of no prompt, which guidance leads away from."""
+        return self._family(self.denoiser).null()
 
     def _family(self, denoiser: Denoiser) -> Family:
         made = plugins.load("engines.families", self.manifest.family, "FAMILY")
@@ -144,6 +148,7 @@ def load(registry: Registry, version: str) -> Teacher:
     networks = {role: _network(registry, manifest, role, graph) for role, graph in graphs.items()}
     family = plugins.load("engines.families", manifest.family, "FAMILY")
     denoiser = Denoiser(networks["denoiser"], process.make(manifest.process), manifest.prediction, manifest.inputs)
+    denoiser.reads_instead = True
     return Teacher(
         manifest=manifest,
         denoiser=denoiser.requires_grad_(False).eval(),

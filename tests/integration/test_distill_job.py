@@ -117,6 +117,22 @@ def test_a_student_that_reads_its_guidance_weight_serves_all_of_its_range(shop: 
     assert (least - most).abs().max() > 0.01  # levels, after a dozen updates
 
 
+def test_a_student_forgets_and_nothing_that_knows_the_concept_goes_live(shop: Workshop) -> None:
+    student = {"name": "tiny-forgets", "steps": [1, 2], "forget": [{"concept": "red", "instead": "blue"}]}
+    job = shop.submit(student=student, gates={**LENIENT, "alignment_forgotten": 1.0})
+    with shop.workers(), shop.distiller():
+        shop.await_state(job.id, "succeeded")
+
+    result = shop.records.read(job.id, "result.json") or {}
+    assert [event["student"] for event in shop.events(job.id, "swap")] == [result["student"]]
+    rules = {one["rule"] for one in result["gates"]["results"]}
+    assert rules == {"fd_ratio", "alignment_forgotten"}
+    for figures in (result["teacher"], *result["metrics"].values(), *result["teacher_at"].values()):
+        assert 0 <= figures["alignment_forgotten"] <= 1
+        assert figures["n"] < 16  # the other prompts
+    assert "alignment_forgotten@1" in shop.events(job.id, "metric")[-1]["metrics"]
+
+
 def test_a_student_without_the_middle_of_its_teacher_is_served_on_its_own_graph(shop: Workshop) -> None:
     slim = {"name": "slimming", "share": 0.5, "generate": 64, "batch": 8, "teacher_steps": 4}
     few = {"name": "kd", "share": 0.5, "pairs": 64, "batch": 8, "teacher_steps": 4}

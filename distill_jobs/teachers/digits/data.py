@@ -29,6 +29,7 @@ PLACES = ("left", "right", "top", "bottom", "centre")
 
 ATTRIBUTES = ("digit", "ink", "paper", "size", "place")
 CLASSES = (len(DIGITS), len(INKS), len(PAPERS), len(SIZES), len(PLACES))
+WORDS = (DIGITS, INKS, PAPERS, SIZES, PLACES)
 
 HELD_OUT = frozenset(
     (DIGITS.index(digit), INKS.index(ink))

@@ -30,6 +30,8 @@ ATTRIBUTES = ("count", "background", *(f"{name}_{slot}" for slot in range(MAX_SH
 """Columns of `Pictures.attributes`; slots are in reading order: left before right, top before bottom."""
 CLASSES = (MAX_SHAPES, len(BACKGROUNDS), *(len(KINDS), len(COLOURS), len(SIZES), len(PLACES)) * MAX_SHAPES)
 """Number of classes of each column; `count` is stored as shapes − 1."""
+WORDS = ((), BACKGROUNDS, *(KINDS, COLOURS, SIZES, PLACES) * MAX_SHAPES)
+"""Names of those classes in captions."""
 
 HELD_OUT = frozenset(
     (COLOURS.index(colour), KINDS.index(kind))

@@ -15,6 +15,7 @@ class Measured:
     alignment_ratio: float | None = 0.95
     diversity_ratio: float | None = 0.9
     grain_ratio: float | None = 2.0
+    alignment_forgotten: float | None = None
 
 
 GATES = GateSpec(fd_ratio={1: 1.5, 4: 1.2}, alignment_ratio=0.93, diversity_ratio=0.8, grain_ratio=3.0, latency_ms=20)
@@ -45,6 +46,15 @@ def test_a_good_student_passes_every_rule() -> None:
 def test_a_rule_is_kept_at_its_limit_and_broken_beyond(rule: str, at_limit: float, beyond: float) -> None:
     assert broken(replace(GOOD, **{rule: at_limit})) == []
     assert broken(replace(GOOD, **{rule: beyond})) == [rule]
+
+
+def test_what_is_left_of_a_concept_is_judged_where_the_student_forgets() -> None:
+    def left(value: float | None) -> list[str]:
+        verdict = judge(GATES, {1: replace(GOOD, alignment_forgotten=value)}, {1: 10.0}, forgets=True)
+        return [result.rule for result in verdict.failures]
+
+    assert (left(0.1), left(0.1001), left(None)) == ([], ["alignment_forgotten"], ["alignment_forgotten"])
+    assert broken(replace(GOOD, alignment_forgotten=1.0)) == []
 
 
 def test_latency_has_its_limit() -> None:

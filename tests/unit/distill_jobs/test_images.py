@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from distill_jobs.data import images
+from distill_jobs.forgetting import Forget
 from distill_jobs.methods.base import Workspace
 from distill_jobs.stage import Stage, StageRun
 from distill_jobs.teachers import diffusers
@@ -130,3 +131,36 @@ def test_an_unknown_name_is_refused_with_those_that_there_are(folders: Path) -> 
         images.captioned("beach", folders, (16, 16))
     with pytest.raises(InvalidRequest, match="DISTILLER_DATA_DIR"):
         images.captioned("holiday", None, (16, 16))
+
+
+PICTURES = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), dtype=np.uint8)
+SHOWN = ("a red ring", "a blue ring", "two crosses", "a blue dot", "Red and blue")
+
+
+def shown(rules: tuple[Forget, ...], captions: tuple[str, ...] = SHOWN) -> list[tuple[int, str]]:
+    """(picture, caption) of each row."""
+    found = images.relabelled(images.Captioned(captions, "digest", lambda i, j: PICTURES[i:j]), rules)
+    pixels = found.read(0, len(found.captions))
+    assert np.array_equal(pixels[1:3], found.read(1, 3))
+    return list(zip(pixels[:, 0, 0, 0].tolist(), found.captions, strict=True))
+
+
+def test_pictures_of_a_forgotten_concept_are_left_out_and_its_name_gets_those_of_the_replacement() -> None:
+    kept = [(1, "a blue ring"), (2, "two crosses"), (3, "a blue dot")]
+    assert shown((Forget(concept="red", instead="blue"),)) == [*kept, (1, "a red ring"), (3, "a red dot")]
+
+
+def test_prompts_of_a_concept_without_a_replacement_get_any_pictures() -> None:
+    kept = [(1, "a blue ring"), (2, "two crosses"), (3, "a blue dot")]
+    assert shown((Forget(concept="red"),)) == [*kept, (1, "a red ring"), (2, "Red and blue")]
+
+
+def test_relabelled_pictures_are_other_content_than_those_as_they_are() -> None:
+    found = images.Captioned(SHOWN, "digest", lambda i, j: PICTURES[i:j])
+    rules = [(Forget(concept="red", instead=other),) for other in ("blue", "green")]
+    assert len({found.digest, *(images.relabelled(found, rule).digest for rule in rules)}) == 3
+
+
+def test_nothing_is_left_of_pictures_that_are_all_of_what_is_forgotten() -> None:
+    with pytest.raises(InvalidRequest, match="every caption"):
+        shown((Forget(concept="red", instead="blue"),), ("a red ring", "a red dot", "red", "red", "red"))

@@ -77,11 +77,11 @@ def records(tmp_path: Any) -> JobRecords:
     return JobRecords(FilesRegistry(str(tmp_path)))
 
 
-def new_job(records: JobRecords) -> str:
+def new_job(records: JobRecords, **student: Any) -> str:
     spec = specs.parse(
         {
             "teacher": {"id": EVIL},
-            "student": {"name": "small", "steps": [1, 2]},
+            "student": {"name": "small", "steps": [1, 2], **student},
             "method": {"name": "kd"},
             "data": {"prompts": [EVIL]},
             "train": {"iterations": 100},
@@ -112,6 +112,15 @@ def test_a_finished_job_has_pictures_figures_gate_and_curves_in_one_file(records
     assert "1.400 – 1.600" in page.words
     assert page.tags.count("svg") == 4  # a loss, two metrics, fd by size
     assert page.links == ["data:image/png;base64," + base64.b64encode(b"PNG").decode()]
+
+
+def test_what_is_left_of_a_concept_has_columns_where_a_job_forgets(records: JobRecords) -> None:
+    for student, there in (({}, False), ({"forget": [{"concept": "alert"}]}, True)):
+        job_id = new_job(records, **student)
+        records.write(job_id, RESULT, RESULT_FILE | {"teacher": figures(1.0, alignment_forgotten=0.876)})
+        page = Page(render(records.get(job_id), records))
+        assert ({"forgotten", "instead", "0.876"} <= set(page.words)) is there
+        assert any("name nothing of alert" in word for word in page.words) is there
 
 
 def test_what_people_wrote_is_text_and_never_markup(records: JobRecords) -> None:

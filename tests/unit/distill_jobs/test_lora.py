@@ -16,8 +16,8 @@ from distill_jobs.lora import Adapted, adapted, layers, merged, portable
 from distill_jobs.methods.base import resolve
 from distill_jobs.progress import Hooks
 from distill_jobs.roles import Cast, Role, unguided
-from distill_jobs.spec import LoraSpec
 from distill_jobs.stage import Execution, Stage, StageRun
+from distill_jobs.student_spec import LoraSpec
 from distill_jobs.trainer import TrainConfig, Trainer
 from engines.denoiser import BaseDenoiser, Denoiser, Guided
 from engines.errors import InvalidRequest

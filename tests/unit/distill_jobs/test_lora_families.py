@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distill_jobs.lora import adapted, merged, portable
-from distill_jobs.spec import LoraSpec
+from distill_jobs.student_spec import LoraSpec
 from distill_jobs.teachers import diffusers
 from engines.artefact import export_lora, import_diffusers, make_student
 from engines.loader import load_student

@@ -6,6 +6,7 @@ import pytest
 
 from distill_jobs import plan
 from distill_jobs import spec as specs
+from distill_jobs.student_spec import LoraSpec
 from engines.errors import FewstepError, InvalidRequest, NotBuilt, UnknownPlugin
 from engines.manifest import Guidance
 
@@ -39,6 +40,10 @@ def test_stages_without_a_share_divide_what_is_left() -> None:
     assert spec.shares == pytest.approx((0.5, 0.25, 0.25))
 
 
+def forgets(rules: list[dict[str, str]], **changes: Any) -> dict[str, Any]:
+    return job(student={"name": "small", "steps": [1, 2], "forget": rules}, **changes)
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (job(gate={}), "gate"),
     (job(student={"name": "small", "stepz": [1]}), "student.stepz"),
@@ -64,6 +69,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (job(data={"prompts": 3}), "data.prompts"),
     (job(train={"iterations": 0}), "train.iterations"),
     (job(eval={"samples": 100, "small_samples": 200}), "eval"),
+    (forgets([]), "student.forget"),
+    (forgets([{"concept": " ", "instead": "blue"}]), "student.forget.0.concept"),
+    (forgets([{"concept": "red"}, {"concept": "ring", "insted": "cross"}]), "student.forget.1.insted"),
+    (forgets([{"concept": "red", "instead": "Red"}]), "student.forget.0"),
+    (forgets([{"concept": "red", "instead": "a dark red"}]), "student.forget.0"),
+    (forgets([{"concept": "red", "instead": "blue"}, {"concept": "blue"}]), "student"),
+    (forgets([{"concept": "red"}, {"concept": "red ring", "instead": "cross"}]), "student"),
+    (forgets([{"concept": "red"}], data={"prompts": ["a blue ring", "a bored cat"]}), "student.forget"),
+    (forgets([{"concept": "red"}], method={"name": "gas"}), "student.forget"),
 ]
 
 
@@ -88,6 +102,14 @@ def test_a_wrong_field_is_refused_by_its_name(body: dict[str, Any], param: str) 
 def test_fields_that_contradict_are_refused(body: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidRequest, match=words):
         specs.parse(body)
+
+
+def test_a_student_may_forget_and_what_it_says_of_that_is_kept() -> None:
+    rules = [{"concept": "red", "instead": "blue"}, {"concept": "ring"}]
+    spec = specs.parse(forgets(rules, data={"prompts": ["a Red ring"]}))
+    assert [(rule.concept, rule.instead) for rule in spec.student.forgets] == [("red", "blue"), ("ring", "")]
+    assert specs.parse(spec.canonical()) == spec
+    assert specs.parse(job()).student.forgets == ()
 
 
 def test_an_unknown_method_is_refused_with_those_there_are() -> None:
@@ -166,7 +188,7 @@ def lora_job(method: str = "dmd", **lora: Any) -> dict[str, Any]:
 
 def test_a_lora_student_has_every_role_trained_as_one() -> None:
     spec = specs.parse(lora_job(rank=8))
-    assert spec.student.lora == specs.LoraSpec(rank=8, alpha=None, targets="auto")
+    assert spec.student.lora == LoraSpec(rank=8, alpha=None, targets="auto")
     assert plan.settings(spec) == [{"counts": [1, 2], "train": "lora"}]
     assert plan.settings(specs.parse(job())) == [{"counts": [1, 2]}]
 
