@@ -13,8 +13,8 @@ distribution, d(u) + 2 u . (F - y) with d(u) = |u|^2, weighted over tau such tha
 log(sigma / alpha) is drawn uniformly, where that integrand is flat. The loss is KL in its value and its gradient.
 
 Source: Diff-Instruct arXiv 2305.18455 eq. 3.5; SIM 2410.16794 §3.2, §3.3; Uni-Instruct 2505.20755 (reverse KL).
-Left out: Uni-Instruct's other f-divergences and f-distill, which need the density ratio of a discriminator; the GAN
-term; SGMD (2605.30116), whose correction does not vanish where student, critic and teacher agree.
+Left out: Uni-Instruct's other f-divergences, which need the density ratio of a discriminator (as `f_distill` does); the
+GAN term; SGMD (2605.30116), whose correction does not vanish where student, critic and teacher agree.
 Checked against: the closed form of Gaussian data, and of its KL divergence (tests).
 """
 
