@@ -90,7 +90,7 @@ class Solver(ABC):
         if self.needs_noise(state):
             if noise is None:
                 raise ValueError(f"step {state.i} has eta {self.plan[state.i].eta}: it needs fresh noise")
-            x = _renoise(self.process, x, noise, self.target(state), self.plan[state.i].s)
+            x = renoise(self.process, x, noise, self.target(state), self.plan[state.i].s)
         return State(x=x, i=state.i + 1, history=history)
 
     @abstractmethod
@@ -309,7 +309,7 @@ def sample(
             target = (1 - eta) * s
             x = den.jump(x, noise.new_full((len(x),), t), noise.new_full((len(x),), target), cond, w)
             if eta > 0 and s > 0:
-                x = _renoise(den.process, x, draw(i), target, s)
+                x = renoise(den.process, x, draw(i), target, s)
     if grad is None:
         return x
     t, end = steps[grad][0], times[-1]
@@ -317,7 +317,7 @@ def sample(
     return y
 
 
-def _renoise(process: Process, x: Tensor, noise: Tensor, low: float, high: float) -> Tensor:
+def renoise(process: Process, x: Tensor, noise: Tensor, low: float, high: float) -> Tensor:
     """x at time `low` with as much fresh noise as takes it to time `high` > low."""
     ends = torch.tensor([low, high], dtype=torch.float64)
     (alpha_low, alpha_high), (sigma_low, sigma_high) = process.alpha(ends).tolist(), process.sigma(ends).tolist()
