@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.distill_why import WHY
 from distill_jobs.methods import _schemas
 
 README = Path(_schemas.__file__).with_name("README.md")
@@ -192,9 +193,8 @@ def _ratios(one: Made) -> list[str]:
 
 
 def _why(one: Made) -> str:
-    known = _schemas.schemas()[one["preset"]]
     updates = f"{one['iterations']} updates in this budget"
-    return f"{updates}, ratios {' / '.join(_ratios(one))}. {known['description'].rstrip('.')}."
+    return f"{updates}, ratios {' / '.join(_ratios(one))}. {WHY.get(one['preset'], 'No reason has been found yet.')}"
 
 
 def _prepares(schema: Mapping[str, Any]) -> bool:

@@ -1,0 +1,27 @@
+"""Why a method is no better than its teacher at the same steps here: one sentence each, read off its figures.
+
+Kept by hand beside the leaderboard, because figures say that a method fell behind and not what it fell behind in.
+"""
+
+from collections.abc import Mapping
+
+_AT_FOUR = (
+    "the teacher's own four steps are as good as all its 32, within ± 0.06, which leaves little to win at this count"
+)
+
+WHY: Mapping[str, str] = {
+    "diff_instruct": "Alignment is 1.00 and diversity 0.65: it narrows to fewer pictures of a caption, fastest of its"
+    " family.",
+    "ect": "The only one that asks the teacher nothing but its weights to begin with; it is still far from done, with a"
+    " diversity of 0.62 at one step.",
+    "ladd": "Its discriminator knows nothing at first; one step has come from 4.9 to 2.8, and two and four were given"
+    " up for it, with grain and saturation above the teacher's.",
+    "lightning": f"At four steps alone: {_AT_FOUR}.",
+    "progressive": f"At four steps alone: {_AT_FOUR}, and it has halved its steps twice in so few updates.",
+    "sfd": f"At four steps alone: {_AT_FOUR}.",
+    "sid": "One step has come from 4.9 to 1.9, but two and four are worse than untrained: diversity falls to 0.8 and"
+    " saturation rises. After a stage of `kd` it left that one's figures too.",
+    "tbcm": "Four steps are nearly the teacher's while one is worse than untrained: it learns along its own paths from"
+    " noise, and the longest jumps come last.",
+    "uni_instruct": "As `sid`, whose gradient it weighs by a density ratio: diversity 0.8 at all counts.",
+}
