@@ -26,7 +26,9 @@ is as good as the teacher, lower is better). In the screening every method gets 
 default settings and nothing tuned for this teacher. `evaluations` are those really used; alignment, diversity and
 grain are ratios to the teacher's, averaged over step counts. *experimental*: with this budget its students are, over
 their step counts together, no better than the teacher itself at the same counts, so there is no reason yet to take it.
-Methods for some of the counts only come after those for all three, because four steps alone are easier.
+Methods for some of the counts only come after those for all three, because four steps alone are easier. The figures
+are of one seed: neighbours would change places with another, and the 95 % intervals in `bench/distill.json` overlap.
+Seconds are of one thread beside other work; evaluations compare better.
 """
 
 
@@ -101,6 +103,7 @@ def recommendations(made: Sequence[Made], teacher: Made) -> str:
         ),
         ("nothing made first by the teacher", None, where(lambda schema: not _prepares(schema))),
         ("any number of steps (the student reads s)", None, where(lambda schema: "s" in schema["inputs"])),
+        ("a LoRA student (which reads no second time)", None, where(lambda schema: not schema["inputs"])),
         ("least memory (one network in training)", None, where(lambda schema: schema["roles"] == ["student"])),
     ]
     rows = []

@@ -10,6 +10,7 @@ import pytest
 from bench import distill_table as table
 from bench.distill import Ledger, Wanted
 from bench.distill_entry import counts_of
+from bench.distill_why import WHY
 from distill_jobs.methods import _schemas
 
 
@@ -92,5 +93,11 @@ def test_what_the_ledger_has_is_not_made_again_and_stays_in_it(tmp_path: Path) -
 
 def test_the_committed_ranks_are_of_methods_that_exist() -> None:
     ranks = json.loads(_schemas.LEADERBOARD.read_text())
+    assert len(ranks) > 30
     assert ranks.keys() <= _schemas.schemas().keys()
     assert sorted(one["rank"] for one in ranks.values()) == list(range(1, len(ranks) + 1))
+
+
+def test_every_method_that_is_marked_has_a_sentence_on_why() -> None:
+    ranks = json.loads(_schemas.LEADERBOARD.read_text())
+    assert {name for name, one in ranks.items() if one["experimental"]} <= WHY.keys()
