@@ -56,7 +56,8 @@ class TransformerNet(ComponentNetwork):
     def forward(self, x: Tensor, t: Tensor, cond: Tensor, s: Tensor | None = None, w: Tensor | None = None) -> Tensor:
         if w is None and (self.guidance is not None or self.own_guidance):
             raise InvalidRequest("this network reads its guidance weight: give w", param="guidance_scale")
-        t, cond = t.expand(len(x)), cond.expand(len(x), -1, -1)  # so that an export knows their rows as the same number
+        rows = x.shape[0]  # not len(x), which an export takes for a constant
+        t, cond = t.expand(rows), cond.expand(rows, -1, -1)  # so that it knows their rows as the same number
         extra = None
         if self.second_time is not None:
             extra = self.second_time(self._sinusoid(NETWORK_TIME * (t if s is None else s)))

@@ -55,7 +55,7 @@ class DenoiserNet(sd.DenoiserNet):
             NETWORK_TIME * t,
             encoder_hidden_states=hidden,
             timestep_cond=extra,
-            added_cond_kwargs={"text_embeds": pooled, "time_ids": x.new_tensor(self.time_ids).expand(len(x), -1)},
+            added_cond_kwargs={"text_embeds": pooled, "time_ids": x.new_tensor(self.time_ids).expand(x.shape[0], -1)},
             return_dict=False,
         )[0]
         return pred

@@ -1,12 +1,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from engines.cache import DiskCache
 from engines.errors import InternalError
 from engines.graph import WEIGHT, ComponentGraph, ComponentSpec, GraphStore, export, graph_id, spec
 from engines.loader import reader
-from tests import tiny_sd
+from tests import tiny_families, tiny_sd
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,18 @@ def test_a_known_config_needs_no_export(encoder: ComponentSpec, tmp_path: Path) 
     again = GraphStore(DiskCache(tmp_path))
     again._export = _refuse
     assert again.graph(encoder).id == made
+
+
+@pytest.mark.parametrize(("name", "role"), [("sdxl", "encoder"), ("sdxl", "denoiser"), ("pixart", "denoiser")])
+def test_an_export_does_not_take_its_example_s_rows_for_a_constant(name: str, role: str) -> None:
+    own = tiny_families.shipped(name)
+    component = spec(own.manifest, role, reader(own.registry, own.manifest))
+    given = ComponentGraph(component, Path).example(2)
+    rows = torch.export.Dim("rows", max=63)  # from 64 on UNets copy what they enlarge
+    program = torch.export.export(
+        component.network(), (), kwargs=given, dynamic_shapes={port: {0: rows} for port in given}, strict=False
+    )
+    assert len(program.range_constraints) == 1
 
 
 def _refuse(spec: ComponentSpec, folder: Path) -> None:
