@@ -16,7 +16,7 @@ from distill_jobs import times
 from distill_jobs.batches import Batch, Rows, Source, make_batch, seed_of, take
 from distill_jobs.methods.base import Workspace
 from engines.denoiser import BaseDenoiser, Cond
-from engines.solvers import trajectory
+from engines.solvers import continued, trajectory
 
 SHARD = 64  # rows
 _DRAWS, _SHARDS = 1 << 32, 1 << 33  # keep these seeds apart from those of updates
@@ -57,8 +57,7 @@ class TeacherPath:
 def follow(teacher: BaseDenoiser, x: Tensor, levels: tuple[float, ...], cond: Cond, solver: str) -> Tensor:
     """Where the teacher's path over `levels` ends that stands at x [B, ...] on the first of them."""
     grid = times.grid(teacher.process, levels)
-    unit = x / teacher.process.sigma(torch.tensor(grid[:1], dtype=torch.float64)).item()
-    return trajectory(teacher, unit, grid, cond, solver=solver)[-1]
+    return continued(teacher, x, grid, cond, solver=solver)[-1]
 
 
 class Pairs:

@@ -57,8 +57,7 @@ class Solver(ABC):
 
     def start(self, noise: Tensor) -> State:
         """The state of pure noise: unit noise scaled to the process' deviation at the first time."""
-        first = torch.tensor([self.times[0]], dtype=torch.float64)
-        return State(x=noise * self.process.prior(first).item(), i=0)
+        return State(x=_begun(self.process, noise, self.times[0]), i=0)
 
     def done(self, state: State) -> bool:
         return state.i >= len(self.plan)
@@ -258,24 +257,35 @@ def trajectory(
     den: BaseDenoiser, noise: Tensor, times: Sequence[float], cond: Cond = None, *, solver: str = "ddim"
 ) -> list[Tensor]:
     """x at each of `times` along the solver's deterministic path, without gradients; the last one is its end."""
-    return _walked(
-        den, noise, [Step(net="denoiser", t=t, s=s, w=None, eta=0.0) for t, s in pairwise(times)], cond, solver
-    )
+    return continued(den, _begun(den.process, noise, times[0]), times, cond, solver=solver)
+
+
+def continued(
+    den: BaseDenoiser, x: Tensor, times: Sequence[float], cond: Cond = None, *, solver: str = "ddim"
+) -> list[Tensor]:
+    """The same from any state x at the first of `times`. Sampling's own start is no such state of every process."""
+    plan = [Step(net="denoiser", t=t, s=s, w=None, eta=0.0) for t, s in pairwise(times)]
+    return _walked(den, x, plan, cond, solver)
 
 
 def followed(den: BaseDenoiser, noise: Tensor, schedule: Schedule, cond: Cond = None) -> Tensor:
     """The end of a deterministic schedule's path, by the solver and the coefficients that it names."""
     plan = schedule.expand(None, None, "denoiser")
-    return _walked(den, noise, plan, cond, schedule.solver or "ddim")[-1]
+    return _walked(den, _begun(den.process, noise, plan[0].t), plan, cond, schedule.solver or "ddim")[-1]
 
 
-def _walked(den: BaseDenoiser, noise: Tensor, plan: Sequence[Step], cond: Cond, solver: str) -> list[Tensor]:
+def _begun(process: Process, noise: Tensor, t: float) -> Tensor:
+    """Unit noise as large as sampling from time t starts with."""
+    return noise * process.prior(torch.tensor([t], dtype=torch.float64)).item()
+
+
+def _walked(den: BaseDenoiser, x: Tensor, plan: Sequence[Step], cond: Cond, solver: str) -> list[Tensor]:
     rule = make(solver, den.process, "x0", plan)
-    state = rule.start(noise)
+    state = State(x=x, i=0)
     path = [state.x]
     with torch.no_grad():
         while not rule.done(state):
-            state = rule.move(state, *den(state.x, noise.new_full((len(noise),), plan[state.i].t), cond))
+            state = rule.move(state, *den(state.x, x.new_full((len(x),), plan[state.i].t), cond))
             path.append(state.x)
     return path
 
@@ -302,8 +312,7 @@ def sample(
     """
     draw = draw or (lambda i: torch.randn(noise.shape, dtype=noise.dtype, device=noise.device, generator=generator))
     steps = list(pairwise(times))
-    first = torch.tensor([times[0]], dtype=torch.float64)
-    x = noise * den.process.prior(first).item()
+    x = _begun(den.process, noise, times[0])
     with torch.no_grad():
         for i, (t, s) in enumerate(steps[:grad]):
             target = (1 - eta) * s

@@ -13,7 +13,7 @@ from distill_jobs.batches import Batch
 from distill_jobs.losses import over_rows
 from distill_jobs.methods.base import Method
 from engines.denoiser import BaseDenoiser, Cond
-from engines.solvers import sample, trajectory
+from engines.solvers import continued, sample
 
 Line = tuple[Tensor, Tensor]  # (x0, eps)
 END = 0.02  # the least noise level at which a student learns a line: near 0 every line through x is right
@@ -45,8 +45,7 @@ def path(
     """The states of the teacher's path from x at noise level `high` to `low` in equal steps, both ends with them."""
     levels = tuple(high + (low - high) * i / steps for i in range(steps + 1))
     grid = times.grid(teacher.process, levels)[: steps + 1]
-    unit = x / teacher.process.sigma(torch.tensor(grid[:1], dtype=torch.float64)).item()
-    return trajectory(teacher, unit, grid, cond, solver=solver)
+    return continued(teacher, x, grid, cond, solver=solver)
 
 
 @torch.no_grad()

@@ -113,7 +113,7 @@ def grid(process: Process, gaps: Tensor) -> Tensor:
 
 def unrolled(den: BaseDenoiser, noise: Tensor, t: Tensor, rows: StepRows, cond: Cond) -> Tensor:
     """[B, ...]: the sampling over times t [K + 1] by these rows, with gradient to all three."""
-    x, seen = noise * den.process.sigma(t[:1]).to(noise), list[Tensor]()
+    x, seen = noise * den.process.prior(t[:1]).to(noise), list[Tensor]()
     for i, row in enumerate(rows):
         x0, _ = den(x, t[i].to(noise).expand(len(x)), cond)
         seen.insert(0, x0)

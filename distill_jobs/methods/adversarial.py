@@ -33,7 +33,7 @@ from engines.denoiser import BaseDenoiser, Cond
 from engines.errors import InvalidRequest
 from engines.manifest import Schedule
 from engines.process import over
-from engines.solvers import trajectory
+from engines.solvers import continued
 
 GRIDS = {1: (1.0,), 2: (1.0, 0.5), 4: (1.0, 0.75, 0.5, 0.25)}
 _LEAST = 0.02  # noise level of a judged sample: without noise a network's features say little
@@ -173,8 +173,7 @@ class Lightning(Adversarial):
     def _teacher(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
         """Where the teacher's path from x at t stands at s; steps are equal in noise level."""
         grid = times.between(self.process, float(t[0]), float(s[0]), self.config.teacher_steps)
-        unit = x / over(self.process.sigma(t), x)
-        return trajectory(self.cast.teacher, unit, grid, cond, solver=self.config.teacher_solver)[-1]
+        return continued(self.cast.teacher, x, grid, cond, solver=self.config.teacher_solver)[-1]
 
 
 PRESETS = {

@@ -57,7 +57,7 @@ class GITS(Search):
     def costs(self, batch: Batch) -> Tensor:
         """[F + 1, F + 1] root mean square by which one DDIM step from rung i to rung j > i misses the fine path."""
         grid = times.grid(self.process, times.uniform(self._fine))
-        x, jumps = batch.noise * self.process.sigma(batch.noise.new_tensor(grid[:1])), list[tuple[Tensor, Tensor]]()
+        x, jumps = batch.noise * self.process.prior(batch.noise.new_tensor(grid[:1])), list[tuple[Tensor, Tensor]]()
         path = [x]
         for t, s in pairwise(grid):
             jumps.append(self.cast.teacher(x, x.new_full((len(x),), t), batch.cond))

@@ -12,8 +12,8 @@ from torch import Tensor
 from engines import solvers
 from engines.denoiser import BaseDenoiser, Denoiser
 from engines.errors import InvalidManifest, UnknownPlugin
-from engines.manifest import Schedule, Step
-from engines.process import EDM, RF, TRIG, VP, Process, Shifted
+from engines.manifest import Betas, Schedule, Step
+from engines.process import DDPM, EDM, RF, TRIG, VP, Process, Shifted
 
 MEAN, VAR = 1.0, 0.25  # the data of the closed forms
 
@@ -133,6 +133,15 @@ def test_the_error_falls_with_the_order_of_the_solver(name: str, order: int, pro
 
     assert error(160) < 0.65**order * error(80)
     assert error(160) < 0.1
+
+
+@pytest.mark.parametrize("process", [RF(), RF(ticks=1000), DDPM(Betas()), EDM()], ids=["rf", "ticks", "ddpm", "edm"])
+def test_a_path_goes_on_from_any_of_its_states(process: Process) -> None:
+    """Also where sampling starts with other noise than the process has at that time."""
+    times = [f * process.t_max for f in (1.0, 0.6, 0.3, 0.1, 0.0)]
+    path = solvers.trajectory(Truth(process), noise_of(), times)
+    for again, before in zip(solvers.continued(Truth(process), path[2], times[2:]), path[2:], strict=True):
+        torch.testing.assert_close(again, before)
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler", "flow_match_euler", "ab2", "dpmpp_2m", "unipc"])
