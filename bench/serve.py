@@ -148,7 +148,7 @@ def bare_loop(student: LoadedStudent, rows: int, seconds: float) -> float:
             state = solver.start(x)
             times = student.times(solver, state)
             t, s = torch.full((rows,), times.t), torch.full((rows,), times.s)
-            pred = family.denoise(state.x, t, cond, s, [solver.plan[0].w] * rows)
+            pred = family.denoise(state.x * times.scale, t, cond, s, [solver.plan[0].w] * rows)
             family.decode(solver.advance(state, pred).x)
             images += rows
     return images / (time.perf_counter() - begun_s)

@@ -113,7 +113,8 @@ class Denoiser(BaseDenoiser):
             raise ValueError("this network reads the guidance weight: give w [B]")
         time = self.process.network_time
         s_net = time(t if s is None else s) if "s" in self.inputs else None
-        return self.net(x, time(t), cond, s_net, w if "w" in self.inputs else None).to(x.dtype)
+        given = over(self.process.network_scale(t), x).to(x.dtype) * x
+        return self.net(given, time(t), cond, s_net, w if "w" in self.inputs else None).to(x.dtype)
 
 
 class Guided(BaseDenoiser):

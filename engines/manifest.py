@@ -25,7 +25,7 @@ from engines.errors import InvalidManifest, InvalidRequest, StepsNotAllowed
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
-Kind = Literal["x0", "eps", "v", "flow"]
+Kind = Literal["x0", "eps", "v", "flow", "edm"]
 VERSION = re.compile(r"^(?P<name>[a-z0-9][a-z0-9._-]{0,63})@(?P<digest>[0-9a-f]{12,64})$")
 
 
@@ -62,12 +62,14 @@ class Betas(_Frozen):
 class ProcessSpec(_Frozen):
     """Names a noising process of `engines.process`; `shift` is the static time shift mu (1 = none).
 
-    `betas` belong to kind ddpm. `ticks`: a flow's network is told its time in whole 1/ticks, rounded down.
+    `sigma_data`, of kinds edm and trig, is the data's deviation. `sigma_max`, of edm, is the noise that sampling starts
+    from. `betas` belong to kind ddpm. `ticks`: a flow's network is told its time in whole 1/ticks, rounded down.
     """
 
     kind: Literal["rf", "vp", "edm", "trig", "ddpm"] = "rf"
     shift: float = Field(1.0, gt=0)
     sigma_data: float = Field(1.0, gt=0)
+    sigma_max: float | None = Field(None, gt=0)
     betas: Betas | None = None
     ticks: int | None = Field(None, ge=1)
 
@@ -77,11 +79,13 @@ class ProcessSpec(_Frozen):
             raise ValueError("betas are given if and only if the process is ddpm")
         if self.ticks is not None and self.kind != "rf":
             raise ValueError("ticks are of a flow: the process must be rf")
+        if self.sigma_max is not None and self.kind != "edm":
+            raise ValueError("sigma_max is of EDM's noise: the process must be edm")
         return self
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_set(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `betas` and `ticks` where there are none, so that earlier manifests keep their digests."""
+        """Without what is None, so that manifests made before there was such a field keep their digests."""
         return {name: value for name, value in plain(self).items() if value is not None}
 
 

@@ -1,7 +1,8 @@
 """Noising processes: the only place with alpha and sigma, so that no other file holds a sign or a time convention.
 
 x_t = alpha(t) x0 + sigma(t) eps, with eps of unit variance and t [B] in the process' own unit; t = `t_max` is noise.
-A prediction is one row (a, b) of a x0 + b eps: x0 (1, 0) · eps (0, 1) · v (-sigma, alpha) · flow (alpha', sigma').
+A prediction is one row (a, b) of a x0 + b eps: x0 (1, 0) · eps (0, 1) · v (-sigma, alpha) · flow (alpha', sigma') ·
+edm, the F of EDM's preconditioning for data of deviation d: (sigma / d, -d alpha) / hypot(sigma, d alpha).
 
 Source: RF arXiv 2209.03003; VP arXiv 2011.13456 (linear beta) and 2102.09672 (cosine); DDPM 2006.11239; EDM
 2206.00364; TrigFlow 2410.11081; time shift 2403.03206 §5.3.2.
@@ -19,6 +20,7 @@ from torch import Tensor
 from engines.manifest import Betas, Kind, ProcessSpec
 
 _TINY = 1e-12  # keeps 0/0 at the very ends of a process finite
+_LEAST_NOISE = 1e-4  # what networks of EDM are told of less: ln(0) is no time, and a jump to clean data needs one
 
 
 def over(t: Tensor, x: Tensor) -> Tensor:
@@ -37,6 +39,11 @@ class Process(ABC):
     @property
     @abstractmethod
     def t_max(self) -> float: ...
+
+    @property
+    def sigma_data(self) -> float:
+        """The deviation of the data that networks are normalised for."""
+        return 1.0
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor: ...
@@ -58,6 +65,10 @@ class Process(ABC):
         """What a network trained on this process (without its shift) is told for `t`."""
         return t
 
+    def network_scale(self, t: Tensor) -> Tensor:
+        """What such a network is given of x_t: x_t times this."""
+        return torch.ones_like(t)
+
     def prior(self, t: Tensor) -> Tensor:
         """The deviation of the noise that sampling from time `t` starts with."""
         return self.sigma(t)
@@ -75,7 +86,11 @@ class Process(ABC):
             return -self.sigma(t), self.alpha(t)
         if kind == "flow":
             return self.dalpha(t), self.dsigma(t)
-        raise ValueError(f"prediction {kind!r} is not one of x0, eps, v, flow")
+        if kind == "edm":
+            sigma, signal = self.sigma(t), self.sigma_data * self.alpha(t)
+            deviation = torch.hypot(sigma, signal)
+            return sigma / (self.sigma_data * deviation), -signal / deviation
+        raise ValueError(f"prediction {kind!r} is not one of x0, eps, v, flow, edm")
 
     def join(self, x0: Tensor, eps: Tensor, kind: Kind, t: Tensor) -> Tensor:
         a, b = self.row(kind, t)
@@ -263,10 +278,33 @@ def _noise_to_signal(betas: Betas) -> Tensor:
 
 @dataclass(frozen=True)
 class EDM(Process):
-    """Variance exploding: t is the noise level itself, up to 80. `sigma_data` is for preconditioned networks."""
+    """Variance exploding: t is the noise level itself, up to `sigma_max`. Networks are preconditioned for data of
+    deviation `sigma_data` (EDM, table 1).
+
+    They are given c_in x_t and told c_noise, and c_skip x_t + c_out F is x0 where F is a prediction of kind edm. F of
+    the other sign is the v of x_t and data that are scaled to unit deviation, and that is what v means here. Sampling
+    starts with a little more than t's own deviation, as diffusers' EDM schedulers do.
+    """
 
     sigma_data: float = 0.5
     sigma_max: float = 80.0
+
+    def network_time(self, t: Tensor) -> Tensor:
+        """c_noise = ln(t) / 4 in thousands: families tell their networks a thousand times this."""
+        return t.clamp_min(_LEAST_NOISE).log() / 4000
+
+    def network_scale(self, t: Tensor) -> Tensor:
+        """c_in."""
+        return torch.rsqrt(t.square() + self.sigma_data**2)
+
+    def prior(self, t: Tensor) -> Tensor:
+        return (t.square() + 1).sqrt()
+
+    def row(self, kind: Kind, t: Tensor) -> tuple[Tensor, Tensor]:
+        if kind != "v":
+            return super().row(kind, t)
+        a, b = super().row("edm", t)
+        return -a, -b
 
     @property
     def t_max(self) -> float:
@@ -328,11 +366,21 @@ class Shifted(Process):
     def t_max(self) -> float:
         return self.process.t_max
 
+    @property
+    def sigma_data(self) -> float:
+        return self.process.sigma_data
+
     def network_time(self, t: Tensor) -> Tensor:
         return self.process.network_time(self._bend(t, self.mu))
 
+    def network_scale(self, t: Tensor) -> Tensor:
+        return self.process.network_scale(self._bend(t, self.mu))
+
     def prior(self, t: Tensor) -> Tensor:
         return self.process.prior(self._bend(t, self.mu))
+
+    def row(self, kind: Kind, t: Tensor) -> tuple[Tensor, Tensor]:
+        return super().row(kind, t) if kind == "flow" else self.process.row(kind, self._bend(t, self.mu))
 
     def alpha(self, t: Tensor) -> Tensor:
         return self.process.alpha(self._bend(t, self.mu))
@@ -362,7 +410,7 @@ def make(spec: ProcessSpec) -> Process:
     kinds: dict[str, Process] = {
         "rf": RF(spec.ticks),
         "vp": VP(),
-        "edm": EDM(sigma_data=spec.sigma_data),
+        "edm": EDM(spec.sigma_data, spec.sigma_max or EDM.sigma_max),
         "trig": TRIG(sigma_data=spec.sigma_data),
     }
     process = DDPM(spec.betas) if spec.betas else kinds[spec.kind]

@@ -73,7 +73,7 @@ def sampling(manifest: StudentManifest, steps: int) -> Sampling:
     faults = {
         f"noises by {manifest.process.kind}, and only rf is built": manifest.process.kind != "rf",
         f"goes from noise level {first:g} to {last:g}, not from 1 to 0": (first, last) != (1, 0),
-        "predicts v, which diffusers knows of variance-preserving noise only": manifest.prediction == "v",
+        f"predicts {manifest.prediction}, which diffusers knows not of flows": manifest.prediction not in _PREDICTIONS,
         "has a time shift in its process": manifest.process.shift != 1,
         "re-noises between its steps": any(step.eta > 0 for step in plan[:-1]),
         "is guided in some steps only": len({step.w for step in plan}) > 1,

@@ -15,12 +15,15 @@ from engines.errors import NotBuilt
 from engines.manifest import Betas, Kind, ProcessSpec, Schedule
 
 _PREDICTIONS: dict[str, Kind] = {"flow_prediction": "flow", "epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+_PRECONDITIONED: dict[str, Kind] = {"epsilon": "edm", "v_prediction": "v"}  # what the same words mean of EDM
 _SOLVERS = {
     "FlowMatchEulerDiscreteScheduler": "ddim",  # Euler in sigma (or in sigma / alpha) is the same straight line
     "DDIMScheduler": "ddim",
     "EulerDiscreteScheduler": "ddim",
     "DPMSolverMultistepScheduler": "dpmpp_2m",
     "UniPCMultistepScheduler": "unipc",
+    "EDMEulerScheduler": "ddim",
+    "EDMDPMSolverMultistepScheduler": "dpmpp_2m",
 }
 # What our solvers and processes have not, by its name in a config, with the values that are built.
 _BUILT: dict[str, tuple[Any, ...]] = {
@@ -49,6 +52,7 @@ _BUILT: dict[str, tuple[Any, ...]] = {
 
 _MULTISTEP = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
 _CHAIN = ("beta_start", "beta_end", "num_train_timesteps")
+_EDM = ("sigma_data", "sigma_max")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +110,12 @@ def _process(config: Mapping[str, Any], name: str) -> ProcessSpec:
         return ProcessSpec(kind="rf")
     if config.get("use_flow_sigmas"):
         return ProcessSpec(kind="rf", ticks=config["num_train_timesteps"])
+    if _is_edm(name):
+        _require(config, name, _EDM)
+        return ProcessSpec(kind="edm", sigma_data=config["sigma_data"], sigma_max=config["sigma_max"])
     if config.get("beta_schedule") not in get_args(Betas.model_fields["curve"].annotation):
         raise NotBuilt(f"the noise of {name} has no process here: give `process` and `prediction`")
-    if lacking := [key for key in _CHAIN if key not in config]:
-        raise NotBuilt(f"the config of {name} lacks {', '.join(lacking)}: write them there, or give `process`")
+    _require(config, name, _CHAIN)
     return ProcessSpec(
         kind="ddpm",
         betas=Betas(
@@ -121,13 +127,23 @@ def _process(config: Mapping[str, Any], name: str) -> ProcessSpec:
     )
 
 
+def _require(config: Mapping[str, Any], name: str, keys: Sequence[str]) -> None:
+    if lacking := [key for key in keys if key not in config]:
+        raise NotBuilt(f"the config of {name} lacks {', '.join(lacking)}: write them there, or give `process`")
+
+
+def _is_edm(name: str) -> bool:
+    return name.startswith("EDM")
+
+
 def _prediction(config: Mapping[str, Any], name: str) -> Kind:
     if "FlowMatch" in name:
         return "flow"
     said = config.get("prediction_type", "epsilon")  # what diffusers takes where a config says nothing
-    if said not in _PREDICTIONS:
-        raise NotBuilt(f"{name} with prediction_type={said!r} is not built: it is none of {', '.join(_PREDICTIONS)}")
-    return _PREDICTIONS[said]
+    known = _PRECONDITIONED if _is_edm(name) else _PREDICTIONS
+    if said not in known:
+        raise NotBuilt(f"{name} with prediction_type={said!r} is not built: it is none of {', '.join(known)}")
+    return known[said]
 
 
 def _scheduler(config: Mapping[str, Any], name: str) -> Any:
@@ -144,7 +160,7 @@ def _scheduler(config: Mapping[str, Any], name: str) -> Any:
         if key in made.config and made.config[key] not in built:
             known = " or ".join(map(repr, built))
             raise NotBuilt(f"{name} with {key}={made.config[key]!r} is not built: set it to {known}")
-    if name in _MULTISTEP and made.config.final_sigmas_type != "zero":
+    if (name in _MULTISTEP or _is_edm(name)) and made.config.final_sigmas_type != "zero":
         raise NotBuilt(
             f"{name} with final_sigmas_type={made.config.final_sigmas_type!r} is not built: set it to 'zero'"
         )

@@ -21,10 +21,11 @@ from engines.solvers import Solver, State
 
 @dataclass(frozen=True, slots=True)
 class NetworkTimes:
-    """What the network is told: t now, and s, where its prediction leads."""
+    """What the network is told: t now, and s, where its prediction leads. It is given x times `scale`."""
 
     t: float
     s: float
+    scale: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class LoadedStudent:
         """For the evaluation that `state` stands before; a shifted process tells its network its own time."""
         pair = torch.tensor([solver.plan[state.i].t, solver.target(state)], dtype=torch.float64)
         t, s = self.process.network_time(pair).tolist()
-        return NetworkTimes(t, s)
+        return NetworkTimes(t, s, self.process.network_scale(pair[:1]).item())
 
 
 def sample(
@@ -127,7 +128,7 @@ class _Run:
         state, rows = self._state, len(self._seeds)
         times, step = self._student.times(self._solver, state), self._solver.plan[state.i]
         pred = self._student.family.denoise(
-            state.x,
+            state.x * times.scale,
             torch.full((rows,), times.t),
             self._cond,
             torch.full((rows,), times.s),

@@ -14,7 +14,7 @@ from torch import Tensor
 from engines.manifest import Step
 from engines.noise import noise
 from engines.solvers import Solver, State
-from engines.student import LoadedStudent
+from engines.student import LoadedStudent, NetworkTimes
 from server.prompt_cache import Embedding, PromptCache, PromptKey
 from server.tickets import LatentRow, PictureRow, PromptRow
 
@@ -89,10 +89,10 @@ class Stages:
         states = [self._state(row) for row in rows]
         steps = [row.ticket.plan[state.i] for row, state in zip(rows, states, strict=True)]
         groups = _groups(rows, states)
-        t, s = self._times(rows, states, groups)
+        t, s, scale = self._told(rows, states, groups)
         x = torch.stack([state.x for state in states])
         pred = rows[0].ticket.student.family.denoise(
-            x,
+            x * scale.view(-1, 1, 1, 1),
             t,
             torch.stack([_cond(row.ticket.prompt) for row in rows]),
             s,
@@ -120,18 +120,16 @@ class Stages:
             row.state = ticket.solver.start(first.to(self.device))
         return row.state
 
-    def _times(
+    def _told(
         self, rows: Sequence[PictureRow], states: Sequence[State], groups: Sequence[list[int]]
-    ) -> tuple[Tensor, Tensor]:
-        """What the network is told, t and s [B] fp32."""
-        t, s = [0.0] * len(rows), [0.0] * len(rows)
+    ) -> tuple[Tensor, ...]:
+        """What the network is told, t and s [B] fp32, and what x is multiplied by for it, [B] fp32 too."""
+        told: dict[int, NetworkTimes] = {}
         for group in groups:
             ticket = rows[group[0]].ticket
-            times = ticket.student.times(ticket.solver, states[group[0]])
-            for k in group:
-                t[k], s[k] = times.t, times.s
-        made = torch.tensor([t, s], dtype=torch.float32, device=self.device)
-        return made[0], made[1]
+            told |= dict.fromkeys(group, ticket.student.times(ticket.solver, states[group[0]]))
+        columns = zip(*((told[k].t, told[k].s, told[k].scale) for k in range(len(rows))), strict=True)
+        return torch.tensor(list(columns), dtype=torch.float32, device=self.device).unbind()
 
     def _negative(self, rows: Sequence[PictureRow], steps: Sequence[Step]) -> Tensor | None:
         """What guided rows are guided away from; None where all of that is the empty prompt, which families know."""

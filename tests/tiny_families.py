@@ -79,14 +79,14 @@ def t5() -> Any:
     )
 
 
-def vae(channels: int, *, shift: float | None = None) -> Any:
+def vae(channels: int, *, shift: float | None = None, **settings: Any) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 16), layers_per_block=1, latent_channels=channels, norm_num_groups=4,
         sample_size=16, scaling_factor=0.5, shift_factor=shift,
-        use_quant_conv=shift is None, use_post_quant_conv=shift is None,
+        use_quant_conv=shift is None, use_post_quant_conv=shift is None, **settings,
     )  # fmt: skip
 
 
@@ -124,6 +124,27 @@ def _sdxl() -> Any:
         vae=vae(4), text_encoder=clip(), text_encoder_2=clip(pooled=True), tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(), unet=unet, scheduler=scheduler, add_watermarker=False,
     )  # fmt: skip
+
+
+def _sd_edm() -> Any:
+    """Stable Diffusion's networks as CosXL is preconditioned."""
+    from diffusers import EDMEulerScheduler
+
+    made = _sd()
+    made.scheduler = EDMEulerScheduler(
+        sigma_data=1.0, sigma_max=120.0, sigma_schedule="exponential", prediction_type="v_prediction"
+    )
+    return made
+
+
+def _sdxl_edm() -> Any:
+    """SDXL's networks as Playground v2.5 ships them."""
+    from diffusers import EDMDPMSolverMultistepScheduler
+
+    made = _sdxl()
+    made.scheduler = EDMDPMSolverMultistepScheduler()
+    made.vae = vae(4, latents_mean=[-1.6, 1.8, -1.3, 2.5], latents_std=[2.0, 1.2, 1.4, 0.8])
+    return made
 
 
 def _sd3() -> Any:
@@ -277,7 +298,9 @@ def _packed(noise: Tensor) -> Tensor:
 
 FAMILIES: dict[str, Tiny] = {
     "sd": Tiny(_sd),
+    "sd-edm": Tiny(_sd_edm),
     "sdxl": Tiny(_sdxl),
+    "sdxl-edm": Tiny(_sdxl_edm),
     "sd3": Tiny(_sd3),
     "pixart": Tiny(_pixart, call={"clean_caption": False, "use_resolution_binning": False}),
     "sana": Tiny(

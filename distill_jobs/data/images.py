@@ -113,6 +113,9 @@ def _latents(teacher: Teacher, registry: Registry, pictures: Captioned) -> Tenso
     """The means of the VAE's posterior, scaled as the denoiser sees them."""
     vae = _autoencoder(teacher, registry)
     shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
+    mean, deviation = (getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std"))
+    if mean is not None and deviation is not None:
+        shift, scale = torch.tensor(mean).view(-1, 1, 1), scale / torch.tensor(deviation).view(-1, 1, 1)
     made = []
     for start in range(0, len(pictures.captions), _BATCH):
         pixels = pictures.read(start, min(start + _BATCH, len(pictures.captions)))

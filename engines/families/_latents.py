@@ -14,25 +14,31 @@ IMAGE_VAES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
 class DecoderNet(ComponentNetwork):
     """latents [B, C, H, W] -> pictures in levels 0..255, fp32 [B, 3, H', W']; the VAE's scaling is undone inside.
 
-    `shifts`: whether the pipeline undoes a shift too. Not rounded: a grain measure reads what rounding would hide, and
-    rounding costs nothing outside.
+    `shifts` and `whitens`: whether the pipeline undoes a shift too, or a mean and deviation per channel. Not rounded: a
+    grain measure reads what rounding would hide, and rounding costs nothing outside.
     """
 
     unused = ("encoder.", "quant_conv.")
     outputs = ("levels",)
 
-    def __init__(self, vae: Any, height: int, width: int, *, shifts: bool = False) -> None:
+    def __init__(self, vae: Any, height: int, width: int, *, shifts: bool = False, whitens: bool = False) -> None:
         super().__init__()
         shift = getattr(vae.config, "shift_factor", None) or 0.0
-        if shift and not shifts:
-            raise InvalidManifest("vae shift_factor is not 0, and the pipeline of this family applies none: remove it")
+        mean, deviation = (getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std"))
+        for name, value, undone in (("shift_factor", shift, shifts), ("latents_mean", mean, whitens)):
+            if value and not undone:
+                raise InvalidManifest(f"vae {name} is set, and the pipeline of this family applies none: remove it")
         self.scale, self.shift = 1.0 / vae.config.scaling_factor, shift
+        self.whitened = None if mean is None or deviation is None else (list(mean), list(deviation))
         self.decoder = vae.decoder
         post = getattr(vae, "post_quant_conv", None)
         self.post_quant_conv = post if post is not None else nn.Identity()
         self.ports = (Port("latents", (vae.config.latent_channels, height, width)),)
 
     def forward(self, latents: Tensor) -> Tensor:
+        if self.whitened is not None:
+            mean, deviation = (latents.new_tensor(per).view(-1, 1, 1) for per in self.whitened)
+            return levels(self.decoder(self.post_quant_conv(latents * deviation * self.scale + mean)))
         return levels(self.decoder(self.post_quant_conv(latents * self.scale + self.shift)))
 
 

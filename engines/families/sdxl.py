@@ -2,7 +2,8 @@
 and the picture's size, a VAE.
 
 The size is told as that of an original which was neither scaled nor cropped, as the pipeline does by itself. Guided
-rows are guided away from zeros (`force_zeros_for_empty_prompt`), not from the empty prompt. No refiner.
+rows are guided away from zeros (`force_zeros_for_empty_prompt`), not from the empty prompt. Playground v2.5's VAE has a
+mean and a deviation per channel. No refiner.
 Checked against: diffusers/pipelines/stable_diffusion_xl/pipeline_stable_diffusion_xl.py at 0.42.1.
 """
 
@@ -78,7 +79,8 @@ class StableDiffusionXL(sd.StableDiffusion):
         role: str, read: ReadFile, *, inputs: frozenset[str] = frozenset(), latent: tuple[int, int, int] = (4, 128, 128)
     ) -> ComponentNetwork:
         if role == "decoder":
-            return DecoderNet(image_vae(read_json(read, "decoder/config.json")), latent[1], latent[2]).eval()
+            vae = image_vae(read_json(read, "decoder/config.json"))
+            return DecoderNet(vae, latent[1], latent[2], whitens=True).eval()
         first, second = (read_json(read, f"encoder/{folder}/config.json") for folder in FOLDERS["encoder"])
         packing = Packing(
             first["max_position_embeddings"],

@@ -4,6 +4,7 @@ A condition is the data's mean per row [B], so guidance has a closed form too: i
 """
 
 from collections.abc import Callable
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ PROCESSES: dict[str, Process] = {
     "trig": TRIG(sigma_data=0.5),
     "rf-shifted": Shifted(RF(), 3.0),
 }
-KINDS: tuple[Kind, ...] = ("x0", "eps", "v", "flow")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 STD = 0.5
 NULL_MEAN, MEAN, W = -0.5, 1.0, 1.7
 GUIDED_MEAN = NULL_MEAN + W * (MEAN - NULL_MEAN)
@@ -47,8 +48,8 @@ class GaussianNet(nn.Module):
         self.log_std = nn.Parameter(torch.tensor(std, dtype=torch.float64).log())
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None, s: Tensor | None, w: Tensor | None) -> Tensor:
-        t = self._own(t)
-        s = torch.zeros_like(t) if s is None and self.endpoint else (None if s is None else self._own(s))
+        x, t = self._state(x, t)
+        s = torch.zeros_like(t) if s is None and self.endpoint else (None if s is None else self._end(s))
         mean = self.shift if cond is None else over(cond) + self.shift
         a, b = over(self.process.alpha(t)), over(self.process.sigma(t))
         var = (2 * self.log_std).exp()
@@ -60,12 +61,24 @@ class GaussianNet(nn.Module):
         det = a * d - b * c
         return self.process.join((d * x - b * end) / det, (a * end - c * x) / det, self.kind, t)
 
+    def _state(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t and t of the process again, from what its network is given."""
+        t = self._own(t)
+        return x / over(self.process.network_scale(t)), t
+
     def _own(self, t: Tensor) -> Tensor:
         """The process' time again from the network's own."""
+        if isinstance(self.process, EDM):
+            return (4000 * t).exp()
         if not isinstance(self.process, Shifted):
             return t
         mu = 1 / self.process.mu
         return mu * t / (1 + (mu - 1) * t)
+
+    def _end(self, s: Tensor) -> Tensor:
+        """The same of the time that is jumped to, which EDM tells as very little noise where it is none."""
+        clean = s <= self.process.network_time(torch.zeros_like(s))
+        return torch.where(clean, torch.zeros_like(s), self._own(s)) if isinstance(self.process, EDM) else self._own(s)
 
 
 def teacher_of(process: Process, kind: Kind, w: float = W) -> Guided:

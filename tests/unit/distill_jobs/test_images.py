@@ -16,7 +16,7 @@ from distill_jobs.stage import Stage, StageRun
 from distill_jobs.teachers import diffusers
 from distill_jobs.teachers.diffusers import Teacher
 from engines.errors import InvalidRequest
-from tests import tiny_sd
+from tests import tiny_families, tiny_sd
 
 CAPTIONS = ("a red circle", "a blue square", "two shapes on white")
 
@@ -54,6 +54,20 @@ def test_latents_are_those_of_the_teacher_s_own_autoencoder(teacher: Teacher, fo
     at = source.captions(0, 3).index(CAPTIONS[1])
     torch.testing.assert_close(rows.x[at], expected[0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(rows.cond[at], teacher.encode([CAPTIONS[1]])[0])
+
+
+def test_latents_are_whitened_as_the_decoder_expects_them(folders: Path, tmp_path: Path) -> None:
+    own = tiny_families.shipped("sdxl-edm")
+    teacher, vae = diffusers.load(own.registry, own.version), own.pipeline.vae
+    pictures = images.captioned("holiday", folders, (16, 16))
+    source = images.encoded(teacher, own.registry, pictures, tmp_path / "cache")
+    rows, at = source.rows(0, 3), source.captions(0, 3).index(CAPTIONS[1])
+    given = torch.from_numpy(pictures.read(1, 2)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        expected = vae.decode(vae.encode(given).latent_dist.mode()).sample.clamp(-1, 1)
+        assert rows.x is not None
+        found = teacher.decoder(rows.x[at : at + 1]) / 127.5 - 1
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_pictures_are_encoded_once_for_their_content(teacher: Teacher, folders: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from engines.denoiser import Denoiser, Guided
-from engines.process import RF, VP, Shifted
+from engines.process import EDM, RF, VP, Shifted
 
 
 class Recorder:
@@ -55,6 +55,14 @@ def test_a_shifted_process_gives_the_network_its_own_time() -> None:
     den = Denoiser(Recorder(), Shifted(RF(), 3.0), "flow")
     den(X, torch.tensor([0.5, 1.0]))
     torch.testing.assert_close(den.net.asked[0][0], torch.tensor([0.75, 1.0]))
+
+
+def test_a_preconditioned_network_is_given_scaled_x_and_gives_f() -> None:
+    den, t = Denoiser(Recorder(), EDM(sigma_data=0.5), "edm"), torch.tensor([0.5, 80.0])
+    x0, _ = den(X, t)  # F = c_in x, so that D = (c_skip + c_out c_in) x
+    sigma = t.reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(x0, X * (0.25 + 0.5 * sigma) / (sigma**2 + 0.25))
+    torch.testing.assert_close(den.net.asked[0][0], t.log() / 4000)
 
 
 def test_guidance_is_u_plus_w_times_c_minus_u() -> None:

@@ -148,6 +148,7 @@ def test_an_unknown_pipeline_is_refused_with_its_name_and_those_that_are_known(t
         ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "solver_order=3.*set it to 2"),
         ({"_class_name": "DDIMScheduler", "timestep_spacing": "linspace", "clip_sample": False}, "linspace"),
         ({"_class_name": "DPMSolverMultistepScheduler", "final_sigmas_type": "sigma_min"}, "sigma_min"),
+        ({"_class_name": "EDMEulerScheduler", "final_sigmas_type": "sigma_min"}, "sigma_min.*set it to 'zero'"),
         ({"_class_name": "DPMSolverMultistepScheduler", "euler_at_final": True}, "euler_at_final"),
         ({"_class_name": "UniPCMultistepScheduler", "solver_type": "bh1"}, "'midpoint' or 'bh2'"),
         ({"_class_name": "UniPCMultistepScheduler", "lower_order_final": False}, "lower_order_final"),
@@ -163,11 +164,30 @@ def test_a_scheduler_that_no_plan_can_follow_is_refused(config: dict[str, object
 
 
 def test_noise_without_a_process_is_refused_unless_one_is_given() -> None:
-    config = {"_class_name": "EDMEulerScheduler", "prediction_type": "epsilon"}
-    with pytest.raises(NotBuilt, match="EDMEulerScheduler"):
+    config = {"_class_name": "CMStochasticIterativeScheduler", "prediction_type": "epsilon"}
+    with pytest.raises(NotBuilt, match="CMStochasticIterativeScheduler"):
         shipped.read(config)
     given = shipped.read(config, ProcessSpec(kind="edm"))
     assert (given.process.kind, given.prediction, given.solver) == ("edm", "eps", "ddim")
+
+
+def test_a_scheduler_of_edm_means_a_preconditioned_network() -> None:
+    config = {"_class_name": "EDMEulerScheduler", "sigma_data": 0.5, "sigma_max": 80.0}
+    assert shipped.read(config) == shipped.Shipped(
+        ProcessSpec(kind="edm", sigma_data=0.5, sigma_max=80.0), "edm", "ddim"
+    )
+    assert shipped.read({**config, "prediction_type": "v_prediction"}).prediction == "v"
+    with pytest.raises(NotBuilt, match=r"prediction_type='sample'.*epsilon, v_prediction"):
+        shipped.read({**config, "prediction_type": "sample"})
+    with pytest.raises(NotBuilt, match="lacks sigma_max"):
+        shipped.read({"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_data": 0.5})
+
+
+def test_a_mean_per_channel_is_refused_where_the_pipeline_would_not_undo_it() -> None:
+    own = tiny_families.shipped("sdxl-edm")
+    family = plugins.load("engines.families", "sd", "FAMILY")
+    with pytest.raises(InvalidManifest, match="latents_mean"):
+        family.network("decoder", reader(own.registry, own.manifest), latent=(4, 8, 8))
 
 
 def test_a_config_that_says_no_prediction_means_eps_and_one_without_its_noise_is_refused() -> None:

@@ -1,6 +1,7 @@
 """Policies: what several points mean, and that solver and training follow one way."""
 
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ from engines import policy, solvers
 from engines.denoiser import Denoiser
 from engines.manifest import Kind, Step
 from engines.policy import Policy
-from engines.process import EDM, RF, TRIG, VP, Process, Shifted
+from engines.process import EDM, RF, TRIG, VP, Process, Shifted, over
 
 PROCESSES = [RF(), VP(), VP(curve="linear"), EDM(), TRIG(sigma_data=0.5), Shifted(RF(), 3.0)]
 every_process = pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
-every_kind = pytest.mark.parametrize("kind", ["x0", "eps", "v", "flow"])
+every_kind = pytest.mark.parametrize("kind", get_args(Kind))
 
 
 def at(level: float, process: Process, rows: int = 2) -> Tensor:
@@ -87,7 +88,7 @@ def test_the_solver_takes_the_way_that_training_takes(process: Process, kind: Ki
     state, alone = solver.start(noise(3, 2)), solver.start(noise(3, 2)[1])
     while not solver.done(state):
         t = torch.full((3,), steps[state.i].t, dtype=torch.float64)
-        pred = Wide()(state.x, process.network_time(t), None, None, None)
+        pred = Wide()(over(process.network_scale(t), state.x) * state.x, process.network_time(t), None, None, None)
         alone = solver.advance(alone, pred[1])  # one row without a batch
         state = solver.advance(state, pred)
     torch.testing.assert_close(state.x, solvers.sample(den, noise(3, 2), grid))

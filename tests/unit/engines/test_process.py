@@ -1,13 +1,13 @@
 """The algebra of every process, checked against itself and against finite differences."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 import torch
 
-from engines.manifest import Betas, ProcessSpec
-from engines.process import DDPM, EDM, RF, TRIG, VP, Process, Shifted, make, rebase
+from engines.manifest import Betas, Kind, ProcessSpec
+from engines.process import DDPM, EDM, RF, TRIG, VP, Process, Shifted, make, over, rebase
 
 PROCESSES: dict[str, Process] = {
     "rf": RF(),
@@ -34,7 +34,7 @@ def a_pair() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @every_process
-@pytest.mark.parametrize("kind", ["x0", "eps", "v", "flow"])
+@pytest.mark.parametrize("kind", get_args(Kind))
 def test_split_undoes_join_for_every_kind(process: Process, kind: str) -> None:
     (x0, eps), t = a_pair(), some_times(process)
     got_x0, got_eps = process.split(process.join(x0, eps, kind, t), kind, process.mix(x0, eps, t), t)
@@ -79,7 +79,7 @@ def test_a_shift_moves_time_towards_noise_and_keeps_the_networks_own_time() -> N
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @every_process
-@pytest.mark.parametrize("kind", ["x0", "eps", "v", "flow"])
+@pytest.mark.parametrize("kind", get_args(Kind))
 def test_the_very_ends_stay_finite(process: Process, kind: str, dtype: torch.dtype) -> None:
     t = torch.tensor([0.0, 1e-5, process.t_max * (1 - 1e-5), process.t_max], dtype=dtype)
     x0, eps = (part[:4].to(dtype) for part in a_pair())
@@ -98,6 +98,8 @@ def test_a_manifest_names_its_process() -> None:
     assert make(ProcessSpec()) == RF()
     assert make(ProcessSpec(kind="rf", shift=3.0)) == Shifted(RF(), 3.0)
     assert make(ProcessSpec(kind="trig", sigma_data=0.5)) == TRIG(sigma_data=0.5)
+    assert make(ProcessSpec(kind="edm", sigma_data=0.5)) == EDM(sigma_data=0.5, sigma_max=80.0)
+    assert make(ProcessSpec(kind="edm", sigma_data=1.0, sigma_max=120.0)) == EDM(sigma_data=1.0, sigma_max=120.0)
 
 
 @pytest.mark.parametrize("curve", ["linear", "scaled_linear", "squaredcos_cap_v2"])
@@ -113,6 +115,28 @@ def test_a_chain_has_the_noise_of_diffusers_and_its_network_the_step_s_own_numbe
     assert process.prior(t).eq(1).all()
 
 
+def test_a_network_of_edm_is_preconditioned_as_in_table_1() -> None:
+    process, (x0, eps) = EDM(sigma_data=0.5), a_pair()
+    sigma = torch.tensor([0.002, 0.1, 0.5, 3.0, 80.0], dtype=torch.float64)
+    x, F = process.mix(x0, eps, sigma), eps
+    c_skip, c_out = 0.25 / (sigma**2 + 0.25), sigma * 0.5 / (sigma**2 + 0.25).sqrt()
+    c_in, c_noise = 1 / (sigma**2 + 0.25).sqrt(), sigma.log() / 4
+    torch.testing.assert_close(process.network_scale(sigma), c_in)
+    torch.testing.assert_close(1000 * process.network_time(sigma), c_noise)
+    torch.testing.assert_close(process.split(F, "edm", x, sigma)[0], over(c_skip, x) * x + over(c_out, x) * F)
+    torch.testing.assert_close(process.split(F, "v", x, sigma)[0], over(c_skip, x) * x - over(c_out, x) * F)
+    assert process.network_time(torch.zeros(1)).isfinite().all()
+
+
+def test_edm_s_v_is_that_of_the_variance_preserving_process_with_the_same_noise_to_signal() -> None:
+    for process in (EDM(sigma_data=1.0), Shifted(EDM(sigma_data=1.0), 0.5)):
+        t = some_times(process)
+        angle = process.angle(t)
+        a, b = process.row("v", t)
+        torch.testing.assert_close(a, -angle.sin())
+        torch.testing.assert_close(b, angle.cos())
+
+
 def test_ticks_round_the_network_s_time_down_and_let_derivatives_through() -> None:
     process = make(ProcessSpec(ticks=1000))
     t = torch.tensor([0.9379, 0.5], dtype=torch.float64, requires_grad=True)
@@ -126,6 +150,6 @@ def test_what_a_process_lacks_is_not_in_its_manifest() -> None:
     assert set(ProcessSpec().model_dump()) == {"kind", "shift", "sigma_data"}
     spec = ProcessSpec(kind="ddpm", betas=Betas())
     assert ProcessSpec.model_validate(spec.model_dump()) == spec
-    for wrong in ({"kind": "ddpm"}, {"betas": {}}, {"kind": "vp", "ticks": 1000}):
-        with pytest.raises(ValueError, match=r"betas|ticks"):
+    for wrong in ({"kind": "ddpm"}, {"betas": {}}, {"kind": "vp", "ticks": 1000}, {"sigma_max": 80.0}):
+        with pytest.raises(ValueError, match=r"betas|ticks|sigma_max"):
             ProcessSpec.model_validate(wrong)

@@ -12,7 +12,7 @@ from torch import Tensor
 from engines import solvers
 from engines.denoiser import BaseDenoiser, Denoiser
 from engines.errors import InvalidManifest, UnknownPlugin
-from engines.manifest import Betas, Schedule, Step
+from engines.manifest import Betas, Kind, Schedule, Step
 from engines.process import DDPM, EDM, RF, TRIG, VP, Process, Shifted
 
 MEAN, VAR = 1.0, 0.25  # the data of the closed forms
@@ -102,6 +102,24 @@ def test_first_order_solvers_equal_diffusers_flow_match_euler(name: str, steps: 
     torch.testing.assert_close(ours, run_diffusers(theirs, noise_of()), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 8])
+@pytest.mark.parametrize(("said", "kind"), [("epsilon", "edm"), ("v_prediction", "v")])
+@pytest.mark.parametrize(
+    ("name", "scheduler"), [("ddim", "EDMEulerScheduler"), ("dpmpp_2m", "EDMDPMSolverMultistepScheduler")]
+)
+def test_preconditioned_networks_are_asked_and_sampled_as_diffusers_does(
+    name: str, scheduler: str, said: str, kind: Kind, steps: int
+) -> None:
+    theirs = getattr(diffusers, scheduler)(prediction_type=said, sigma_data=0.7, sigma_max=20.0)
+    theirs.set_timesteps(steps)
+    x, noise = noise_of() * theirs.init_noise_sigma, noise_of()
+    for t in theirs.timesteps:
+        x = theirs.step(net(theirs.scale_model_input(x, t), t / 1000, None, None, None), t, x, return_dict=False)[0]
+    den = Denoiser(net, EDM(sigma_data=0.7, sigma_max=20.0), kind)
+    ours = solvers.trajectory(den, noise, theirs.sigmas.tolist(), solver=name)[-1]
+    torch.testing.assert_close(ours, x, atol=2e-5, rtol=1e-5)
+
+
 def test_ddim_equals_diffusers_lcm_with_the_same_noise_at_eta_one() -> None:
     times, noise = [0.9, 0.5, 0.2, 0.0], noise_of()
     rule = solvers.make("ddim", RF(), "flow", plan_of(times, eta=1.0))
@@ -128,8 +146,9 @@ def test_the_error_falls_with_the_order_of_the_solver(name: str, order: int, pro
         end = solvers.trajectory(Truth(process), noise, times, solver=name)[-1]
         t = torch.tensor([start, 0.05], dtype=torch.float64)
         (a0, a1), (s0, s1) = process.alpha(t).tolist(), process.sigma(t).tolist()
+        begun = process.prior(t[:1]) * noise
         growth = ((a1 * a1 * VAR + s1 * s1) / (a0 * a0 * VAR + s0 * s0)) ** 0.5
-        return float((end - (a1 * MEAN + growth * (s0 * noise - a0 * MEAN))).abs().max())
+        return float((end - (a1 * MEAN + growth * (begun - a0 * MEAN))).abs().max())
 
     assert error(160) < 0.65**order * error(80)
     assert error(160) < 0.1
@@ -163,7 +182,8 @@ def test_the_training_sampler_equals_the_serving_solver(eta: float, process: Pro
     rule = solvers.make("ddim", process, "v", plan_of(times, eta))
     state = rule.start(noise)
     while not rule.done(state):
-        pred = net(state.x, torch.full((4,), times[state.i]), None, None, None)
+        t = torch.full((4,), times[state.i])
+        pred = net(_over(process.network_scale(t)) * state.x, process.network_time(t), None, None, None)
         state = rule.advance(state, pred, fresh[state.i] if rule.needs_noise(state) else None)
     trained = solvers.sample(den, noise, times, eta=eta, draw=lambda i: fresh[i])
     torch.testing.assert_close(trained, state.x)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engines.errors import InternalError
-from engines.manifest import Guidance
+from engines.manifest import Guidance, ProcessSpec
 from engines.noise import noise
 from engines.student import LoadedStudent, sample
 from server.prompt_cache import PromptCache
@@ -67,6 +67,17 @@ def test_solver_state_and_fresh_noise_belong_to_the_row(stages: Stages, solver: 
     together = run(stages, encoded(stages, ticket(student, "a", steps=4, n=2), ticket(student, "b", steps=2, seed=99)))
     assert torch.equal(together["a1"], sample(student, ["a red circle"], [8], 4)[0])
     assert torch.equal(together["b0"], sample(student, ["a red circle"], [99], 2)[0])
+
+
+def test_each_row_is_scaled_and_told_its_time_as_its_own_process_says(stages: Stages) -> None:
+    """Students of one network may differ in their process; a network of EDM is given x times a share of its noise."""
+    edm = toy.student(process=ProcessSpec(kind="edm", sigma_data=0.5))
+    asked = [ticket(edm, "a", steps=4), ticket(edm, "b", steps=2, seed=99), ticket(toy.student(), "c", steps=4)]
+    together = run(stages, encoded(stages, *asked))
+    assert torch.equal(together["a0"], sample(edm, ["a red circle"], [7], 4)[0])
+    assert torch.equal(together["b0"], sample(edm, ["a red circle"], [99], 2)[0])
+    assert torch.equal(together["c0"], sample(toy.student(), ["a red circle"], [7], 4)[0])
+    assert not torch.equal(together["a0"], together["c0"])
 
 
 def test_each_row_has_its_own_guidance_and_negative_prompt(stages: Stages) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engines import process
 from engines.families.base import Tokens
-from engines.manifest import Component, Guidance, Schedule, StudentManifest
+from engines.manifest import Component, Guidance, ProcessSpec, Schedule, StudentManifest
 from engines.student import LoadedStudent
 from server.brokers.base import Claim
 from server.messages import GenerateRequest
@@ -88,6 +88,7 @@ def manifest(
     weights: str = "w",
     guided: bool = False,
     guidance: Guidance | None = None,
+    process: ProcessSpec = ProcessSpec(),  # noqa: B008 - frozen
 ) -> StudentManifest:
     parts = {role: Component(weights=sha(role + weights), files={}) for role in ("denoiser",)}
     parts |= {role: Component(weights=sha(role), files={}) for role in ("encoder", "decoder")}
@@ -99,6 +100,7 @@ def manifest(
         components=parts,
         schedules={k: Schedule(times=times[k], eta=eta) for k in counts},
         solver=solver,
+        process=process,
         inputs=frozenset({"w"} if guidance and guidance.mode == "embedded" else ()),
         guidance=guidance or (Guidance(mode="cfg", default=2.0, maximum=8.0) if guided else Guidance()),
         resolutions=((SIZE, SIZE),),

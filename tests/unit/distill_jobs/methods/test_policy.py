@@ -42,7 +42,7 @@ class WayNet(GaussianNet):
         self.points = points
 
     def forward(self, x: Tensor, t: Tensor, cond: Any, s: Any, w: Any) -> Tensor:
-        t, s = self._own(t), self._own(s)
+        (x, t), s = self._state(x, t), self._end(s)
         high, low = (times.level_of(self.process, time) for time in (t, s))
         parts = []
         for j in range(self.points):

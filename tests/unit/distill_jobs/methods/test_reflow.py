@@ -46,8 +46,9 @@ class StraightNet(nn.Module):
         self.edges = times.grid(process, levels)
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor, s: Tensor | None, w: Tensor | None) -> Tensor:
-        process, t = self.flow.process, self.flow.net._own(t)
-        window = sum((t <= edge).long() for edge in self.edges[1:-1]) + torch.zeros_like(t).long()
+        process = self.flow.process
+        x, t = self.flow.net._state(x, t)
+        window = sum((t <= edge * (1 + 1e-9)).long() for edge in self.edges[1:-1]) + torch.zeros_like(t).long()
         edges = t.new_tensor(self.edges)
         a, b = edges[window], edges[window + 1]
 

@@ -123,7 +123,7 @@ class OnTheTruePath(fitted_steps.Fitted):
 
 
 @every_process
-@pytest.mark.parametrize("kind", ["x0", "v", "flow"])
+@pytest.mark.parametrize("kind", ["x0", "v", "flow", "edm"])
 def test_fitted_coefficients_are_the_exact_map_of_a_gaussian(process: Process, kind: Kind) -> None:
     """Its flow map is linear in x and x0, so of any count of steps the end is the true one for other noise too."""
     method = searched("fitted_solver", process, kind, method=OnTheTruePath, counts=(1, 2, 4))
