@@ -17,8 +17,10 @@ from distill_jobs import catalogue, fine_tuning, job_report
 from distill_jobs import spec as specs
 from distill_jobs.estimate import Estimate, estimate, teacher_version
 from distill_jobs.jobs import ENDED, DistillJob, JobState
+from distill_jobs.needs import Needs
+from distill_jobs.plan import Plan
 from distill_jobs.queue import JobQueue
-from distill_jobs.records import PROGRESS, RESULT, JobRecords
+from distill_jobs.records import PLAN, PROGRESS, RESULT, JobRecords
 from engines.errors import InvalidRequest, JobNotFound, NotFound, StudentNotFound
 
 PREFIX = "/v1/distillation"
@@ -55,6 +57,8 @@ class JobView(BaseModel):
     started_at: str | None = None
     finished_at: str | None = None
     spec: dict[str, Any]
+    estimated: Needs | None = Field(None, description="what training should need, from trials just before it")
+    measured: Needs | None = Field(None, description="what it needed")
     student: str | None = Field(None, description="name@digest of what it made")
     schedule_student: str | None = Field(None, description="name@digest of the student without new weights")
     metrics: dict[str, Any] | None = None
@@ -238,6 +242,7 @@ def view(job: DistillJob, records: JobRecords) -> JobView:
     """The public face of a job: its log, its latest progress and its result."""
     progress = records.read(job.id, PROGRESS) or {}
     result = records.read(job.id, RESULT) or {}
+    plan = records.read(job.id, PLAN)
     return JobView(
         id=job.id,
         status=job.state,
@@ -248,6 +253,8 @@ def view(job: DistillJob, records: JobRecords) -> JobView:
         started_at=job.started_at,
         finished_at=job.finished_at,
         spec=job.spec,
+        estimated=None if plan is None else Plan.of(plan).needs,
+        measured=result.get("measured"),
         student=result.get("student"),
         schedule_student=result.get("schedule_student"),
         metrics=result.get("metrics") or progress.get("metrics"),

@@ -1,29 +1,37 @@
-"""What a job will need, before it is queued: memory from the sizes of the weights, time from what was measured here.
+"""What a job will need, before it is queued: coarser than what its trainer finds by trying, just before it starts.
 
-Nothing is guessed: a figure that cannot be known yet is null, and `basis` says what each one comes from.
+An equal job that has ended says it all. Without one, memory is counted from the sizes of weights, and time is known
+only where the job names it: a figure that cannot be known yet is null, and `basis` says what each one comes from.
 """
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
 from distill_jobs import spec as specs
 from distill_jobs.jobs import JobState
-from distill_jobs.records import PROGRESS, JobRecords
+from distill_jobs.methods import _schemas
+from distill_jobs.needs import Needs
+from distill_jobs.records import PROGRESS, RESULT, JobRecords
+from distill_jobs.stages import MethodSpec
 from distill_jobs.student_spec import LoraSpec
 from engines.errors import StudentNotFound
 from engines.manifest import StudentManifest
 from engines.registry.base import Registry
 
-_FLOATS_PER_TRAINED_WEIGHT = 4  # weight, gradient and Adam's two moments
 _BYTES_PER_FLOAT = 4
+_FLOATS_IN_TRAINING = 3  # weight and Adam's two moments; only the network that is being updated has a gradient
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Estimate(BaseModel):
-    """`memory_bytes` is of weights and optimisers, without activations, which depend on the batch."""
+    """`memory_bytes` is the peak of an equal job, or else of weights and optimisers alone, which is less: `basis` says
+    which."""
 
     object: Literal["distillation.estimate"] = "distillation.estimate"
     memory_bytes: int
@@ -36,26 +44,18 @@ class Estimate(BaseModel):
 def estimate(spec: specs.DistillJobSpec, records: JobRecords, sees: Callable[[str], bool]) -> Estimate:
     """Raises `StudentNotFound` for a teacher that is not there."""
     teacher = records.registry.student(teacher_version(spec, records.registry))
-    shapes = _shapes(teacher, records.registry)
-    weights = sum(math.prod(shape) for shape in shapes.values())
-    lora = spec.student.lora
-    each = weights if lora is None else _adapter_weights(shapes, lora)
-    trained = max(len(names) for names in specs.roles(spec))
-    copies = trained * _FLOATS_PER_TRAINED_WEIGHT + len(spec.train.ema)
-    processes = spec.train.processes  # each holds a teacher, and the rest too unless it is spread
-    spread = 1 if spec.train.shard else processes
-    what = "network(s)" if lora is None else f"adapter(s) of {each} weights"
-    speed, source = _measured_speed(spec, records, sees)
-    seconds = _seconds(spec, speed)
+    counted = weights_bytes(spec, _shapes(teacher, records.registry))
+    earlier = _equal(spec, records, sees)
+    speed = None if earlier is None else earlier.iterations / earlier.needs.train_seconds
+    source = "no equal job has ended here yet" if earlier is None else f"measured by {earlier.job_id}"
+    told = "weights, gradients, moments and averages in fp32; a lower bound without activations and runtime"
     return Estimate(
-        memory_bytes=_BYTES_PER_FLOAT * (weights * processes + each * copies * spread),
-        train_seconds=seconds,
+        memory_bytes=counted if earlier is None else earlier.needs.memory_bytes,
+        train_seconds=_seconds(spec, speed),
         iterations_per_s=speed,
         hard_stop_seconds=None if spec.train.max_minutes is None else 120.0 * spec.train.max_minutes,
         basis={
-            "memory_bytes": f"{weights} weights in fp32: the teacher, {trained} trained {what} with gradient and "
-            f"two moments, {len(spec.train.ema)} average(s), in {processes} process(es){', spread' * spec.train.shard}"
-            "; activations are not in it",
+            "memory_bytes": told if earlier is None else source,
             "train_seconds": "train.max_minutes" if spec.train.max_minutes else source,
             "iterations_per_s": source,
         },
@@ -84,33 +84,98 @@ def teacher_version(spec: specs.DistillJobSpec, registry: Registry) -> str:
     return teachers[0]
 
 
-def _shapes(manifest: StudentManifest, registry: Registry) -> dict[str, tuple[int, ...]]:
+def _shapes(manifest: StudentManifest, registry: Registry) -> Shapes:
     """Of the denoiser's weights, from the header of their safetensors file (https://github.com/huggingface/safetensors)."""
     with registry.blob_path(manifest.components["denoiser"].weights).open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
 
 
-def _adapter_weights(shapes: Mapping[str, tuple[int, ...]], lora: LoraSpec) -> int:
+def weights_bytes(spec: specs.DistillJobSpec, shapes: Shapes) -> int:
+    """Of teacher, roles, gradient, moments, averages and the best student so far, in the stage that has most of them.
+    `shapes` are those of the teacher's weights by name; what a student reads or lacks besides is not counted."""
+    lora, processes = spec.student.lora, spec.train.processes
+    network = sum(math.prod(shape) for shape in shapes.values())
+    player = network if lora is None else _adapter_weights(shapes, lora)
+    averages = (len(spec.train.ema) + 1) * player if spec.trains else 0
+    trained = max(_stage_floats(stage, player, shapes) for stage in spec.stages)
+    spread = 1 if spec.train.shard else processes  # each process holds the teacher, and the rest unless it is spread
+    return _BYTES_PER_FLOAT * (network * processes + (trained + averages) * spread)
+
+
+def _stage_floats(stage: MethodSpec, player: int, shapes: Shapes) -> int:
+    roles = list(_roles(stage, player, shapes))
+    gradient = max((role.weights for role in roles if role.trained), default=0)
+    return gradient + sum(role.weights * (_FLOATS_IN_TRAINING if role.trained else 1) for role in roles)
+
+
+@dataclass(frozen=True, slots=True)
+class _Role:
+    weights: int
+    trained: bool
+
+
+def _roles(stage: MethodSpec, player: int, shapes: Shapes) -> Iterator[_Role]:
+    """The networks of a method and of its terms beside the teacher: each a `player`, or heads on its features."""
+    method, terms = _schemas.schemas()[stage.name], _schemas.terms()
+    said = [(method, method["defaults"] | stage.fields)]
+    said += [(terms[term.name], term.parts()["settings"]) for term in stage.terms]
+    for schema, settings in said:
+        for name in schema["roles"]:
+            weights = _heads_weights(schema, settings, shapes) if name in schema["heads"] else player
+            yield _Role(weights, name not in schema["frozen"])
+
+
+def _heads_weights(schema: Mapping[str, Any], settings: Mapping[str, Any], shapes: Shapes) -> int:
+    """Of a discriminator: per feature of the teacher that it reads a 3 x 3 convolution, two biases, the noise level and
+    the feature's size, and the way out."""
+    known = schema["config"]["properties"]
+    width = int(settings.get("width", known["width"]["default"]))
+    ends = tuple(f".{tap}" for tap in settings.get("taps", known["taps"]["default"]))
+    modules = {module for name in shapes for module in accumulate(name.split("."), "{}.{}".format)}
+    features = sum(f".{module}".endswith(ends) for module in modules) or 1
+    return features * (9 * width**2 + 5 * width)
+
+
+def _adapter_weights(shapes: Shapes, lora: LoraSpec) -> int:
     """rank x (in + out) of every matrix and convolution that the targets name."""
     ends = (".weight",) if lora.targets == "auto" else tuple(f".{target}.weight" for target in lora.targets)
     able = [shape for name, shape in shapes.items() if f".{name}".endswith(ends) and len(shape) in (2, 4)]
     return sum(lora.rank * (out + math.prod(rest)) for out, *rest in able)
 
 
-def _measured_speed(
-    spec: specs.DistillJobSpec, records: JobRecords, sees: Callable[[str], bool]
-) -> tuple[float | None, str]:
-    """Iterations per second of the newest ended job of the same teacher and methods."""
-    names = [stage.name for stage in spec.stages]
+@dataclass(frozen=True, slots=True)
+class _Earlier:
+    job_id: str
+    needs: Needs
+    iterations: int
+
+
+def _equal(spec: specs.DistillJobSpec, records: JobRecords, sees: Callable[[str], bool]) -> _Earlier | None:
+    """The newest ended job that trains the same networks by the same methods, for however long."""
     for job in records.all():
-        earlier = specs.DistillJobSpec.model_validate(job.spec)
-        same = [stage.name for stage in earlier.stages] == names and earlier.teacher.id == spec.teacher.id
-        if same and sees(job.owner) and job.state is JobState.SUCCEEDED:
-            speed = (records.read(job.id, PROGRESS) or {}).get("mean_it_s")
-            if speed:
-                return float(speed), f"measured by {job.id}"
-    return None, "no job with this teacher and these methods has ended here yet"
+        if job.state is not JobState.SUCCEEDED or not sees(job.owner):
+            continue
+        if _costs(specs.DistillJobSpec.model_validate(job.spec)) == _costs(spec) and (found := _ended(job.id, records)):
+            return found
+    return None
+
+
+def _ended(job_id: str, records: JobRecords) -> _Earlier | None:
+    measured = (records.read(job_id, RESULT) or {}).get("measured")
+    steps = (records.read(job_id, PROGRESS) or {}).get("step")
+    return _Earlier(job_id, Needs(**measured), steps) if measured and steps else None
+
+
+def _costs(spec: specs.DistillJobSpec) -> tuple[Any, ...]:
+    """What memory and the cost of an iteration follow from."""
+    budget = {"iterations", "max_minutes", "seed", "lr", "checkpoint_every", "checkpoint_every_s"}
+    return (
+        spec.teacher.id,
+        spec.student.model_dump(exclude={"name"}),
+        [stage.model_dump() for stage in spec.stages],
+        spec.train.model_dump(exclude=budget),
+    )
 
 
 def _seconds(spec: specs.DistillJobSpec, speed: float | None) -> float | None:

@@ -78,14 +78,12 @@ class EventLog:
         partial.replace(self._folder / PROGRESS)
 
     def _eta_s(self, event: Mapping[str, Any]) -> float | None:
-        """Of this stage by its speed now, of the later ones by their plan, or by this one's speed without one."""
+        """Of this stage by its speed now, of the later ones by their plan."""
         own = event.get("eta_s")
         if own is None:
             return None
         later = self._plan.stages[event["stage"] + 1 :]
-        return float(own) + sum(
-            stage.seconds if stage.seconds is not None else stage.iterations / event["it_s"] for stage in later
-        )
+        return float(own) + sum(stage.seconds for stage in later)
 
 
 def _by_role(event: Mapping[str, Any], prefix: str) -> dict[str, float]:

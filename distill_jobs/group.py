@@ -65,6 +65,14 @@ class Group:
         if self.size > 1:
             dist.barrier()
 
+    def total(self, value: int) -> int:
+        """The sum of what the processes say, in every process."""
+        if self.size == 1:
+            return value
+        told = torch.tensor(value)
+        dist.all_reduce(told)
+        return int(told)
+
     def average(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Scalars by name, as means over the processes."""
         if self.size == 1 or not values:

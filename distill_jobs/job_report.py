@@ -18,7 +18,9 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from distill_jobs.chart import BOTTOM, COLOURS, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Point, Series, chart
 from distill_jobs.jobs import DistillJob
-from distill_jobs.records import RESULT, JobRecords
+from distill_jobs.needs import Needs
+from distill_jobs.plan import Plan
+from distill_jobs.records import PLAN, RESULT, JobRecords
 from engines.manifest import shown
 
 REPORT = "report.html"
@@ -93,6 +95,7 @@ def render(job: DistillJob, records: JobRecords) -> str:
         charts=charts(events, result),
         sheet=base64.b64encode(sheet).decode() if sheet else None,
         periods=periods(events),
+        needs=needs(records.read(job.id, PLAN), result),
         said=_said(events),
         size={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM},
     )
@@ -155,6 +158,13 @@ def periods(events: Iterable[Json]) -> list[tuple[str, float]]:
     entered = [(event["status"], _seconds(event["at"])) for event in events if event["event"] == "status"]
     ends = [at for _, at in entered[1:]]
     return [(state, end - at) for (state, at), end in zip(entered, ends, strict=False)]
+
+
+def needs(plan: Mapping[str, Any] | None, result: Mapping[str, Any]) -> list[tuple[str, Needs]]:
+    """What training should need and what it needed, as far as it is known."""
+    found = [] if plan is None else [("estimated", Plan.of(plan).needs)]
+    measured = result.get("measured")
+    return found if measured is None else [*found, ("measured", Needs(**measured))]
 
 
 @cache

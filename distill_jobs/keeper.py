@@ -10,8 +10,8 @@ from typing import Protocol
 
 from distill_jobs.exit_codes import FINISHED, REFUSED
 from distill_jobs.metrics import DistillMetrics
-from distill_jobs.preparation import PLAN, SCHEDULE
-from distill_jobs.records import PROGRESS, JobRecords
+from distill_jobs.preparation import SCHEDULE
+from distill_jobs.records import PLAN, PROGRESS, JobRecords
 from distill_jobs.settings import DistillerSettings
 from distill_jobs.trainer_process import Phase, TrainerProcess, command
 from distill_jobs.watch import Interrupted

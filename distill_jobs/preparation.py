@@ -8,6 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,24 @@ import torch
 from distill_jobs import plan as plans
 from distill_jobs import times
 from distill_jobs.batches import Source, make_batch, seed_of
+from distill_jobs.group import Group
 from distill_jobs.methods._search import Found, Search, SearchConfig, measured
 from distill_jobs.methods.base import apart, resolve
-from distill_jobs.plan import Costs, Plan, StagePlan
+from distill_jobs.plan import Plan, StagePlan
+from distill_jobs.progress import Evaluate
 from distill_jobs.roles import Cast
 from distill_jobs.spec import DistillJobSpec
-from distill_jobs.stage import Execution, Precision, Stage
+from distill_jobs.stage import Precision, Stage
 from distill_jobs.stages import SearchSpec
 from distill_jobs.terms.base import Wanted
 from distill_jobs.timing import measure, prepared_rows
+from distill_jobs.trainer import TrainConfig
 from engines.denoiser import BaseDenoiser
 from engines.manifest import Schedule
 
 log = logging.getLogger(__name__)
 
-SCHEDULE, PLAN = "schedule.json", "plan.json"
+SCHEDULE = "schedule.json"
 _TIMED_ROWS, _TIMED_TIMES = 32, 3
 _COMPARED_ROWS = 64
 
@@ -117,38 +121,28 @@ def stages(plan: Sequence[StagePlan]) -> list[Stage]:
     ]
 
 
-Evaluate = Callable[[int, BaseDenoiser, Mapping[int, Schedule]], object]
-
-
 def timed_plan(
     spec: DistillJobSpec,
     teacher: BaseDenoiser,
-    student: BaseDenoiser,
+    beginner: Callable[[], BaseDenoiser],
     source: Source,
     *,
-    precision: Precision,
+    config: TrainConfig,
+    folder: Path,
+    group: Group,
     evaluate: Evaluate | None,
-    execution: Execution | None = None,
     spent_s: float,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Plan:
-    """The job's stages. `spent_s` is gone of the budget, and so is what this takes. Only a group's leader evaluates,
-    and its plan counts."""
-    began = time.perf_counter()
+    """The job's stages and what training will need. Each stage is tried in `folder` on a student that `beginner` makes.
+    `spent_s` is gone of the budget, and so is what this takes. Only a group's leader evaluates, and its plan counts."""
+    began, tried = clock(), partial(measure, source=source, config=config, folder=folder, group=group, clock=clock)
     drafts = stages(plans.drafted(spec))
-    tried = [measure(stage, teacher, student, source, precision=precision, execution=execution) for stage in drafts]
-    started = time.perf_counter()
-    if spec.train.max_minutes is not None and evaluate is not None:
-        evaluate(0, student, _uniform(spec, student))
-    evaluation_s = time.perf_counter() - started
-    costs = [Costs(cost.iteration_s, cost.prepared_row_s, evaluation_s) for cost in tried]
-    log.info("measured %s with %s", costs, precision)
-    spent_s += time.perf_counter() - began
-    return plans.planned(spec, costs, [prepared_rows(stage) for stage in drafts], spent_s=spent_s, bf16=precision.bf16)
-
-
-def _uniform(spec: DistillJobSpec, student: BaseDenoiser) -> dict[int, Schedule]:
-    """Schedules to time an evaluation with."""
-    return {k: Schedule(times=times.grid(student.process, times.uniform(k))) for k in spec.student.steps}
+    with torch.random.fork_rng(devices=[]):  # a run that finds its plan begins with the same randomness
+        costs = [tried(stage, teacher, beginner(), evaluate=evaluate) for stage in drafts]
+    log.info("measured %s with bf16=%s", costs, config.bf16)
+    spent_s += clock() - began
+    return plans.planned(spec, costs, [prepared_rows(stage) for stage in drafts], spent_s=spent_s, bf16=config.bf16)
 
 
 def write(path: Path, value: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from engines.denoiser import BaseDenoiser
 from engines.manifest import Schedule
 
 Wish = Literal["pause", "cancel", "finish"]  # finish: end now with the best so far
+Evaluate = Callable[[int, BaseDenoiser, Mapping[int, Schedule]], Mapping[str, float]]
 WISHES: tuple[Wish | None, ...] = (None, "pause", "cancel", "finish")
 
 
@@ -28,7 +29,7 @@ class Hooks:
     poll: Callable[[], Wish | None] = lambda: None
     event: Callable[[dict[str, Any]], None] = lambda event: None
     panel: Callable[[int, Mapping[str, Tensor]], None] = lambda iteration, latents: None
-    evaluate: Callable[[int, BaseDenoiser, Mapping[int, Schedule]], Mapping[str, float]] | None = None
+    evaluate: Evaluate | None = None
     clock: Callable[[], float] = time.monotonic
 
 

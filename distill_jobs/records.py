@@ -3,8 +3,9 @@
     jobs/<id>/spec.json            who submitted what, written once
     jobs/<id>/states/<n:06d>.json  the state log, each entry created exclusively: two writers cannot both continue it
     jobs/<id>/events.jsonl         everything that happened, one line each; a line's number is its event id
+    jobs/<id>/plan.json            what the budget buys, and what training should need
     jobs/<id>/progress.json        the latest progress event
-    jobs/<id>/result.json          student, metrics, gates
+    jobs/<id>/result.json          student, metrics, gates, what training needed
     jobs/<id>/checkpoints/ panels/ log.txt samples.png
     jobs/<id>/report.html          for people, written when the job has ended
 
@@ -24,6 +25,7 @@ from engines.errors import AlreadyExists, IdempotencyConflict, JobNotFound, Leas
 from engines.registry.base import Registry
 
 EVENTS = "events.jsonl"
+PLAN = "plan.json"
 PROGRESS = "progress.json"
 RESULT = "result.json"
 _RETRIES = 8

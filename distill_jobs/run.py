@@ -145,6 +145,8 @@ class JobRun:
 
     def _train(self) -> None:
         self.keeper.run("train", lambda: (self.folder / "trained" / "result.json").exists())
+        if "measured" not in self.result:
+            self._note(measured=self._trained()["measured"])
 
     def _export(self) -> str:
         if not self.spec.trains:

@@ -15,6 +15,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -33,11 +35,11 @@ from distill_jobs.lifetime import die_with
 from distill_jobs.lora import adapted, layers, merged, portable
 from distill_jobs.losses import pairwise_distance
 from distill_jobs.plan import Plan
-from distill_jobs.preparation import PLAN, SCHEDULE
+from distill_jobs.preparation import SCHEDULE
 from distill_jobs.progress import Hooks, Wish
+from distill_jobs.records import PLAN
 from distill_jobs.small_evaluation import SmallEvaluation, learnt
 from distill_jobs.spec import DistillJobSpec, inputs
-from distill_jobs.stage import Execution, Precision
 from distill_jobs.teachers import diffusers
 from distill_jobs.trainer import Result, TrainConfig, Trainer
 from engines import priority
@@ -85,27 +87,12 @@ class TrainerRun:
 
     def train(self) -> Result:
         plan = self._plan()
-        train, evals = self.spec.train, self.spec.eval
-        config = TrainConfig(
-            seed=train.seed,
-            ema=train.ema,
-            bf16=plan.bf16,
-            checkpoint_every_s=train.checkpoint_every_s,
-            checkpoint_every=train.checkpoint_every,
-            eval_every=plan.eval_every,
-            best_by=evals.best_by,
-            best_is_highest=evals.best_by != "fd",
-            micro_batch=train.micro_batch,
-            checkpointing=train.gradient_checkpointing,
-        )
-        stages = preparation.stages(plan.stages)
-        student = self._beginner()
         trainer = Trainer(
-            stages,
+            preparation.stages(plan.stages),
             self.guided,
-            student,
+            self._beginner(),
             self.source,
-            config,
+            replace(self._config(plan.bf16), eval_every=plan.eval_every),
             folder=self.folder / "checkpoints",
             fence=self.fence,
             hooks=self._hooks(plan) if self.group.leads else Hooks(),
@@ -115,6 +102,20 @@ class TrainerRun:
         if result.state == "finished" and self.group.leads:
             self._keep(result, plan)
         return result
+
+    def _config(self, bf16: bool) -> TrainConfig:
+        train, evals = self.spec.train, self.spec.eval
+        return TrainConfig(
+            seed=train.seed,
+            ema=train.ema,
+            bf16=bf16,
+            checkpoint_every_s=train.checkpoint_every_s,
+            checkpoint_every=train.checkpoint_every,
+            best_by=evals.best_by,
+            best_is_highest=evals.best_by != "fd",
+            micro_batch=train.micro_batch,
+            checkpointing=train.gradient_checkpointing,
+        )
 
     def _source(self, registry: Registry, cache: Path, folders: Path | None) -> prompts.PromptSource:
         data, seed, manifest = self.spec.data, self.spec.train.seed, self.teacher.manifest
@@ -133,7 +134,7 @@ class TrainerRun:
 
     def _hooks(self, plan: Plan) -> Hooks:
         events = EventLog(self.folder, plan)
-        return Hooks(self.poll, events, self._panel(events), self._evaluation())
+        return Hooks(self.poll, events, self._panel(events), self._evaluation)
 
     def _beginner(self) -> Denoiser:
         """The student before its first update: all of its weights, or an adapter beside the teacher's."""
@@ -155,18 +156,21 @@ class TrainerRun:
             plan = preparation.timed_plan(
                 self.spec,
                 self.guided,
-                self._beginner(),
+                self._beginner,
                 self.source,
-                precision=Precision(found["bf16"]),
-                evaluate=self._evaluation() if self.group.leads else None,
-                execution=Execution(self.group, self.spec.train.micro_batch, self.spec.train.gradient_checkpointing),
+                config=self._config(found["bf16"]),
+                folder=self.folder / "trial",
+                group=self.group,
+                evaluate=self._evaluation if self.group.leads else None,
                 spent_s=found["spent_s"] + time.monotonic() - self._began_s,
             )
             if self.group.leads:
                 preparation.write(self.folder / PLAN, plan.as_dict())
+                EventLog(self.folder, plan).write("plan", total_steps=plan.iterations, **asdict(plan.needs))
             self.group.meet()
         return Plan.of(json.loads((self.folder / PLAN).read_bytes()))
 
+    @cached_property
     def _evaluation(self) -> SmallEvaluation:
         guidance = learnt(self.w, self.spec.student.weights)
         n, forgets = self.spec.eval.while_training, self.spec.student.forgets
@@ -210,7 +214,9 @@ class TrainerRun:
             "metrics": result.metrics,
             "threads": torch.get_num_threads(),
             "bf16": plan.bf16,
+            "measured": asdict(result.needs),
         }
+        EventLog(self.folder, plan).write("measured", **asdict(result.needs))
         preparation.write(folder / "result.json", said)
 
 

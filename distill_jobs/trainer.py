@@ -8,7 +8,7 @@ iteration, and every schedule reads iterations, never the clock (which decides o
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +21,7 @@ from distill_jobs.checkpoint import Checkpoint
 from distill_jobs.group import Group
 from distill_jobs.losses import pairwise_distance
 from distill_jobs.methods.base import Workspace
+from distill_jobs.needs import Needs, forget_peak, peak_bytes
 from distill_jobs.progress import WISHES, Hooks, Report, Wish
 from distill_jobs.stage import Execution, Precision, Stage, StageRun
 from engines.denoiser import BaseDenoiser
@@ -57,13 +58,14 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How a run ended. finished: `weights` is the best student, or the last average where nothing was evaluated;
-    `iteration` is theirs."""
+    """How a run ended, and what it needed in all of its lives. finished: `weights` is the best student, or the last
+    average where nothing was evaluated; `iteration` is theirs."""
 
     state: Literal["finished", "paused", "canceled"]
     stopped_early: bool
     stage: int
     iteration: int
+    needs: Needs
     weights: dict[str, Tensor] = field(default_factory=dict)
     schedules: dict[int, Schedule] = field(default_factory=dict)
     inputs: frozenset[str] = frozenset()
@@ -96,6 +98,8 @@ class Trainer:
         self._best: Checkpoint | None = None
         self._stopped_early = False
         self._spent_s = 0.0  # in this stage, over all lives
+        self._earlier = Needs(0, 0.0)  # lives
+        self._began_s = 0.0
         self._reference: tuple[float, float] | None = None
 
     def fit(self) -> Result:
@@ -105,6 +109,8 @@ class Trainer:
             Diverged: gradients stopped being finite.
             LeaseLost: another trainer owns the folder.
         """
+        forget_peak()
+        self._began_s = self.hooks.clock()
         run = self._resume()
         while True:
             wish = self._run_stage(run)
@@ -144,7 +150,7 @@ class Trainer:
     def _prepare(self, run: StageRun) -> Wish | None:
         report = self.hooks.event
         space = Workspace(
-            folder=self.folder / f"prepared-{run.index:02d}" if self.folder else None,
+            folder=prepared_folder(self.folder, run.index) if self.folder else None,
             seed=self.config.seed,
             device=self.config.device,
             group=self.group,
@@ -195,6 +201,7 @@ class Trainer:
             torch.set_rng_state(found.tensors["rng"])
             torch.set_num_threads(found.meta["threads"])
             self._spent_s, self._stopped_early = found.meta["spent_s"], found.meta["stopped_early"]
+            self._earlier = Needs(**found.meta["needs"])
             logger.info("resumed", extra={"stage": run.index, "iteration": run.iteration})
         return run
 
@@ -210,7 +217,7 @@ class Trainer:
     def _left(self, run: StageRun, state: Literal["paused", "canceled"]) -> Result:
         if state == "paused":
             self._save(run)
-        return Result(state=state, stopped_early=self._stopped_early, stage=run.index, iteration=run.iteration)
+        return Result(state, self._stopped_early, run.index, run.iteration, self._needs())
 
     def _finished(self, run: StageRun) -> Result:
         weights = {name: value.clone() for name, value in self.student.state_dict().items()}
@@ -221,7 +228,15 @@ class Trainer:
             metrics, iteration = dict(self._best.meta["metrics"]), self._best.meta["iteration"]
         self._save(run)
         return Result(
-            "finished", self._stopped_early, run.index, iteration, weights, schedules, self.student.inputs, metrics
+            "finished",
+            self._stopped_early,
+            run.index,
+            iteration,
+            self._needs(),
+            weights,
+            schedules,
+            self.student.inputs,
+            metrics,
         )
 
     # judging ---------------------------------------------------------------------------------------------------------
@@ -292,12 +307,23 @@ class Trainer:
             "threads": torch.get_num_threads(),
             "spent_s": self._spent_s,
             "stopped_early": self._stopped_early,
+            "needs": asdict(self._needs()),
         }
         tensors = {**run.tensors(), "rng": torch.get_rng_state()}
         if not self.group.leads:
             return
         checkpoint.write(self.folder / "latest", Checkpoint(tensors, meta), fence=self.fence)
         self.hooks.event({"type": "checkpoint", "stage": run.index, "iteration": run.iteration})
+
+    def _needs(self) -> Needs:
+        """Of all lives until now. Every process asks."""
+        own = Needs(self.group.total(peak_bytes()), self.hooks.clock() - self._began_s)
+        return self._earlier.then(own)
+
+
+def prepared_folder(folder: Path, stage: int) -> Path:
+    """Where a run in `folder` keeps what a stage prepares."""
+    return folder / f"prepared-{stage:02d}"
 
 
 def _spread(latents: Tensor) -> tuple[float, float]:

@@ -136,6 +136,18 @@ class Workshop:
             thread.join()
 
 
+def prepared(path: Path, body: Mapping[str, Any], deploy: Callable[[Registry, Path], str] = deploy_teacher) -> Path:
+    """The folder of a job that was prepared, as a trainer alone needs it."""
+    registry = FilesRegistry(str(path / "registry"))
+    version = deploy(registry, path / "pipeline")
+    folder = registry.job_path(JobRecords(registry).create(body).id)
+    assert folder is not None
+    told = {"registry": str(path / "registry"), "work": str(path / "work"), "teacher": version, "guidance": 2.0}
+    (folder / "trainer.json").write_text(json.dumps({**told, "features": None}))
+    (folder / "schedule.json").write_text(json.dumps({"schedules": {}, "bf16": False, "spent_s": 0.0}))
+    return folder
+
+
 def plant(shop: Workshop, job_id: str, weights: Mapping[str, Tensor], schedules: Mapping[int, Schedule]) -> None:
     """What a trainer would have left, so that the service goes on with these weights: the way in for a bad student."""
     folder = shop.registry.job_path(job_id)
@@ -144,7 +156,9 @@ def plant(shop: Workshop, job_id: str, weights: Mapping[str, Tensor], schedules:
     written = {str(k): schedule.model_dump(mode="json") for k, schedule in schedules.items()}
     (folder / "schedule.json").write_text(json.dumps({"schedules": written, "seconds": 0.0}))
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / "trained/weights.safetensors")
-    (folder / "trained/result.json").write_text(json.dumps({"schedules": written, "inputs": []}))
+    needed = {"memory_bytes": 0, "train_seconds": 0.0}
+    said = {"schedules": written, "inputs": [], "measured": needed}
+    (folder / "trained/result.json").write_text(json.dumps(said))
 
 
 def workshop(

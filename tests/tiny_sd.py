@@ -22,7 +22,9 @@ LATENT = (4, 8, 8)
 _START, _END, _UNKNOWN = "<|startoftext|>", "<|endoftext|>", "<|unk|>"
 
 
-def write(folder: Path, *, seed: int = 0, tiny_vae: bool = False, fp16: bool = False) -> Path:
+def write(
+    folder: Path, *, seed: int = 0, tiny_vae: bool = False, fp16: bool = False, channels: tuple[int, int] = (16, 32)
+) -> Path:
     """A pipeline directory; its weights are larger than a fresh network's, so that every layer shows in a picture."""
     from diffusers import AutoencoderKL, AutoencoderTiny, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -36,7 +38,7 @@ def write(folder: Path, *, seed: int = 0, tiny_vae: bool = False, fp16: bool = F
         )
     )  # fmt: skip
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=channels, layers_per_block=1,
         down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
         cross_attention_dim=16, attention_head_dim=8, norm_num_groups=8,
     )  # fmt: skip

@@ -1,16 +1,18 @@
 """`python -m distill_jobs.methods` writes the `schemas.json` of methods and of terms from their configuration classes.
 
 The files let the gateway check a job without importing torch. Per method: its file, description, paper, needs, inputs,
-roles, whether guidance can be embedded, what it says of step counts, defaults, and the JSON schema of its settings.
-`--check` only compares.
+roles (all, frozen ones, heads on features), whether guidance can be embedded, what it says of step counts, defaults,
+and the JSON schema of its settings. `--check` only compares.
 """
 
 import json
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from distill_jobs.methods._schemas import PATH, TERMS_PATH
 from distill_jobs.methods.base import Method, MethodConfig, Preset, presets
+from distill_jobs.roles import Role
 from distill_jobs.terms.base import Term, terms
 
 
@@ -36,7 +38,7 @@ def _schema(preset: Preset) -> dict[str, Any]:
         "paper": preset.paper,
         "needs": sorted(preset.method.needs),
         "inputs": sorted(preset.method.inputs),
-        "roles": list(preset.method.roles(config)),
+        **_roles(preset.method.roles(config)),
         "embeds_guidance": _embeds_guidance(preset.method, config),
         "several_counts_read_s": preset.method.several_counts_read_s,
         "for_several_steps": sorted(preset.method.for_several_steps),
@@ -52,12 +54,21 @@ def _embeds_guidance(method: type[Method], config: MethodConfig) -> bool:
     return method.asks_teacher and "student" in method.roles(config) and copies
 
 
+def _roles(roles: Mapping[str, Role]) -> dict[str, list[str]]:
+    """Their names in the order of updates; those that only follow others; those that are no copy of a network."""
+    return {
+        "roles": list(roles),
+        "frozen": sorted(name for name, role in roles.items() if role.train == "frozen"),
+        "heads": sorted(name for name, role in roles.items() if role.init == "new"),
+    }
+
+
 def _term_schema(term: type[Term]) -> dict[str, Any]:
     return {
         "description": (term.__doc__ or "").partition("\n")[0],
         "paper": term.paper,
         "needs": sorted(term.needs),
-        "roles": list(term.roles(term.Config())),
+        **_roles(term.roles(term.Config())),
         "config": term.Config.model_json_schema(),
     }
 

@@ -30,8 +30,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 @cache
 def schemas() -> dict[str, dict[str, Any]]:
-    """Methods: name -> {file, description, paper, needs, inputs, roles, embeds_guidance, several_counts_read_s,
-    for_several_steps, defaults, config (JSON schema)}."""
+    """Methods: name -> {file, description, paper, needs, inputs, roles, frozen, heads, embeds_guidance,
+    several_counts_read_s, for_several_steps, defaults, config (JSON schema)}."""
     found: dict[str, dict[str, Any]] = json.loads(PATH.read_text())
     return found
 
@@ -45,7 +45,7 @@ def leaderboard() -> dict[str, dict[str, Any]]:
 
 @cache
 def terms() -> dict[str, dict[str, Any]]:
-    """Loss terms: name -> {description, paper, needs, roles, config (JSON schema)}."""
+    """Loss terms: name -> {description, paper, needs, roles, frozen, heads, config (JSON schema)}."""
     found: dict[str, dict[str, Any]] = json.loads(TERMS_PATH.read_text())
     return found
 

@@ -40,8 +40,9 @@ class View:
         self._bar: TaskID = progress.add_task("queued", total=None, note="")
         self._metric = ""
         self._said_s = float("-inf")
-        self._drawn = {"preparing": self._preparing, "progress": self._step, "metric": self._measured}
+        self._drawn = {"preparing": self._preparing, "progress": self._step, "metric": self._judged}
         self._drawn |= {"status": self._status, "swap": self._swap, "note": self._word, "alarm": self._alarm}
+        self._drawn |= {"plan": self._planned, "measured": self._measured}
 
     def show(self, event: Json) -> None:
         draw = self._drawn.get(event["event"])
@@ -64,7 +65,7 @@ class View:
         self._progress.update(self._bar, completed=event["step"], total=event["total_steps"], note=note)
         self._now_and_then(f"step {event['step']} of {event['total_steps']} · {note}")
 
-    def _measured(self, event: Json) -> None:
+    def _judged(self, event: Json) -> None:
         found: Mapping[str, float] = event["metrics"]
         self._metric = f"fd ratio {found['fd']:.2f}" if "fd" in found else ""
         alone = " · ".join(f"{name} {value:.2f}" for name, value in found.items() if name.startswith("fd@"))
@@ -77,6 +78,12 @@ class View:
     def _alarm(self, event: Json) -> None:
         self._print(f"alarm: {event['what']} is {event['value']:.2f}, not within {event['low']} to {event['high']}")
 
+    def _planned(self, event: Json) -> None:
+        self._print(f"training should need {_needs(event)}")
+
+    def _measured(self, event: Json) -> None:
+        self._print(f"training needed {_needs(event)}")
+
     def _word(self, event: Json) -> None:
         self._print(event["message"])
 
@@ -87,6 +94,10 @@ class View:
     def _print(self, line: str) -> None:
         self._said_s = self._clock()
         self._console.print(line, highlight=False, markup=False)
+
+
+def _needs(event: Json) -> str:
+    return f"{event['train_seconds']:.0f} s and {event['memory_bytes'] / 2**20:.0f} MiB"
 
 
 def summary(job: Json) -> str:

@@ -13,10 +13,8 @@ import psutil
 import pytest
 
 from distill_jobs.exit_codes import FINISHED, PAUSED, REFUSED
-from distill_jobs.records import JobRecords
 from distill_jobs.trainer_process import TrainerProcess, command
-from engines.registry.files import FilesRegistry
-from tests.distilling import DEPLOYMENT, LENIENT, PROMPTS, deploy_teacher, workshop
+from tests.distilling import DEPLOYMENT, LENIENT, PROMPTS, prepared, workshop
 from tests.eventually import eventually
 from tests.redis_server import RedisServer
 
@@ -41,15 +39,7 @@ class Folder:
     """A job's folder after its preparation, and what is seen in it."""
 
     def __init__(self, path: Path) -> None:
-        registry = FilesRegistry(str(path / "registry"))
-        version = deploy_teacher(registry, path / "pipeline")
-        job = JobRecords(registry).create(SPEC)
-        found = registry.job_path(job.id)
-        assert found is not None
-        self.path = found
-        told = {"registry": str(path / "registry"), "work": str(path / "work"), "teacher": version, "guidance": 2.0}
-        (self.path / "trainer.json").write_text(json.dumps({**told, "features": None}))
-        (self.path / "schedule.json").write_text(json.dumps({"schedules": {}, "bf16": False, "spent_s": 0.0}))
+        self.path = prepared(path, SPEC)
 
     def trains_past(self, step: int) -> None:
         eventually(lambda: self.saved() >= step, 300)

@@ -17,6 +17,7 @@ from safetensors.torch import save
 from distill_jobs.api import router
 from distill_jobs.jobs import JobState
 from distill_jobs.methods import _schemas
+from distill_jobs.plan import Plan, StagePlan
 from distill_jobs.queue import JobQueue, connect
 from distill_jobs.records import JobRecords
 from engines.errors import AuthenticationFailed, FewstepError
@@ -208,23 +209,55 @@ def test_the_report_is_a_page_that_may_load_nothing(http: TestClient) -> None:
     assert http.get(job["urls"]["report"], headers={"authorization": "you"}).json()["code"] == "job_not_found"
 
 
+ESTIMATE = "/v1/distillation/estimate"
+
+
 def test_an_estimate_says_what_it_knows_and_where_from(http: TestClient) -> None:
-    unknown = http.post("/v1/distillation/estimate", json=SPEC).json()
+    """Of each network in training weight and two moments; one gradient, one average, one best student."""
+    unknown = http.post(ESTIMATE, json=SPEC).json()
     assert unknown["train_seconds"] is None
-    assert unknown["memory_bytes"] == 1750 * 4 * (1 + 4 + 1)
+    assert unknown["memory_bytes"] == 1750 * 4 * (1 + 3 + 3)
+    assert "lower bound without activations" in unknown["basis"]["memory_bytes"]
     timed = {**SPEC, "method": {"name": "sid"}, "train": {"max_minutes": 5}}
-    known = http.post("/v1/distillation/estimate", json=timed).json()
+    known = http.post(ESTIMATE, json=timed).json()
     assert (known["train_seconds"], known["hard_stop_seconds"]) == (300.0, 600.0)
-    assert known["memory_bytes"] == 1750 * 4 * (1 + 8 + 1)
+    assert known["memory_bytes"] == 1750 * 4 * (1 + 2 * 3 + 3)
+
+
+def test_an_estimate_is_what_an_equal_job_needed(http: TestClient, queue: JobQueue) -> None:
+    records = queue.records
+    job = records.claim(http.post(JOBS, json=SPEC).json()["id"], "distiller")
+    records.write(job.id, "progress.json", {"step": 50})
+    records.write(job.id, "result.json", {"measured": {"memory_bytes": 7_000_000, "train_seconds": 5.0}})
+    longer = {**SPEC, "student": {**SPEC["student"], "name": "other"}, "train": {"iterations": 300}}
+    assert http.post(ESTIMATE, json=longer).json()["train_seconds"] is None  # it has not ended
+    for state in list(JobState)[1:3] + list(JobState)[4:8]:
+        records.move(job.id, state, fence=job.fence)
+    told = http.post(ESTIMATE, json=longer).json()
+    assert (told["memory_bytes"], told["iterations_per_s"], told["train_seconds"]) == (7_000_000, 10.0, 30.0)
+    assert set(told["basis"].values()) == {f"measured by {job.id}"}
+    for unlike in ({"method": {"name": "sid"}}, {"train": {"iterations": 300, "batch": 8}}):
+        assert http.post(ESTIMATE, json={**SPEC, **unlike}).json()["train_seconds"] is None
+    assert http.post(ESTIMATE, json=longer, headers={"authorization": "you"}).json()["train_seconds"] is None
+
+
+def test_a_job_shows_what_training_should_need_and_what_it_needed(http: TestClient, queue: JobQueue) -> None:
+    job = http.post(JOBS, json=SPEC).json()
+    assert (job["estimated"], job["measured"]) == (None, None)
+    plan = Plan((StagePlan("kd", 5, seconds=2.5),), eval_every=5, bf16=False, memory_bytes=10)
+    queue.records.write(job["id"], "plan.json", plan.as_dict())
+    queue.records.write(job["id"], "result.json", {"measured": {"memory_bytes": 12, "train_seconds": 3.0}})
+    shown = http.get(f"{JOBS}/{job['id']}").json()
+    assert shown["estimated"] == {"memory_bytes": 10, "train_seconds": 2.5}
+    assert shown["measured"] == {"memory_bytes": 12, "train_seconds": 3.0}
 
 
 def test_the_estimate_of_a_lora_has_one_backbone_and_small_trained_matrices(http: TestClient) -> None:
     for targets, weights in (("auto", 3 * (40 + 30) + 3 * (5 + 10 * 9)), (["to_q"], 3 * (40 + 30))):
         lora = {"rank": 3, "targets": targets}
         body = {**SPEC, "student": {**SPEC["student"], "train": {"lora": lora}}, "method": {"name": "sid"}}
-        told = http.post("/v1/distillation/estimate", json=body).json()
-        assert told["memory_bytes"] == 4 * (1750 + weights * (2 * 4 + 1))
-        assert f"2 trained adapter(s) of {weights} weights" in told["basis"]["memory_bytes"]
+        told = http.post(ESTIMATE, json=body).json()
+        assert told["memory_bytes"] == 4 * (1750 + weights * (2 * 3 + 1 + 1 + 1))
 
 
 def test_the_methods_and_terms_that_a_job_may_name_are_listed(http: TestClient) -> None:

@@ -50,12 +50,6 @@ def test_the_time_left_is_of_all_stages_to_come(log: EventLog, tmp_path: Path) -
     assert [event["eta_s"] for event in lines(tmp_path)] == [26.0, 20.0]
 
 
-def test_a_stage_without_a_planned_time_is_estimated_by_the_present_speed(tmp_path: Path) -> None:
-    plan = Plan((StagePlan("kd", 100), StagePlan("sid", 50)), eval_every=10, bf16=False)
-    EventLog(tmp_path, plan)(progress())
-    assert lines(tmp_path)[0]["eta_s"] == 6.0 + 50 / 10
-
-
 def test_the_last_metrics_stand_in_every_later_progress(log: EventLog, tmp_path: Path) -> None:
     log({"type": "evaluation", "stage": 0, "iteration": 40, "metrics": {"fd": 1.5}})
     log(progress())

@@ -33,6 +33,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_total_is_the_sum_over_the_processes(pair: Path) -> None:
+    assert [json.loads((pair / f"total.{rank}.json").read_text()) for rank in range(2)] == [3, 3]
+    assert Group().total(7) == 7
+
+
 def near(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     for name in one:

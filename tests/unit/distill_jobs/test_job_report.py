@@ -9,7 +9,8 @@ import pytest
 from distill_jobs import spec as specs
 from distill_jobs.job_report import FIGURES, charts, judged, periods, render, rows
 from distill_jobs.jobs import JobState
-from distill_jobs.records import RESULT, JobRecords
+from distill_jobs.plan import Plan, StagePlan
+from distill_jobs.records import PLAN, RESULT, JobRecords
 from engines.registry.files import FilesRegistry
 
 EVIL = "<script>alert('x')</script>"
@@ -142,6 +143,16 @@ def test_a_job_that_made_nothing_has_a_report_too(records: JobRecords, state: Jo
     assert "table" not in page.tags
     assert "svg" not in page.tags
     assert (state or "queued") in page.words
+
+
+def test_what_training_should_need_stands_beside_what_it_needed(records: JobRecords) -> None:
+    job_id = new_job(records)
+    plan = Plan((StagePlan("kd", 5, seconds=90.0),), eval_every=5, bf16=False, memory_bytes=600 << 20)
+    records.write(job_id, PLAN, plan.as_dict())
+    assert "estimated 90 s and 600 MiB" in Page(render(records.get(job_id), records)).words
+    records.write(job_id, RESULT, {"measured": {"memory_bytes": 640 << 20, "train_seconds": 99.0}})
+    found = Page(render(records.get(job_id), records))
+    assert "estimated 90 s and 600 MiB · measured 99 s and 640 MiB" in found.words
 
 
 def test_a_student_stands_beside_the_teacher_at_its_own_and_at_the_same_steps() -> None:

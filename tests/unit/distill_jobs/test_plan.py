@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from distill_jobs import spec as specs
+from distill_jobs.needs import Needs
 from distill_jobs.plan import Costs, Plan, planned
 
 
@@ -49,6 +50,27 @@ def test_iterations_are_shared_out_and_win_over_minutes_that_allow_more() -> Non
     assert [s.iterations for s in planned(spec(iterations=100), [Costs(1)] * 2, [0, 0]).stages] == [50, 50]
     both = planned(spec(iterations=100, max_minutes=100), [Costs(0.1)] * 2, [0, 0])
     assert [stage.iterations for stage in both.stages] == [50, 50]
+
+
+COSTS = [
+    Costs(0.1, pair_s=0.01, evaluation_s=1.0, checkpoint_s=0.5, pair_bytes=1000, peak_bytes=5000),
+    Costs(0.5, evaluation_s=2.0, peak_bytes=60_000),
+]
+
+
+def test_what_training_should_need_is_the_sum_of_its_parts_and_its_highest_peak() -> None:
+    """Five evaluations of each stage; a checkpoint of .5 s every 10 s and one at the end; 64 pairs were in the peak."""
+    plan = planned(spec(iterations=100, checkpoint_every_s=10), COSTS, [128, 0])
+    assert [stage.seconds for stage in plan.stages] == pytest.approx([1.28 + 5 + 0.5 + 50 * 0.105, 10 + 25])
+    assert plan.needs == Needs(5000 + 64 * 1000, plan.stages[0].seconds + plan.stages[1].seconds)
+    often = planned(spec(iterations=100, checkpoint_every=5), COSTS, [128, 0])
+    assert often.stages[0].seconds == pytest.approx(1.28 + 5 + 0.5 + 50 * 0.2)
+    assert planned(spec(iterations=100), COSTS, [64, 0]).memory_bytes == 60_000
+
+
+def test_a_plan_for_minutes_should_need_them() -> None:
+    plan = planned(spec(max_minutes=5), COSTS, [128, 0], spent_s=10)
+    assert plan.needs.train_seconds == pytest.approx(290, abs=4)  # an evaluation or two, rounded
 
 
 def test_a_budget_that_pays_for_nothing_still_trains_a_little() -> None:

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from distill_jobs.batches import Rows, TensorSource
+from distill_jobs.plan import Costs
 from distill_jobs.progress import Hooks, Wish
 from distill_jobs.stage import Average, Stage, StageRun, lr_factor
-from distill_jobs.timing import StageCost, measure, prepared_rows
+from distill_jobs.timing import measure, prepared_rows
 from distill_jobs.trainer import Result, TrainConfig, Trainer
 from engines.errors import Diverged, InvalidRequest, LeaseLost
 from tests.unit.distill_jobs.tiny import STAGES, TinyNet, tiny_source, tiny_student, tiny_teacher
@@ -130,7 +132,7 @@ def test_a_hard_stop_counts_the_time_of_earlier_lives(tmp_path: Path) -> None:
     slow = [Stage("sid", 1000, STAGES["sid"], hard_stop_s=60.0)]
     trainer(slow, tmp_path, hooks=hooks).fit()
     ended = trainer(slow, tmp_path, hooks=Hooks(clock=lambda: float(next(ticks)))).fit()
-    whole = trainer(slow, hooks=Hooks(clock=lambda: float(next(ticks)))).fit()
+    whole = trainer(slow, tmp_path / "whole", hooks=Hooks(clock=lambda: float(next(ticks)))).fit()
     assert ended.stopped_early
     assert whole.stopped_early
     assert abs(ended.iteration - whole.iteration) <= 2
@@ -259,17 +261,71 @@ def test_a_search_is_no_stage_and_a_flow_map_needs_a_network_that_reads_s() -> N
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stage_is_timed_without_touching_the_student(name: str) -> None:
-    student = tiny_student()
-    before = copy.deepcopy(dict(student.state_dict()))
-    cost = measure(stage(name, 100), tiny_teacher(), student, tiny_source())
-    assert cost.iteration_s > 0
+def test_a_trial_takes_the_time_of_every_part_and_leaves_nothing(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "trial"
+    cost = measure(stage(name, 100), tiny_teacher(), tiny_student(), tiny_source(), config=CONFIG, folder=folder)
+    assert min(cost.iteration_s, cost.checkpoint_s) > 0
     prepares = bool({"pairs", "generate"} & STAGES[name].keys())
-    assert (cost.prepared_row_s > 0) == prepares
-    assert same(before, dict(student.state_dict()))
+    assert (cost.pair_s > 0) == (cost.pair_bytes > 0) == prepares
+    assert not folder.exists()
     assert prepared_rows(stage(name)) == (64 if prepares else 0)
 
 
-def test_a_budget_pays_for_preparation_first() -> None:
-    assert StageCost(0.1, 0.01).iterations_in(10.0, prepared_rows=500) == 50
-    assert StageCost(0.1, 0.01).iterations_in(1.0, prepared_rows=500) == 1
+class Slow(TensorSource):
+    """Every request for rows takes a second."""
+
+    now = 0.0
+
+    def rows(self, position: int, count: int) -> Rows:
+        self.now += 1.0
+        return super().rows(position, count)
+
+
+def slow_trial(name: str, folder: Path) -> Costs:
+    source = Slow(torch.linspace(-1, 1, 50), tiny_source().shape)
+
+    def evaluate(*_: Any) -> dict[str, float]:
+        source.now += 7.0
+        return {"fd": 1.0}
+
+    return measure(
+        stage(name, 100),
+        tiny_teacher(),
+        tiny_student(),
+        source,
+        config=CONFIG,
+        folder=folder,
+        evaluate=evaluate,
+        clock=lambda: source.now,
+    )
+
+
+def test_a_trial_counts_seconds_of_an_update_a_pair_an_evaluation_and_bytes_of_a_pair(tmp_path: Path) -> None:
+    critic = slow_trial("sid", tmp_path)  # two updates of the fake and one of the student, each of other rows
+    assert (critic.iteration_s, critic.pair_s, critic.pair_bytes) == (3.0, 0.0, 0)
+    assert critic.evaluation_s == 7.0 + 1.0  # a panel's rows
+    regression = slow_trial("kd", tmp_path)  # of pairs alone, after one shard of them
+    assert (regression.iteration_s, regression.pair_s) == (0.0, 1 / 64)
+    states, condition, header = 5 * 8 * 4, 4, 4
+    assert states + condition <= regression.pair_bytes <= states + condition + header
+    assert critic.peak_bytes > 1 << 20
+
+
+def test_what_a_run_needed_is_of_all_its_lives(tmp_path: Path) -> None:
+    """The clock stands still but for the question before each iteration."""
+    now = 0.0
+
+    def lived(asked: int | None) -> Result:
+        wish = wish_after(asked, "pause") if asked is not None else (lambda: None)
+
+        def poll() -> Wish | None:
+            nonlocal now
+            now += 1.0
+            return wish()
+
+        return trainer([stage("sid")], tmp_path, hooks=Hooks(poll=poll, clock=lambda: now)).fit()
+
+    assert lived(3).needs.train_seconds == 4.0
+    ended = lived(None)
+    assert ended.needs.train_seconds == 4.0 + 4.0
+    assert ended.needs.memory_bytes > 1 << 20

@@ -112,6 +112,7 @@ def start(size: int, folder: Path) -> None:
 
 def main(folder: Path) -> None:
     joined = Group.join()
+    (folder / f"total.{joined.rank}.json").write_text(json.dumps(joined.total(joined.rank + 1)))
     for shards in (False, True):
         group = Group(joined.rank, joined.size, shards=shards)
         kept = folder / ("sharded" if shards else "whole")

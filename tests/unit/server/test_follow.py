@@ -48,5 +48,13 @@ def test_a_student_that_goes_live_is_named_with_its_tiers() -> None:
     assert lines == ["small@aaaaaaaaaaaa is live: low at 1 steps, medium at 4 steps"]
 
 
+def test_what_training_should_need_is_said_before_it_and_what_it_needed_after_it() -> None:
+    lines = said(
+        {"event": "plan", "total_steps": 9, "train_seconds": 90.2, "memory_bytes": 600 << 20},
+        {"event": "measured", "train_seconds": 99.0, "memory_bytes": 640 << 20},
+    )
+    assert lines == ["training should need 90 s and 600 MiB", "training needed 99 s and 640 MiB"]
+
+
 def test_events_for_machines_are_not_shown() -> None:
     assert said({"event": "panel", "name": "panels/1.png"}, {"event": "checkpoint", "step": 1}) == []
