@@ -29,6 +29,7 @@ from distill_jobs.trainer_process import command
 from distill_jobs.watch import Watch
 from engines import artefact
 from engines.errors import InvalidRequest, JobFailed, NotBuilt, SwapRejected
+from engines.grid import SCALES, Grid
 from engines.manifest import Guidance, Schedule
 
 _ORDER = [
@@ -153,6 +154,7 @@ class JobRun:
             return str(self.result["schedule_student"])
         said = self._trained()
         teacher, adapter = self._teacher(), self.folder / "trained" / "adapter.safetensors"
+        bits = self.spec.student.weight_bits
         return artefact.make_student(
             self.registry,
             teacher.version,
@@ -160,6 +162,7 @@ class JobRun:
             denoiser_weights=load_file(self.folder / "trained" / "weights.safetensors"),
             adapter=load_file(adapter) if adapter.exists() else None,
             denoiser_config=said.get("config"),
+            grid=None if bits is None else Grid(bits, load_file(self.folder / "trained" / SCALES)),
             points=max(stage.points for stage in self.spec.stages),
             schedules={int(k): Schedule.model_validate(value) for k, value in said["schedules"].items()},
             guidance=learnt(teacher.guidance, self.spec.student.weights),

@@ -86,7 +86,7 @@ def check_settings(
 
 def check_network(stages: Sequence[MethodSpec], student: StudentSpec, *, trains: bool, shard: bool) -> None:
     """Whether the stages train the network that the job says, such as an adapter or one with fewer layers."""
-    said = {"train.lora": student.lora, "slim": student.slim, "forget": student.forget}
+    said = {"train.lora": student.lora, "slim": student.slim, "quantise": student.quantise, "forget": student.forget}
     asked = [name for name, value in said.items() if value is not None]
     if asked and not trains:
         message = f"student.{asked[0]}: {stages[0].name} trains no weights: leave it out, or name a method that does"

@@ -66,6 +66,9 @@ class StudentSpec(_Frozen):
         "baked", description="the teacher's weight in the network's own, or a range of weights that the network reads"
     )
     slim: SlimSpec | None = Field(None, description="which of the teacher's layers the student is left with")
+    quantise: Literal["int8", "int4"] | None = Field(
+        None, description="weights of repeated blocks are trained and stored as multiples of a scale per output channel"
+    )
     forget: tuple[Forget, ...] | None = Field(
         None, min_length=1, max_length=64, description="what it shall not draw, and what it draws instead"
     )
@@ -88,9 +91,20 @@ class StudentSpec(_Frozen):
         return self
 
     @model_validator(mode="after")
+    def _quantised_is_full(self) -> Self:
+        if self.quantise is not None and self.train != "full":
+            raise ValueError("quantise rounds the network's weights, and a LoRA is added to its teacher's: train full")
+        return self
+
+    @model_validator(mode="after")
     def _forgets_one_thing_each(self) -> Self:
         forgetting.check(self.forgets)
         return self
+
+    @property
+    def weight_bits(self) -> Literal[4, 8] | None:
+        """Of the grid that weights are on; None where they are on none."""
+        return None if self.quantise is None else 8 if self.quantise == "int8" else 4
 
     @property
     def forgets(self) -> tuple[Forget, ...]:

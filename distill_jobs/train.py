@@ -37,6 +37,7 @@ from distill_jobs.losses import pairwise_distance
 from distill_jobs.plan import Plan
 from distill_jobs.preparation import SCHEDULE
 from distill_jobs.progress import Hooks, Wish
+from distill_jobs.quantised import on_grid, quantise
 from distill_jobs.records import PLAN
 from distill_jobs.small_evaluation import SmallEvaluation, learnt
 from distill_jobs.spec import DistillJobSpec, inputs
@@ -45,6 +46,7 @@ from distill_jobs.trainer import Result, TrainConfig, Trainer
 from engines import priority
 from engines.denoiser import Denoiser
 from engines.errors import FewstepError
+from engines.grid import SCALES
 from engines.registry.base import Registry, open_registry
 from engines.slimming import Slimmed
 
@@ -87,10 +89,11 @@ class TrainerRun:
 
     def train(self) -> Result:
         plan = self._plan()
+        student = self._beginner()
         trainer = Trainer(
             preparation.stages(plan.stages),
             self.guided,
-            self._beginner(),
+            student,
             self.source,
             replace(self._config(plan.bf16), eval_every=plan.eval_every),
             folder=self.folder / "checkpoints",
@@ -100,7 +103,7 @@ class TrainerRun:
         )
         result = trainer.fit()
         if result.state == "finished" and self.group.leads:
-            self._keep(result, plan)
+            self._keep(result, plan, student)
         return result
 
     def _config(self, bf16: bool) -> TrainConfig:
@@ -138,11 +141,12 @@ class TrainerRun:
 
     def _beginner(self) -> Denoiser:
         """The student before its first update: all of its weights, or an adapter beside the teacher's."""
-        if self.spec.student.lora is not None:
-            return adapted(self.teacher.denoiser, self.spec.student.lora)
-        return self.teacher.beginner(
-            inputs(self.spec), self._slim(), points=max(stage.points for stage in self.spec.stages)
-        )
+        asked = self.spec.student
+        if asked.lora is not None:
+            return adapted(self.teacher.denoiser, asked.lora)
+        points = max(stage.points for stage in self.spec.stages)
+        student = self.teacher.beginner(inputs(self.spec), self._slim(), points=points)
+        return student if asked.weight_bits is None else quantise(student, asked.weight_bits)
 
     def _slim(self) -> Slimmed | None:
         slim = self.spec.student.slim
@@ -192,12 +196,16 @@ class TrainerRun:
 
         return draw
 
-    def _keep(self, result: Result, plan: Plan) -> None:
+    def _keep(self, result: Result, plan: Plan, student: Denoiser) -> None:
         """The student for the export: weights under the names of its blob, then what is said of them. Of a LoRA the
-        adapter too."""
+        adapter too, of weights on a grid its scales."""
         folder, lora = self.folder / "trained", self.spec.student.lora
         folder.mkdir(exist_ok=True)
         weights = diffusers.blob_weights(result.weights)
+        if self.spec.student.quantise is not None:
+            made = on_grid(student, result.weights)
+            weights = diffusers.blob_weights(made.weights)
+            save_file(diffusers.blob_weights(made.scales), folder / SCALES)
         if lora is not None:
             save_file(portable(weights, lora), folder / "adapter.safetensors")
             weights = merged(diffusers.blob_weights(self.teacher.denoiser.state_dict()), weights, lora)

@@ -17,6 +17,7 @@ from engines import golden, plugins, policy, shipped
 from engines.errors import InvalidManifest, InvalidRequest, NotBuilt
 from engines.families.base import FamilyClass, ReadFile
 from engines.graph import ComponentGraph, spec
+from engines.grid import SCALES, Grid
 from engines.loader import load_student, load_weights, reader
 from engines.manifest import Component, Guidance, Kind, ProcessSpec, Schedule, StudentManifest, shown
 from engines.registry.base import Registry
@@ -27,6 +28,7 @@ FRESH = ("second_time.", "guidance.")
 """Layers of a denoiser that a teacher has not: they begin at zero, where the student is its teacher."""
 ADAPTER = "pytorch_lora_weights.safetensors"
 """The file of a student's denoiser that holds its LoRA, by the name that diffusers looks for."""
+_BESIDE = (ADAPTER, SCALES)
 
 
 def import_diffusers(
@@ -102,6 +104,7 @@ def make_student(
     denoiser_weights: Mapping[str, Tensor] | None = None,
     adapter: Mapping[str, Tensor] | None = None,
     denoiser_config: Mapping[str, Any] | None = None,
+    grid: Grid | None = None,
     points: int = 1,
     schedules: Mapping[int, Schedule] | Iterable[Schedule],
     guidance: Guidance | None = None,
@@ -121,9 +124,11 @@ def make_student(
     LoRA that `denoiser_weights` were merged with, by peft's names (alpha = rank): served are the full weights, on the
     graph that every other student has, and the LoRA is kept beside them. `denoiser_config` is that of another network
     than the base's, such as a slimmed one; of several `points` it is a policy, whose weights have the wider last layer.
+    `grid` says which of the weights are multiples of scales, which are kept beside them.
 
     Raises:
         GraphMismatch: the weights are not those of the base's network.
+        InvalidRequest: weights are not on their grid.
     """
     base = registry.student(base_version)
     reads = base.inputs if inputs is None else frozenset(inputs)
@@ -146,10 +151,11 @@ def make_student(
         denoiser_config = policy.widened(config, points)
     if denoiser_weights is not None or reads != base.inputs:
         changed["components"] = base.components | {
-            "denoiser": _with_weights(registry, base, reads, denoiser_weights, dtype, adapter, denoiser_config)
+            "denoiser": _with_weights(registry, base, reads, denoiser_weights, dtype, adapter, denoiser_config, grid)
         }
         changed["dtype"] = dtype
-    manifest = StudentManifest.model_validate(base.model_dump() | _dumped(changed))
+    bits = base.weight_bits if "components" not in changed else None if grid is None else grid.bits
+    manifest = StudentManifest.model_validate(base.model_dump() | _dumped(changed) | {"weight_bits": bits})
     return _publish(registry, manifest, golden_prompts or prompts_of(registry, base))
 
 
@@ -174,7 +180,7 @@ def export_diffusers(registry: Registry, version: str, directory: Path) -> None:
     for role, names in folders.items():
         part = manifest.components[role]
         for name, sha in part.files.items():
-            if name == ADAPTER:  # its weights are merged already
+            if name in _BESIDE:  # what they say is in the weights already
                 continue
             _write(directory / (name if "/" in name else f"{names[0]}/{name}"), registry.read_blob(sha))
         file = "model.safetensors" if role == "encoder" else "diffusion_pytorch_model.safetensors"
@@ -217,10 +223,11 @@ def _with_weights(
     dtype: str,
     adapter: Mapping[str, Tensor] | None,
     config: Mapping[str, Any] | None,
+    grid: Grid | None,
 ) -> Component:
     """The base's denoiser with other weights, checked against the network that the student will have."""
     old = base.components["denoiser"]
-    files = {name: sha for name, sha in old.files.items() if name != ADAPTER}
+    files = {name: sha for name, sha in old.files.items() if name not in _BESIDE}
     if config is not None:
         files["config.json"] = registry.put_blob(json.dumps(config, indent=1).encode())
     components = base.components | {"denoiser": old.model_copy(update={"files": files})}
@@ -232,6 +239,9 @@ def _with_weights(
         (folder,) = plugins.load("engines.families", base.family, "FOLDERS")["denoiser"]  # as diffusers calls it
         named = {f"{folder}.{name}": value.contiguous() for name, value in adapter.items()}
         files[ADAPTER] = registry.put_blob(save(named, {"format": "pt"}))
+    if grid is not None:
+        grid.check(stored)
+        files[SCALES] = registry.put_blob(save({name: scales.contiguous() for name, scales in grid.scales.items()}))
     return Component(weights=registry.put_blob(save(stored)), files=files)
 
 

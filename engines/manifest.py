@@ -204,6 +204,11 @@ class StudentManifest(_Frozen):
         exclude_if=lambda points: points == 1,
         description="x0 that the network gives at once; several make it a policy",
     )
+    weight_bits: Literal[4, 8] | None = Field(
+        None,
+        exclude_if=lambda bits: bits is None,
+        description="the denoiser's weights are whole multiples of the scales beside them, of so many bits",
+    )
     solver: str = "ddim"
     schedules: dict[int, Schedule] = Field(min_length=1)
     guidance: Guidance = Guidance()

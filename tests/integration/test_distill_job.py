@@ -7,8 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load
 
-from engines.loader import load_student
+from engines.grid import SCALES, Grid
+from engines.loader import load_student, load_weights
 from engines.manifest import Guidance, shown
 from engines.student import sample
 from tests.distilling import DEPLOYMENT, LENIENT, Workshop, workshop
@@ -149,6 +151,19 @@ def test_a_student_without_the_middle_of_its_teacher_is_served_on_its_own_graph(
     current = shop.registry.current(DEPLOYMENT)
     assert current is not None
     assert current.tiers["low"].student == result["student"]
+
+
+def test_weights_that_were_trained_on_a_grid_are_stored_on_it(shop: Workshop) -> None:
+    job = shop.submit(student={"name": "tiny-grid", "steps": [1, 2], "quantise": "int4"})
+    with shop.workers(), shop.distiller():
+        shop.await_state(job.id, "succeeded")
+
+    result = shop.records.read(job.id, "result.json") or {}
+    manifest = shop.registry.student(result["student"])
+    part = manifest.components["denoiser"]
+    scales = load(shop.registry.read_blob(part.files[SCALES]))
+    assert (manifest.weight_bits, manifest.dtype, len(scales) > 10) == (4, "fp16", True)
+    Grid(4, scales).check(load_weights(shop.registry, part))
 
 
 def test_a_policy_is_served_by_a_graph_of_several_predictions(shop: Workshop) -> None:

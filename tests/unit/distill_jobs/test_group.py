@@ -145,7 +145,7 @@ def test_a_network_that_cannot_compute_activations_anew_says_so() -> None:
 @pytest.mark.parametrize("networks", ["whole", "sharded"])
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_see_the_losses_and_end_with_the_weights_of_one(name: str, networks: str, pair: Path) -> None:
-    seen, tensors = trained(CASES[name], Execution())
+    seen, tensors = trained(name, Execution())
     for rank in (0, 1):
         told = json.loads((pair / networks / f"{name}.{rank}.json").read_text())
         assert len(told) == len(seen)

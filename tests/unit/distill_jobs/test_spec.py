@@ -69,6 +69,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (job(data={"prompts": 3}), "data.prompts"),
     (job(train={"iterations": 0}), "train.iterations"),
     (job(eval={"samples": 100, "small_samples": 200}), "eval"),
+    (job(student={"name": "small", "steps": [1], "quantise": "int2"}), "student.quantise"),
+    (
+        job(student={"name": "small", "steps": [1], "quantise": "int8", "train": {"lora": {"rank": 4}}}),
+        "student",
+    ),
+    (job(student={"name": "small", "quantise": "int8"}, method={"name": "gas"}), "student.quantise"),
     (forgets([]), "student.forget"),
     (forgets([{"concept": " ", "instead": "blue"}]), "student.forget.0.concept"),
     (forgets([{"concept": "red"}, {"concept": "ring", "insted": "cross"}]), "student.forget.1.insted"),
@@ -110,6 +116,11 @@ def test_a_student_may_forget_and_what_it_says_of_that_is_kept() -> None:
     assert [(rule.concept, rule.instead) for rule in spec.student.forgets] == [("red", "blue"), ("ring", "")]
     assert specs.parse(spec.canonical()) == spec
     assert specs.parse(job()).student.forgets == ()
+
+
+@pytest.mark.parametrize(("said", "bits"), [("int8", 8), ("int4", 4), (None, None)])
+def test_the_grid_of_weights_has_its_bits(said: str | None, bits: int | None) -> None:
+    assert specs.parse(job(student={"name": "small", "steps": [1, 2], "quantise": said})).student.weight_bits == bits
 
 
 def test_an_unknown_method_is_refused_with_those_there_are() -> None:

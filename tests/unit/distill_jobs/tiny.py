@@ -62,5 +62,29 @@ def tiny_student(dropout: float = 0.0) -> Denoiser:
     return Denoiser(TinyNet(1, dropout), RF(), "flow", inputs={"s"})
 
 
+class BlockNet(nn.Module):
+    """net(x, t, cond, s, w) of 8 values with two blocks between a first and a last layer; deaf to s."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.first = nn.Linear(10, 16)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(2)])
+        self.last = nn.Linear(16, 8)
+        for parameter in self.parameters():
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor, s: Any, w: Any) -> Tensor:
+        h = self.first(torch.cat([x.flatten(1), torch.stack([t, cond.expand(len(x))], dim=1)], dim=1))
+        for block in self.blocks:
+            h = h + block(h)
+        out: Tensor = self.last(h)
+        return out.reshape(x.shape)
+
+
+def blocks_student() -> Denoiser:
+    return Denoiser(BlockNet(), RF(), "flow", {"s"})
+
+
 def tiny_source() -> TensorSource:
     return TensorSource(torch.linspace(-1, 1, 50), SHAPE)

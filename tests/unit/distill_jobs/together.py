@@ -17,12 +17,14 @@ from torch import Tensor
 from distill_jobs.group import Group
 from distill_jobs.methods.base import Workspace
 from distill_jobs.progress import Hooks
+from distill_jobs.quantised import quantise
 from distill_jobs.stage import Execution, Stage, StageRun
 from distill_jobs.terms.base import Wanted
 from distill_jobs.trainer import Result, TrainConfig, Trainer
-from tests.unit.distill_jobs.tiny import STAGES, tiny_source, tiny_student, tiny_teacher
+from tests.unit.distill_jobs.tiny import STAGES, blocks_student, tiny_source, tiny_student, tiny_teacher
 
 ITERATIONS = 4
+GRID = "weights on a grid"
 CASES: dict[str, Stage] = {
     "regression": Stage("kd", ITERATIONS, STAGES["kd"]),
     "critic": Stage("dmd", ITERATIONS, {**STAGES["dmd"], "fake_warmup": 2}),
@@ -33,14 +35,16 @@ CASES: dict[str, Stage] = {
     "gradient through a derivative": Stage("esd", ITERATIONS, STAGES["esd"]),
     "derivative by the end": Stage("lsd", ITERATIONS, STAGES["lsd"]),
     "policy": Stage("pi_flow", ITERATIONS, STAGES["pi_flow"]),
+    GRID: Stage("dmd", ITERATIONS, {**STAGES["dmd"], "fake_warmup": 2}),
 }
 CHAIN = [Stage("kd", 3, STAGES["kd"]), Stage("dmd", 5, {**STAGES["dmd"], "fake_warmup": 2})]
 
 
-def trained(stage: Stage, execution: Execution) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
-    """What each iteration said, and all tensors at the end."""
+def trained(name: str, execution: Execution) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """What each iteration of a case said, and all tensors at the end."""
     torch.manual_seed(17)
-    run = StageRun(0, stage, tiny_teacher(), tiny_student(), execution=execution)
+    stage, student = CASES[name], quantise(blocks_student(), 4) if name == GRID else tiny_student()
+    run = StageRun(0, stage, tiny_teacher(), student, execution=execution)
     run.method.prepare(tiny_source(), Workspace(group=execution.group))
     seen = [run.iterate(tiny_source()) for _ in range(stage.iterations)]
     return seen, run.tensors()
@@ -117,8 +121,8 @@ def main(folder: Path) -> None:
         group = Group(joined.rank, joined.size, shards=shards)
         kept = folder / ("sharded" if shards else "whole")
         kept.mkdir(exist_ok=True)
-        for name, stage in CASES.items():
-            seen, tensors = trained(stage, Execution(group, micro_batch=2 if name == "critic" else None))
+        for name in CASES:
+            seen, tensors = trained(name, Execution(group, micro_batch=2 if name == "critic" else None))
             if group.leads:
                 save_file({key: value.contiguous() for key, value in tensors.items()}, kept / f"{name}.safetensors")
             (kept / f"{name}.{group.rank}.json").write_text(json.dumps(seen))
