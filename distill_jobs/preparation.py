@@ -39,6 +39,20 @@ _TIMED_ROWS, _TIMED_TIMES = 32, 3
 _COMPARED_ROWS = 64
 
 
+def check(spec: DistillJobSpec) -> None:
+    """Every configuration as a whole, with the rules that no schema can say.
+
+    Raises:
+        InvalidRequest: settings that contradict; the message names them.
+    """
+    for stage in stages(plans.drafted(spec)) if spec.trains else ():
+        resolve(stage.method).config(stage.settings)
+        for wanted in stage.terms:
+            wanted.resolve()
+    for named in spec.searches:
+        _configured(named, spec)
+
+
 def precision(spec: DistillJobSpec, teacher: BaseDenoiser, source: Source) -> Precision:
     """What the job asks for; for `auto`, what asks the teacher faster here."""
     if spec.train.precision != "auto":
@@ -89,12 +103,16 @@ def _searched(
     named: SearchSpec, spec: DistillJobSpec, teacher: BaseDenoiser, source: Source, proceed: Callable[[], bool]
 ) -> Searched:
     """What one search finds."""
-    preset = resolve(named.name)
-    config = preset.config({"counts": spec.student.steps, **named.fields})
-    method = preset.method(Cast(teacher), config)
+    config = _configured(named, spec)
+    method = resolve(named.name).method(Cast(teacher), config)
     assert isinstance(method, Search)
-    assert isinstance(config, SearchConfig)
     return method.search(make_batch(source.rows(0, config.batch), source.shape, spec.train.seed), proceed)
+
+
+def _configured(named: SearchSpec, spec: DistillJobSpec) -> SearchConfig:
+    config = resolve(named.name).config({"counts": spec.student.steps, **named.fields})
+    assert isinstance(config, SearchConfig)
+    return config
 
 
 def _judged(

@@ -24,7 +24,7 @@ from distill_jobs.preparation import SCHEDULE
 from distill_jobs.records import RESULT, JobRecords, utc_now
 from distill_jobs.settings import DistillerSettings
 from distill_jobs.small_evaluation import learnt
-from distill_jobs.spec import DistillJobSpec, PublishSpec
+from distill_jobs.spec import SCHEDULE_ENDING, DistillJobSpec, PublishSpec
 from distill_jobs.trainer_process import command
 from distill_jobs.watch import Watch
 from engines import artefact
@@ -90,6 +90,7 @@ class JobRun:
         """
         self._refuse_poison()
         self._refuse_crowds()
+        preparation.check(self.spec)
         if "schedule" not in self.result:
             self._enter(JobState.PREPARING)
             self._prepare()
@@ -132,7 +133,7 @@ class JobRun:
         version = artefact.make_student(
             self.registry,
             teacher.version,
-            f"{self.spec.student.name}-schedule" if self.spec.trains else self.spec.student.name,
+            f"{self.spec.student.name}{SCHEDULE_ENDING}" if self.spec.trains else self.spec.student.name,
             schedules=found,
             guidance=self._cfg(teacher),
         )

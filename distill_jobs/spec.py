@@ -18,8 +18,9 @@ from distill_jobs.stages import (
     MethodSpec,
     SearchSpec,
     check_embeds,
-    check_needs,
+    check_latents,
     check_network,
+    check_roles,
     check_rows,
     check_settings,
     check_term,
@@ -31,6 +32,8 @@ from engines.manifest import Guidance, Name
 
 Limit = Annotated[float, Field(gt=0)]
 Limits = Limit | dict[Steps, Limit]
+SCHEDULE_ENDING = "-schedule"  # of the name of the student without new weights
+_MOST_NAME = 64
 Metric = Literal["fd", "alignment", "diversity", "grain", "latency"]
 
 
@@ -211,6 +214,7 @@ def parse(body: Mapping[str, Any] | bytes) -> DistillJobSpec:
     except ValueError as error:
         raise InvalidRequest(f"the job is not JSON: {error}") from error
     _refuse_unbuilt(spec)
+    _check_name(spec)
     _check_methods(spec)
     check_network(spec.stages, spec.student, trains=spec.trains, shard=spec.train.shard)
     _check_forgets(spec)
@@ -244,6 +248,16 @@ def _refuse_unbuilt(spec: DistillJobSpec) -> None:
         raise NotBuilt("data.pairs is not built yet: use data.prompts", param="data.pairs")
 
 
+def _check_name(spec: DistillJobSpec) -> None:
+    most = _MOST_NAME - len(SCHEDULE_ENDING)
+    if spec.trains and len(spec.student.name) > most:
+        raise InvalidRequest(
+            f"student.name has {len(spec.student.name)} characters: {most} at most leave room for the student without "
+            f"new weights, NAME{SCHEDULE_ENDING}",
+            param="student.name",
+        )
+
+
 def _check_methods(spec: DistillJobSpec) -> None:
     known = _schemas.schemas()
     for position, stage in enumerate(spec.stages):
@@ -256,7 +270,8 @@ def _check_methods(spec: DistillJobSpec) -> None:
         if not known[stage.name]["roles"] and spec.trains:
             message = f"{where}: {stage.name} trains no weights: name it as the job's schedule, not as a stage"
             raise InvalidRequest(message, param=where)
-        check_needs(stage, frozenset(known[stage.name]["needs"]), where)
+        check_latents(stage, given=spec.data.images is not None, where=where)
+        check_roles(stage, where)
         if spec.student.weights:
             check_embeds(stage, known[stage.name], where)
     _check_schedule(spec)

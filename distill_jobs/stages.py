@@ -136,10 +136,29 @@ def check_term(term: TermSpec, where: str) -> None:
         raise type(error)(f"{where}: {error.message}", param=f"{where}.{error.param}") from error
 
 
-def check_needs(stage: MethodSpec, needs: frozenset[str], where: str) -> None:
-    """Prompts every job has, its teacher's own if it says none; nothing else can be given yet."""
-    if unmet := ", ".join(sorted(needs - {"prompts"})):
-        raise NotBuilt(f"{where}: {stage.name} needs {unmet}, which no job can give yet", param=where)
+def check_latents(stage: MethodSpec, *, given: bool, where: str) -> None:
+    """Whether there are latents for whoever compares with real ones: `given` by the job, or made by the teacher."""
+    schema, terms = _schemas.schemas()[stage.name], _schemas.terms()
+    told = schema["defaults"] | stage.fields
+    makes = [told[key] for key in _schemas.PREPARED if key in told]
+    if given or any(makes):
+        return
+    wanting = [stage.name] if makes else [term.name for term in stage.terms if "data" in terms[term.name]["needs"]]
+    if wanting:
+        way = "set generate above 0" if makes else "use a method that makes them, such as kd or ladd"
+        message = f"{where}: {wanting[0]} needs latents, and there are none: give data.images, or {way}"
+        raise InvalidRequest(message, param=where)
+
+
+def check_roles(stage: MethodSpec, where: str) -> None:
+    """Each network has one who trains it: a second discriminator would be the first."""
+    trained = dict.fromkeys(_schemas.schemas()[stage.name]["roles"], stage.name)
+    for term in stage.terms:
+        for role in _schemas.terms()[term.name]["roles"]:
+            if role in trained:
+                message = f"{where}: {trained[role]} and {term.name} would train one network, {role}: leave one out"
+                raise InvalidRequest(message, param=f"{where}.terms")
+            trained[role] = term.name
 
 
 def check_embeds(stage: MethodSpec, schema: Mapping[str, Any], where: str) -> None:

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -235,6 +236,10 @@ _SOLVERS: dict[str, type[Solver]] = {
     "unipc": UniPC,
     LINEAR: Linear,
 }
+
+
+PlainSolver = Literal["ab2", "ddim", "dpmpp_2m", "euler", "flow_match_euler", "unipc"]
+"""Solvers that need nothing but times: no coefficients and no network of several points."""
 
 
 def names() -> list[str]:

@@ -10,13 +10,14 @@ from distill_jobs.methods.base import FewStepConfig, Method, Workspace
 from distill_jobs.pairs import Pairs, TeacherPath, collect
 from distill_jobs.roles import Cast
 from engines.errors import InvalidRequest
+from engines.solvers import PlainSolver
 
 
 class BankConfig(FewStepConfig):
     eta: float = Field(0.0, ge=0, le=1)
     lr: float = Field(1e-3, gt=0)
     pairs: int = Field(4992, ge=1, description="teacher trajectories to learn from")
-    teacher_solver: str = Field("ab2", description="of engines.solvers")
+    teacher_solver: PlainSolver = "ab2"
 
     @model_validator(mode="after")
     def _one_start(self) -> Self:

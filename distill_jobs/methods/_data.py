@@ -7,12 +7,13 @@ from distill_jobs.methods.base import FewStepConfig, Method, Workspace
 from distill_jobs.pairs import Pairs, TeacherPath, collect
 from distill_jobs.roles import Cast
 from engines.errors import InvalidRequest
+from engines.solvers import PlainSolver
 
 
 class DataConfig(FewStepConfig):
     generate: int = Field(2048, ge=0, description="latents that the teacher makes when there is no data")
     teacher_steps: int = Field(16, ge=1, description="of the teacher when it makes them")
-    teacher_solver: str = Field("ab2", description="of engines.solvers")
+    teacher_solver: PlainSolver = "ab2"
 
 
 class DataMethod(Method):

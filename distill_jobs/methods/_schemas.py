@@ -5,8 +5,9 @@ the configuration classes is a test.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,23 @@ def check_counts(name: str, settings: Mapping[str, Any], reads: frozenset[str]) 
             "so ask for one count or chain it after a method whose student does",
             param="method.counts",
         )
+    for count, levels in told.get("grids", {}).items():
+        if fault := grid_fault(count, levels):
+            raise InvalidRequest(f"method setting grids: {fault}", param="method.grids")
     for key in known["for_several_steps"]:
         if told.get(key) and max(counts) == 1:
             raise InvalidRequest(
                 f"method setting {key}: {told[key]!r} needs a count of at least 2, the counts are {list(counts)}",
                 param=f"method.{key}",
             )
+
+
+def grid_fault(count: int | str, levels: Sequence[float]) -> str | None:
+    """Why these noise levels are no grid of so many steps (in JSON a string), or None."""
+    falls = all(s < t for t, s in pairwise(levels))
+    if str(len(levels)) == str(count) and falls and all(0 < u <= 1 for u in levels):
+        return None
+    return f"grids[{count}] needs {count} falling levels in (0, 1], not {tuple(levels)}"
 
 
 def check_term(name: str, settings: Mapping[str, Any]) -> None:

@@ -15,21 +15,21 @@ from torch import Tensor
 from distill_jobs import times
 from distill_jobs.batches import Batch
 from distill_jobs.losses import over_rows
-from distill_jobs.methods.base import Method, MethodConfig
+from distill_jobs.methods.base import Count, Method, MethodConfig
 from distill_jobs.roles import Cast
 from engines.denoiser import BaseDenoiser
 from engines.manifest import LINEAR, Schedule
 from engines.process import Process
-from engines.solvers import followed, trajectory
+from engines.solvers import PlainSolver, followed, trajectory
 
 Levels = tuple[float, ...]
 BENDS = (0.5, 0.7, 1.5, 2.5)
 
 
 class SearchConfig(MethodConfig):
-    counts: tuple[int, ...] = Field((1, 2, 4), min_length=1, description="step counts to find schedules for")
+    counts: tuple[Count, ...] = Field((1, 2, 4), min_length=1, description="step counts to find schedules for")
     reference_steps: int = Field(48, ge=2, description="teacher steps that count as the truth")
-    reference_solver: str = "ab2"
+    reference_solver: PlainSolver = "ab2"
     batch: int = Field(32, ge=1, description="prompts searched on")
 
 

@@ -26,7 +26,7 @@ from distill_jobs.discriminator import ROLE, Adversary, DiscriminatorConfig, Hea
 from distill_jobs.features import features
 from distill_jobs.losses import root_mse
 from distill_jobs.methods._data import DataConfig, DataMethod
-from distill_jobs.methods.base import Preset
+from distill_jobs.methods.base import Count, Preset
 from distill_jobs.methods.kd import few_step_schedules
 from distill_jobs.roles import Cast, Role, unguided
 from engines.denoiser import BaseDenoiser, Cond
@@ -110,7 +110,7 @@ def _any(choices: Tensor, batch: Batch) -> Tensor:
 
 
 class LightningConfig(HeadsConfig, DataConfig):
-    counts: tuple[int, ...] = Field((4,), min_length=1, description="more than one needs a student that reads s")
+    counts: tuple[Count, ...] = Field((4,), min_length=1, description="more than one needs a student that reads s")
     beta1: float = Field(0.0, ge=0, lt=1)
     eta: float = Field(0.0, ge=0, le=1)
     teacher_steps: int = Field(4, ge=1, description="of the teacher per jump, and to make latents")

@@ -8,9 +8,8 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from distill_jobs import times
 from distill_jobs.batches import Batch, Rows, Source
 from distill_jobs.group import Group
+from distill_jobs.methods._schemas import grid_fault
 from distill_jobs.roles import Cast, Role
 from engines import plugins
 from engines.denoiser import BaseDenoiser
@@ -27,6 +27,9 @@ from engines.manifest import Schedule
 from engines.solvers import sample
 
 Needs = Literal["prompts", "data", "pairs"]
+
+
+Count = Annotated[int, Field(ge=1)]
 
 
 class MethodConfig(BaseModel):
@@ -38,7 +41,7 @@ class MethodConfig(BaseModel):
 class FewStepConfig(MethodConfig):
     """The settings of every method that trains a student for fixed step counts."""
 
-    counts: tuple[int, ...] = Field((1, 2, 4), min_length=1, description="step counts the student is made for")
+    counts: tuple[Count, ...] = Field((1, 2, 4), min_length=1, description="step counts the student is made for")
     grids: dict[int, tuple[float, ...]] = Field(
         default_factory=dict, description="noise levels per count, from 1; counts without one get the method's own"
     )
@@ -52,12 +55,9 @@ class FewStepConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _grids_fit(self) -> Self:
-        if any(count < 1 for count in self.counts):
-            raise ValueError(f"counts must be 1 or more, not {self.counts}")
         for count, levels in self.grids.items():
-            falls = all(s < t for t, s in pairwise(levels))
-            if len(levels) != count or not falls or not all(0 < u <= 1 for u in levels):
-                raise ValueError(f"grids[{count}] needs {count} falling levels in (0, 1], not {levels}")
+            if fault := grid_fault(count, levels):
+                raise ValueError(fault)
         return self
 
     def levels(self, count: int, own: Mapping[int, tuple[float, ...]]) -> tuple[float, ...]:

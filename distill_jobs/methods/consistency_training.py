@@ -29,7 +29,7 @@ from torch import Tensor
 
 from distill_jobs import times
 from distill_jobs.batches import Batch
-from distill_jobs.methods.base import Preset
+from distill_jobs.methods.base import Count, Preset
 from distill_jobs.methods.consistency import END, SelfConsistency, SelfConsistencyConfig, rungs
 from distill_jobs.methods.kd import few_step_schedules
 from distill_jobs.roles import Role
@@ -124,7 +124,7 @@ class EasyTuning(Approach):
 
 
 class TruncatedConfig(ApproachConfig):
-    counts: tuple[int, ...] = Field((1, 2), min_length=1, description="step counts the student is made for")
+    counts: tuple[Count, ...] = Field((1, 2), min_length=1, description="step counts the student is made for")
     cut: float = Field(0.5, gt=0, le=0.9, description="noise level below which the student as it came answers")
     near_cut: float = Field(0.02, gt=0, description="log sigma / alpha above the cut's up to which all are as likely")
     boundary_share: float = Field(0.25, gt=0, lt=1, description="share of rows that stand at the cut")

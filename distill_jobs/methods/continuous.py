@@ -35,7 +35,7 @@ from engines.denoiser import Cond
 from engines.errors import InvalidRequest
 from engines.manifest import Schedule
 from engines.process import TRIG, over, rebase
-from engines.solvers import sample
+from engines.solvers import PlainSolver, sample
 
 _LEAST = 1e-3  # the least noise level that is trained
 
@@ -125,7 +125,7 @@ class TBCMConfig(ConsistencyConfig):
         times.uniform(16), min_length=1, description="noise levels kept of each; the path starts at the first"
     )
     teacher_steps: int = Field(16, ge=1)
-    teacher_solver: str = Field("ab2", description="of engines.solvers")
+    teacher_solver: PlainSolver = "ab2"
 
 
 class TBCM(Consistency):

@@ -23,12 +23,15 @@ from distill_jobs.methods._search import Found, Search, SearchConfig, distance, 
 from distill_jobs.methods.base import Preset
 from distill_jobs.roles import Cast
 from engines.manifest import Schedule
+from engines.solvers import PlainSolver
 
 
 class GITSConfig(SearchConfig):
     fine: int = Field(48, ge=2, description="steps of the path whose costs are taken")
     later: float = Field(1.15, gt=0, description="weight of each next step's cost over the one before")
-    solvers: tuple[str, ...] = Field(("ddim", "ab2", "dpmpp_2m"), min_length=1, description="of which the best is used")
+    solvers: tuple[PlainSolver, ...] = Field(
+        ("ddim", "ab2", "dpmpp_2m"), min_length=1, description="of which the best is used"
+    )
 
 
 class GITS(Search):

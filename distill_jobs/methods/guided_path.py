@@ -19,7 +19,7 @@ from distill_jobs import times
 from distill_jobs.batches import Batch
 from distill_jobs.methods._bank import BankConfig, BankMethod
 from distill_jobs.methods._line import ask, shown, snr_error
-from distill_jobs.methods.base import Preset
+from distill_jobs.methods.base import Count, Preset
 from distill_jobs.methods.kd import few_step_schedules
 from distill_jobs.pairs import TeacherPath
 from distill_jobs.roles import Cast, Role
@@ -27,7 +27,7 @@ from engines.manifest import Schedule
 
 
 class GuidedPathConfig(BankConfig):
-    counts: tuple[int, ...] = Field((16,), min_length=1, description="step counts that the student is sampled in")
+    counts: tuple[Count, ...] = Field((16,), min_length=1, description="step counts that the student is sampled in")
     batch: int = Field(64, ge=1)
     pairs: int = Field(1024, ge=1, description="guided trajectories in the bank")
     states: int = Field(16, ge=1, description="states kept of each, one teacher step apart")

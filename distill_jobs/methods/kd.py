@@ -34,7 +34,7 @@ from engines.denoiser import BaseDenoiser, Guided
 from engines.errors import InvalidRequest
 from engines.manifest import Schedule
 from engines.process import over
-from engines.solvers import sample
+from engines.solvers import PlainSolver, sample
 
 GRIDS = {1: (1.0,), 2: (1.0, 0.5), 4: (1.0, 0.75, 0.5, 0.25)}
 
@@ -46,7 +46,7 @@ class KDConfig(FewStepConfig):
     rungs: tuple[float, ...] = Field((1.0, 0.75, 0.5, 0.25), min_length=1, description="noise levels kept of each")
     first_share: float = Field(0.5, ge=0, le=1, description="share of rows at the first rung, pure noise")
     teacher_steps: int = Field(16, ge=1)
-    teacher_solver: str = Field("euler", description="of engines.solvers; ab2 follows the teacher closer")
+    teacher_solver: PlainSolver = Field("euler", description="ab2 follows the teacher closer")
     guidance_interval: tuple[float, float] | None = Field(
         None, description="noise levels between which a guided teacher is guided; all without one"
     )

@@ -23,11 +23,11 @@ from distill_jobs.methods._search import Found, Levels, Search, SearchConfig, di
 from distill_jobs.methods.base import Preset
 from distill_jobs.roles import Cast
 from engines.manifest import Schedule
-from engines.solvers import trajectory
+from engines.solvers import PlainSolver, trajectory
 
 
 class OptimalStepsConfig(SearchConfig):
-    solvers: tuple[str, ...] = Field(("ddim", "ab2", "dpmpp_2m", "unipc"), min_length=1)
+    solvers: tuple[PlainSolver, ...] = Field(("ddim", "ab2", "dpmpp_2m", "unipc"), min_length=1)
     refine: int = Field(2, ge=0, description="solvers whose times are refined, best first")
     rounds: int = Field(3, ge=0, description="sweeps over the inner times, each with half the stride")
     fine: int = Field(20, ge=2, description="points of the dynamic programme's grid")

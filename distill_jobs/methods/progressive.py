@@ -23,7 +23,7 @@ from distill_jobs import times
 from distill_jobs.batches import Batch
 from distill_jobs.methods._data import DataConfig, DataMethod
 from distill_jobs.methods._line import END, Line, ask, shown, snr_error
-from distill_jobs.methods.base import Preset
+from distill_jobs.methods.base import Count, Preset
 from distill_jobs.methods.kd import few_step_schedules
 from distill_jobs.roles import Cast, Role
 from engines.denoiser import BaseDenoiser
@@ -32,7 +32,7 @@ from engines.process import secant
 
 
 class GuidanceConfig(DataConfig):
-    counts: tuple[int, ...] = Field((16,), min_length=1, description="step counts that the student is sampled in")
+    counts: tuple[Count, ...] = Field((16,), min_length=1, description="step counts that the student is sampled in")
     eta: float = Field(0.0, ge=0, le=1)
     batch: int = Field(64, ge=1)
 
@@ -64,7 +64,7 @@ class Guidance(DataMethod):
 
 
 class ProgressiveConfig(DataConfig):
-    counts: tuple[int, ...] = Field((4,), min_length=1, max_length=1, description="the steps of the last phase")
+    counts: tuple[Count, ...] = Field((4,), min_length=1, max_length=1, description="the steps of the last phase")
     eta: float = Field(0.0, ge=0, le=0, description="one step lands where two did: no step re-noises")
     batch: int = Field(64, ge=1)
     halvings: int = Field(2, ge=0, le=12, description="phases before the last; the first has 2^halvings x its steps")

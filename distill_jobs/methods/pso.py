@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from distill_jobs.batches import Batch, repeated
 from distill_jobs.losses import over_rows
-from distill_jobs.methods.base import FewStepConfig, Method, Preset
+from distill_jobs.methods.base import Count, FewStepConfig, Method, Preset
 from distill_jobs.methods.kd import few_step_schedules
 from distill_jobs.roles import Cast, Role
 from distill_jobs.terms.reward import RewardConfig
@@ -42,7 +42,7 @@ _FIRST = "first"  # the role of the student as it came
 
 
 class PSOConfig(RewardConfig, FewStepConfig):
-    counts: tuple[int, ...] = Field((4,), min_length=1, description="step counts the student is made for")
+    counts: tuple[Count, ...] = Field((4,), min_length=1, description="step counts the student is made for")
     eta: float = Field(1.0, gt=0, le=1, description="share of noise that a step renews; without any there is no policy")
     lr: float = Field(1e-4, gt=0, description="the student's learning rate")
     beta: float = Field(50.0, gt=0, description="how much a log ratio counts")

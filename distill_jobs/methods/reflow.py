@@ -32,12 +32,13 @@ from distill_jobs.losses import huber
 from distill_jobs.methods._bank import BankConfig, BankMethod
 from distill_jobs.methods._data import DataConfig, DataMethod
 from distill_jobs.methods._line import END, Line, ask, flow_error, path, shown
-from distill_jobs.methods.base import Method, Preset
+from distill_jobs.methods.base import Count, Method, Preset
 from distill_jobs.methods.kd import few_step_schedules
 from distill_jobs.pairs import TeacherPath
 from distill_jobs.roles import Cast, Role
 from engines.manifest import Schedule
 from engines.process import secant
+from engines.solvers import PlainSolver
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,12 @@ class Reflow(BankMethod):
 
 
 class PeRFlowConfig(DataConfig):
-    counts: tuple[int, ...] = Field((4,), min_length=1, description="the least is the number of windows")
+    counts: tuple[Count, ...] = Field((4,), min_length=1, description="the least is the number of windows")
     eta: float = Field(0.0, ge=0, le=0, description="windows are joined end to end: no step re-noises")
     batch: int = Field(64, ge=1)
     lr: float = Field(1e-3, gt=0)
     window_steps: int = Field(4, ge=1, description="of the teacher from the upper edge of a window to its lower edge")
-    window_solver: str = Field("ab2", description="of engines.solvers")
+    window_solver: PlainSolver = "ab2"
 
     @model_validator(mode="after")
     def _windows_are_split(self) -> Self:

@@ -21,14 +21,14 @@ from torch import Tensor
 from distill_jobs import times
 from distill_jobs.batches import Batch
 from distill_jobs.losses import over_rows, toward
-from distill_jobs.methods.base import Preset
+from distill_jobs.methods.base import Count, Preset
 from distill_jobs.methods.score_matching import CriticConfig, WithCritic
 from engines.process import Process, over
 from engines.solvers import sample
 
 
 class TDMConfig(CriticConfig):
-    counts: tuple[int, ...] = Field((4,), min_length=1, description="step counts the student is made for")
+    counts: tuple[Count, ...] = Field((4,), min_length=1, description="step counts the student is made for")
     eta: float = Field(0.0, ge=0, le=0, description="the trajectory is deterministic")
     huber: float = Field(1e-3, gt=0, description="root mean square of F - T below which the distance is quadratic")
 

@@ -18,6 +18,7 @@ class Adversarial(Term):
     """A discriminator on the teacher's features tells the student's samples from data or teacher endpoints."""
 
     Config = DiscriminatorConfig
+    needs = frozenset({"data"})
     paper = "2405.14867"
 
     def __init__(self, cast: Cast, config: DiscriminatorConfig) -> None:

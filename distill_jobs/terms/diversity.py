@@ -23,14 +23,14 @@ from distill_jobs.methods.base import MethodConfig
 from distill_jobs.roles import Cast
 from distill_jobs.terms.base import Term
 from engines.process import over
-from engines.solvers import trajectory
+from engines.solvers import PlainSolver, trajectory
 
 
 class DiversityConfig(MethodConfig):
     start: float = Field(1.0, gt=0, le=1, description="noise level of the first jump; below 1 for eps predictions")
     anchor: float = Field(0.75, gt=0, lt=1, description="noise level at which the teacher's path is kept to")
     teacher_steps: int = Field(4, ge=1, description="of the teacher from start to anchor")
-    teacher_solver: str = Field("ab2", description="of engines.solvers")
+    teacher_solver: PlainSolver = "ab2"
 
     @model_validator(mode="after")
     def _falls(self) -> Self:

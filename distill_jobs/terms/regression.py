@@ -23,12 +23,13 @@ from distill_jobs.roles import unguided
 from distill_jobs.terms.base import Term
 from engines.denoiser import Cond
 from engines.process import over
+from engines.solvers import PlainSolver
 
 
 class RegressionConfig(MethodConfig):
     start: float = Field(1.0, gt=0, le=1, description="noise level where trajectories start: the first rung of kd")
     teacher_steps: int = Field(8, ge=1, description="of the teacher where the batch has no trajectories")
-    teacher_solver: str = Field("ab2", description="of engines.solvers")
+    teacher_solver: PlainSolver = "ab2"
     share: float = Field(0.25, gt=0, le=1, description="share of the rows that are used")
     distance: Literal["latent", "features"] = "latent"
     taps: tuple[str, ...] = Field(MIDDLE, description="name ends of the teacher's submodules, for distance features")

@@ -54,6 +54,10 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("dmd", {"eta": 1.5}),
     ("lsd", {"delta": 1.0}),
     ("optimal_steps", {"solvers": 4}),
+    ("optimal_steps", {"solvers": ["linear"]}),
+    ("reflow", {"teacher_solver": "rk45"}),
+    ("boot", {"counts": [2]}),
+    ("sid", {"counts": [0]}),
     ("sid", {"grids": {"2": ["one"]}}),
 ]
 

@@ -36,11 +36,11 @@ def server() -> Iterator[RedisServer]:
     server.close()
 
 
-def service(server: RedisServer, registry: Registry, work: Path) -> Service:
+def service(server: RedisServer, registry: Registry, work: Path, **told: Any) -> Service:
     with server.client() as client:
         client.flushall()
     settings = DistillerSettings(
-        redis_url=server.url, registry_url=str(work), work_dir=work / "work", backend="eager", lease_s=5.0
+        redis_url=server.url, registry_url=str(work), work_dir=work / "work", backend="eager", lease_s=5.0, **told
     )
     return Service(settings, registry, JobQueue(connect(server.url), JobRecords(registry)))
 
@@ -64,6 +64,30 @@ def test_a_job_whose_teacher_is_gone_fails_with_the_reason(server: RedisServer, 
 def test_a_store_without_folders_is_refused_and_says_so(server: RedisServer, tmp_path: Path) -> None:
     state, error = run(service(server, MemoryRegistry(), tmp_path), SPEC)
     assert (state, error["code"]) == (JobState.FAILED, "not_built")
+
+
+def test_more_processes_than_the_distiller_starts_are_refused_before_any_work(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    made = service(server, FilesRegistry(str(tmp_path)), tmp_path, max_processes=2)
+    spec = {**SPEC, "method": {"name": "kd", "batch": 12}, "train": {"iterations": 1, "processes": 3}}
+    state, error = run(made, spec)
+    assert (state, error["code"]) == (JobState.FAILED, "invalid_request")
+    assert "3 is more than this distiller starts, 2 (DISTILLER_MAX_PROCESSES)" in error["message"]
+    state, error = run(made, {**spec, "train": {"iterations": 1, "processes": 2}})
+    assert error["code"] == "student_not_found"  # and so it went on
+
+
+def test_settings_that_contradict_are_refused_before_any_work(server: RedisServer, tmp_path: Path) -> None:
+    made = service(server, FilesRegistry(str(tmp_path)), tmp_path)
+    two, three = {"2": [1.0, 0.5]}, {"3": [1.0, 0.6, 0.3]}
+    method = {"name": "perflow", "grids": {**two, **three}}
+    state, error = run(made, {**SPEC, "student": {"name": "small", "steps": [2, 3]}, "method": method})
+    assert (state, error["code"]) == (JobState.FAILED, "invalid_request")
+    assert "must have every edge of the 2 windows" in error["message"]
+    term = {"name": "diversity", "start": 0.5, "anchor": 0.6}
+    _, error = run(made, {**SPEC, "method": {"name": "kd", "terms": [term]}})
+    assert "anchor 0.6 must lie below start 0.5" in error["message"]
 
 
 def test_an_error_of_ours_fails_the_job_and_not_the_service(server: RedisServer, tmp_path: Path) -> None:

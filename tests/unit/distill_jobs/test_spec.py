@@ -66,6 +66,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (job(method={"name": "lightning"}), "method.counts"),
     (job(method={"name": "sfd"}), "method.counts"),
     (job(method={"name": "kd", "terms": [{"name": "reward", "reward": "beauty"}]}), "method.terms.reward"),
+    (job(schedule={"name": "gits", "solvers": ["ddim", "rk45"]}), "schedule.solvers"),
+    (job(schedule={"name": "ld3", "reference_solver": "linear"}), "schedule.reference_solver"),
+    (job(method={"name": "kd", "teacher_solver": "dx"}), "method.teacher_solver"),
+    (job(method={"name": "kd", "grids": {"2": [1.0, 1.0]}}), "method.grids"),
+    (job(method={"name": "kd", "grids": {"two": [1.0, 0.5]}}), "method.grids"),
+    (job(method=[{"name": "kd", "counts": [0]}, {"name": "kd"}]), "method.0.counts"),
+    (job(method={"name": "boot"}, student={"name": "small", "steps": [2]}), "method.counts"),
+    (job(student={"name": "n" * 56}), "student.name"),
+    (job(method={"name": "dmd", "terms": [{"name": "adversarial"}]}), "method"),
+    (job(method={"name": "lcm", "generate": 0}), "method"),
+    (job(method={"name": "kd", "terms": [{"name": "adversarial"}, {"name": "adversarial"}]}), "method.terms"),
+    (job(method={"name": "ladd", "terms": [{"name": "adversarial"}]}), "method.terms"),
     (job(data={"prompts": 3}), "data.prompts"),
     (job(train={"iterations": 0}), "train.iterations"),
     (job(eval={"samples": 100, "small_samples": 200}), "eval"),
@@ -253,6 +265,15 @@ def test_a_first_stage_may_be_for_other_counts_and_a_search_be_asked_for_with_ma
     specs.parse(job(method=[{"name": "guidance", "counts": [16]}, {"name": "kd"}]))
     specs.parse(job(student=SLIM, method=[{"name": "koala"}, {"name": "kd"}]))
     specs.parse(job(method={"name": "gits"}, train={"iterations": 1, "processes": 3}))
+
+
+def test_latents_come_from_the_job_or_from_the_method_and_terms_of_one_name_may_be_several() -> None:
+    gan = {"name": "adversarial"}
+    specs.parse(job(method={"name": "kd", "terms": [gan, {"name": "moment"}, {"name": "moment", "tau_max": 0.5}]}))
+    specs.parse(job(method={"name": "dmd", "terms": [gan]}, data={"images": "shapes"}))
+    specs.parse(job(method={"name": "lcm", "generate": 0}, data={"images": "shapes"}))
+    specs.parse(job(student={"name": "n" * 55}))
+    specs.parse(job(student={"name": "n" * 64, "steps": [1, 2]}, method={"name": "gits"}))
 
 
 def test_a_body_that_is_no_json_is_refused() -> None:

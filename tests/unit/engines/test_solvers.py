@@ -2,7 +2,7 @@
 
 import math
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import diffusers
 import pytest
@@ -300,3 +300,7 @@ def test_refusals_name_the_solver() -> None:
         solvers.make("ab2", RF(), "flow", plan_of([1.0, 0.0], eta=0.5))
     with pytest.raises(InvalidManifest, match="rectified flow"):
         solvers.make("flow_match_euler", VP(), "v", plan_of([0.9, 0.4]))
+
+
+def test_a_plain_solver_is_one_that_needs_nothing_but_times() -> None:
+    assert set(get_args(solvers.PlainSolver)) == set(solvers.names()) - {"dx", "linear"}
