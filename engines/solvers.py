@@ -268,7 +268,7 @@ def trajectory(
 def continued(
     den: BaseDenoiser, x: Tensor, times: Sequence[float], cond: Cond = None, *, solver: str = "ddim"
 ) -> list[Tensor]:
-    """The same from any state x at the first of `times`. Sampling's own start is no such state of every process."""
+    """The same from any state x at the first of `times`, whatever noise sampling would start with there."""
     plan = [Step(net="denoiser", t=t, s=s, w=None, eta=0.0) for t, s in pairwise(times)]
     return _walked(den, x, plan, cond, solver)
 

@@ -37,7 +37,7 @@ class Packing:
         parts = [nn.functional.pad(hidden, (0, self.width - hidden.shape[-1]))]
         for extra in extras:
             filled = nn.functional.pad(extra.to(hidden.dtype), (0, -extra.shape[1] % self.width))
-            parts.append(filled.unflatten(1, (-1, self.width)))
+            parts.append(filled.reshape(extra.shape[0], -1, self.width))
         return torch.cat(parts, dim=1)
 
     def unpack(self, cond: Tensor) -> tuple[Tensor, ...]:
