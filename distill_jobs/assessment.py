@@ -13,10 +13,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from distill_jobs.evaluate.features import Floats
+from distill_jobs.evaluate.network_reference import NetworkReference, network_reference
+from distill_jobs.evaluate.networks import DirectoryNetwork
+from distill_jobs.evaluate.networks import load as load_network
 from distill_jobs.evaluate.pixels import Pixels
 from distill_jobs.evaluate.questions import questions
 from distill_jobs.evaluate.reference import Reference, kept_answers, teacher_path
-from distill_jobs.evaluate.report import Metrics, Sampler, evaluate, sheet, teacher_metrics, teacher_reference
+from distill_jobs.evaluate.report import (
+    Metrics,
+    Sampler,
+    evaluate,
+    seen_by,
+    sheet,
+    teacher_metrics,
+    teacher_reference,
+)
 from distill_jobs.forgetting import Forget
 from distill_jobs.tasks import base as tasks
 from distill_jobs.tasks.base import Task
@@ -87,7 +99,8 @@ def answers_digest(manifest: StudentManifest) -> str:
 class Assessor:
     """Loads versions on one engine and asks them. `check` is called between batches and may raise to stop the work.
 
-    `answers` is where teachers' answers are kept, beside those that a task ships.
+    `answers` is where teachers' answers are kept, beside those that a task ships; `data` is where further feature
+    networks are.
     """
 
     def __init__(
@@ -97,23 +110,57 @@ class Assessor:
         choice: Choice,
         cache: Path,
         answers: Path,
+        data: Path | None = None,
         threads: int = 1,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.choice = choice
         self._registry = registry
         self._answers = answers
+        self._data = data
         self._check = check
-        self._references: dict[tuple[Path, Forgets], Reference] = {}
+        self._references: dict[tuple[Path, Forgets, tuple[str, ...]], Reference] = {}
         profile = Profile(batches=(1, BATCH), precision=choice.precision, threads=threads)
         self._loader = Loader(registry, choice, profile, GraphStore(DiskCache(cache)))
 
-    def reference(self, teacher: TeacherAs, n: int, forget: Forgets = ()) -> Reference:
-        """What students are compared with that `forget` something; each is made once, because it keeps what it drew."""
-        key = self.features_file(teacher, n), forget
+    def reference(self, teacher: TeacherAs, n: int, forget: Forgets = (), networks: tuple[str, ...] = ()) -> Reference:
+        """What students are compared with that `forget` something, in further feature networks too; each is made once,
+        because it keeps what it drew.
+
+        Raises:
+            InvalidRequest: a network is not there or cannot be loaded.
+        """
+        key = self.features_file(teacher, n), forget, networks
         if key not in self._references:
-            self._references[key] = Reference.load(key[0], task=teacher.task).forgetting(forget)
+            own = Reference.load(key[0], task=teacher.task).forgetting(forget)
+            loaded = [load_network(name, self._data) for name in networks]
+            self._references[key] = own.beside([self._in_network(network, teacher, n, own) for network in loaded])
         return self._references[key]
+
+    def _in_network(self, network: DirectoryNetwork, teacher: TeacherAs, n: int, own: Reference) -> NetworkReference:
+        """The teacher is asked again, n times, where this network has not seen its answers yet."""
+
+        def answers() -> Floats:
+            loaded = self._loader.load(self._registry.student(teacher.version))
+            try:
+                ask = sampler_of(loaded, guidance=teacher.guidance)
+                return seen_by(ask, network, n=n, seed=SEED, steps=teacher.steps, reference=own, progress=self._looked)
+            finally:
+                self._loader.release(loaded)
+
+        return network_reference(
+            network,
+            own.kept(questions(n, SEED, teacher.task)),
+            own.size,
+            self._answers,
+            without=own.forget,
+            teacher=f"{teacher.digest[:12]}-{teacher.steps}-{teacher.guidance:g}-{n}",
+            answers=answers,
+            check=self._check,
+        )
+
+    def _looked(self, done: int, total: int) -> None:
+        self._check()
 
     def features_file(self, teacher: TeacherAs, n: int) -> Path:
         """Where the teacher's answers are; it is asked 2 n times where nobody has asked as much yet."""
@@ -130,7 +177,7 @@ class Assessor:
                 **name,
                 reference=Reference.load(task=teacher.task),
                 folder=self._answers,
-                progress=lambda done, total: self._check(),
+                progress=self._looked,
             )
         finally:
             self._loader.release(loaded)
@@ -153,11 +200,18 @@ class Assessor:
         finally:
             self._loader.release(student)
 
-    def teacher_at(self, teacher: TeacherAs, n: int, counts: Sequence[int], forget: Forgets = ()) -> dict[int, Metrics]:
+    def teacher_at(
+        self,
+        teacher: TeacherAs,
+        n: int,
+        counts: Sequence[int],
+        forget: Forgets = (),
+        networks: tuple[str, ...] = (),
+    ) -> dict[int, Metrics]:
         """The guided teacher at few steps, what a student has to beat; kept beside its answers, shipped ones included.
         Counts that it was not made for are left out."""
         own = self._registry.student(teacher.version).schedules
-        reference = self.reference(teacher, n, forget)
+        reference = self.reference(teacher, n, forget, networks)
         judged = f"{teacher.digest[:12]}-{teacher.steps}-{teacher.guidance:g}-{n}-{reference.digest[:12]}"
         path = self._answers / f"few-steps-{judged}.json"  # its ratios are to the teacher at its own steps
         kept = _few_steps(teacher.task.answers / path.name) | _few_steps(path)
@@ -205,9 +259,7 @@ class Assessor:
         return sheet(rows, captions)
 
     def _asked(self, ask: Sampler, n: int, steps: int, reference: Reference) -> Metrics:
-        return evaluate(
-            ask, n=n, seed=SEED, steps=steps, reference=reference, progress=lambda done, total: self._check()
-        )
+        return evaluate(ask, n=n, seed=SEED, steps=steps, reference=reference, progress=self._looked)
 
     def _timed(self, runs: dict[str, Callable[[int], Pixels]]) -> dict[str, Speed]:
         singles: dict[str, list[float]] = {name: [] for name in runs}

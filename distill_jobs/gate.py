@@ -12,16 +12,21 @@ from typing import Any, Protocol
 from distill_jobs.spec import GateSpec
 
 
-class Ratios(Protocol):
-    """What was measured of one step count over what was measured of the guided teacher; None: it was not.
-
-    `distill_jobs.evaluate.report.Metrics` is one. Grain is compared with a quarter level on both sides.
-    """
+class Distances(Protocol):
+    """Fréchet distances in one feature network over those of the guided teacher."""
 
     @property
     def fd_ratio(self) -> float | None: ...
     @property
     def fd_ratio_ci(self) -> tuple[float, float] | None: ...
+
+
+class Ratios(Distances, Protocol):
+    """What was measured of one step count over what was measured of the guided teacher; None: it was not.
+
+    `distill_jobs.evaluate.report.Metrics` is one. Grain is compared with a quarter level on both sides.
+    """
+
     @property
     def alignment_ratio(self) -> float | None: ...
     @property
@@ -30,6 +35,8 @@ class Ratios(Protocol):
     def grain_ratio(self) -> float | None: ...
     @property
     def alignment_forgotten(self) -> float | None: ...
+    @property
+    def networks(self) -> Mapping[str, Distances]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,19 +108,16 @@ def judge(
     student is to forget one. All other figures are then those of the other prompts."""
     results: list[GateResult] = []
     for steps, ratios in sorted(student.items()):
-        for rule, at_most in _AT_MOST.items():
-            limit = _limit(gates, rule, steps)
+        for rule, limits in gates.limits.items():
+            limit = limits.get(steps) if isinstance(limits, dict) else limits
             if limit is None or (rule == "alignment_forgotten" and not forgets):
                 continue
-            value = (latency_ms or {}).get(steps) if rule == "latency_ms" else getattr(ratios, rule)
-            interval = ratios.fd_ratio_ci if rule == "fd_ratio" else None
-            results.append(_result(rule, steps, value, limit, at_most=at_most, interval=interval))
+            figure, _, network = rule.partition(".")
+            source = ratios.networks.get(network) if network else ratios
+            value = (latency_ms or {}).get(steps) if rule == "latency_ms" else getattr(source, figure, None)
+            interval = source.fd_ratio_ci if source is not None and figure == "fd_ratio" else None
+            results.append(_result(rule, steps, value, limit, at_most=_AT_MOST[figure], interval=interval))
     return Verdict(tuple(results), tuple(sorted(student)))
-
-
-def _limit(gates: GateSpec, rule: str, steps: int) -> float | None:
-    limits: float | dict[int, float] | None = getattr(gates, rule)
-    return limits.get(steps) if isinstance(limits, dict) else limits
 
 
 def _result(

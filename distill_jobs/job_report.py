@@ -58,6 +58,8 @@ FIGURES = (
     Figure("clipped", "clipped", "share of values at an end of the range", 5),
     Figure("latency_ms_p50", "ms", "median milliseconds of one picture on the engine", 1),
 )
+_MEASURED_ANYWHERE = ("fd", "fd_ratio", "precision", "recall", "density", "coverage")
+OF_ANY_NETWORK = tuple(figure for figure in FIGURES if figure.key in _MEASURED_ANYWHERE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,17 @@ class Row:
     steps: int
     ours: bool
     cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Figures in the task's own feature network, or in `network`. `floor` is the fd that real pictures reach."""
+
+    network: str | None
+    figures: Sequence[Figure]
+    rows: list[Row]
+    floor: float
+    n: int
 
 
 def render(job: DistillJob, records: JobRecords) -> str:
@@ -89,9 +102,7 @@ def render(job: DistillJob, records: JobRecords) -> str:
         gates=result.get("gates"),
         judged=judged(result.get("gates")),
         error=job.log[-1].error,
-        figures=figures,
-        rows=rows(result, figures),
-        floor=_floor(result),
+        tables=tables(result, figures),
         charts=charts(events, result),
         sheet=base64.b64encode(sheet).decode() if sheet else None,
         periods=periods(events),
@@ -102,9 +113,21 @@ def render(job: DistillJob, records: JobRecords) -> str:
     return document
 
 
-def rows(result: Mapping[str, Any], figures: Sequence[Figure] = FIGURES) -> list[Row]:
-    """The teacher at its own steps, then for each count the student, the teacher and the schedule-only student."""
-    teacher = result.get("teacher") or (result.get("schedule") or {}).get("teacher")
+def tables(result: Mapping[str, Any], figures: Sequence[Figure] = FIGURES) -> list[Table]:
+    """One of these figures, and for each further network one of those that any has; none before there are figures."""
+    teacher = _teacher(result)
+    if not teacher:
+        return []
+    found = [Table(None, figures, rows(result, figures), teacher["fd_floor"], teacher["n"])]
+    for name, seen in teacher.get("networks", {}).items():
+        found.append(Table(name, OF_ANY_NETWORK, rows(result, OF_ANY_NETWORK, name), seen["fd_floor"], teacher["n"]))
+    return found
+
+
+def rows(result: Mapping[str, Any], figures: Sequence[Figure] = FIGURES, network: str | None = None) -> list[Row]:
+    """The teacher at its own steps, then for each count the student, the teacher and the schedule-only student; in the
+    task's own feature network or in another."""
+    teacher = _teacher(result)
     if not teacher:
         return []
     sources = (
@@ -113,8 +136,12 @@ def rows(result: Mapping[str, Any], figures: Sequence[Figure] = FIGURES) -> list
         ("teacher, best times", (result.get("schedule") or {}).get("metrics") or {}),
     )
     counts = sorted({int(k) for _, found in sources for k in found}, reverse=True)
-    found = [_row("teacher", int(teacher["steps"]), teacher, figures)]
-    return found + [_row(name, k, one[str(k)], figures) for k in counts for name, one in sources if str(k) in one]
+    asked = [("teacher", int(teacher["steps"]), teacher)]
+    asked += [(name, k, one[str(k)]) for k in counts for name, one in sources if str(k) in one]
+    return [
+        Row(name, k, name == "student", tuple(_cell(figure, _seen_in(values, network)) for figure in figures))
+        for name, k, values in asked
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +200,9 @@ def _template() -> Template:
     return environment.from_string(files("distill_jobs").joinpath("job_report.html").read_text())
 
 
-def _row(name: str, steps: int, values: Mapping[str, Any], figures: Sequence[Figure]) -> Row:
-    return Row(name, steps, name == "student", tuple(_cell(figure, values) for figure in figures))
+def _seen_in(values: Mapping[str, Any], network: str | None) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = values if network is None else values.get("networks", {}).get(network, {})
+    return found
 
 
 def _cell(figure: Figure, figures: Mapping[str, Any]) -> Cell:
@@ -183,9 +211,9 @@ def _cell(figure: Figure, figures: Mapping[str, Any]) -> Cell:
     return Cell(text, f"{ends[0]:.{figure.digits}f} – {ends[1]:.{figure.digits}f}" if ends else "")
 
 
-def _floor(result: Mapping[str, Any]) -> Json | None:
-    teacher = result.get("teacher") or (result.get("schedule") or {}).get("teacher")
-    return {"fd": teacher["fd_floor"], "n": teacher["n"]} if teacher else None
+def _teacher(result: Mapping[str, Any]) -> Json | None:
+    found: Json | None = result.get("teacher") or (result.get("schedule") or {}).get("teacher")
+    return found
 
 
 def _losses(progress: Sequence[Json], role: str) -> Chart | None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from distill_jobs import preparation, promote
 from distill_jobs.assessment import Assessor, TeacherAs, as_json
 from distill_jobs.estimate import teacher_version
+from distill_jobs.evaluate import networks
 from distill_jobs.gate import Verdict, judge
 from distill_jobs.jobs import DistillJob, JobState
 from distill_jobs.keeper import TrainerKeeper
@@ -91,6 +92,7 @@ class JobRun:
         self._refuse_poison()
         self._refuse_crowds()
         preparation.check(self.spec)
+        self._refuse_unknown_networks()
         if "schedule" not in self.result:
             self._enter(JobState.PREPARING)
             self._prepare()
@@ -112,6 +114,10 @@ class JobRun:
         if asked > most:
             message = f"train.processes={asked} is more than this distiller starts, {most} (DISTILLER_MAX_PROCESSES)"
             raise InvalidRequest(message, param="train.processes")
+
+    def _refuse_unknown_networks(self) -> None:
+        for name in self.spec.eval.networks:
+            networks.folder_of(name, self.around.settings.data_dir)
 
     # parts -------------------------------------------------------------------------------------------------------
 
@@ -173,7 +179,7 @@ class JobRun:
     def _evaluated(self, version: str, publish: PublishSpec | None) -> dict[str, Any]:
         """Metrics and verdict of a version; its report and its samples are put beside it."""
         teacher, counts, n = self._teacher(), self.spec.student.steps, self.spec.eval.samples
-        reference = self.assessor.reference(teacher, n, self.spec.student.forgets)
+        reference = self.assessor.reference(teacher, n, self.spec.student.forgets, self.spec.eval.networks)
         metrics = self.assessor.metrics(version, n, reference, counts)
         speeds = self.assessor.speeds(version, teacher, counts)
         latency_ms = {k: speeds[str(k)].latency_ms_p50 for k in counts}
@@ -190,8 +196,8 @@ class JobRun:
 
     def _teacher_at(self, teacher: TeacherAs) -> dict[str, Any]:
         """The guided teacher at the student's counts: what the student has to beat."""
-        counts, n = self.spec.student.steps, self.spec.eval.samples
-        found = self.assessor.teacher_at(teacher, n, counts, self.spec.student.forgets)
+        student, evals = self.spec.student, self.spec.eval
+        found = self.assessor.teacher_at(teacher, evals.samples, student.steps, student.forgets, evals.networks)
         speeds = self.assessor.speeds(teacher.version, teacher, list(found), guidance=teacher.guidance)
         return {str(k): as_json(m, speeds[str(k)]) for k, m in found.items()}
 

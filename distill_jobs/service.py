@@ -143,6 +143,7 @@ class Service:
             choice=chosen(self.settings.backend, self.settings.precision),
             cache=self.settings.work_dir / "engines",
             answers=self.settings.work_dir / "answers",
+            data=self.settings.data_dir,
             threads=self.settings.threads,
             check=check,
         )

@@ -16,7 +16,9 @@ class DistillerSettings(BaseSettings):
     redis_url: str = Field(description="redis://…, where jobs are queued")
     registry_url: str = Field(description="a folder with students, deployments and jobs")
     work_dir: Path = Field(Path(".fewstep/work"), description="caches that can be made again")
-    data_dir: Path | None = Field(None, description="image folders that jobs may name as data.images, one folder each")
+    data_dir: Path | None = Field(
+        None, description="folders that jobs may name: pictures as data.images, feature networks as eval.networks"
+    )
     threads: int = Field(1, ge=1, description="of the trainer; one beside live traffic")
     nice: int = Field(10, ge=0, le=19, description="of the trainer")
     backend: str = Field("auto", description="the engine on which the gate judges; the workers' own")

@@ -98,6 +98,12 @@ class EvalSpec(_Frozen):
     small_samples: int = Field(256, ge=16, le=10_000, description="samples of an evaluation while training")
     metrics: tuple[Metric, ...] = ("fd", "alignment", "diversity", "grain", "latency")
     best_by: Literal["fd", "alignment", "diversity"] = "fd"
+    networks: tuple[Name, ...] = Field(
+        (),
+        max_length=8,
+        description="feature networks besides the task's own, such as DINOv2: directories of transformers with "
+        "safetensors, below the distiller's DISTILLER_DATA_DIR",
+    )
 
     @model_validator(mode="after")
     def _small_is_a_part(self) -> Self:
@@ -106,6 +112,12 @@ class EvalSpec(_Frozen):
                 f"small_samples ({self.small_samples}) must be at most samples ({self.samples}): "
                 "the teacher answers no more questions"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _networks_are_distinct(self) -> Self:
+        if len(set(self.networks)) != len(self.networks):
+            raise ValueError(f"networks names one twice: {', '.join(self.networks)}")
         return self
 
     @property
@@ -131,6 +143,14 @@ class GateSpec(_Frozen):
         0.1, description="most that may be left of what the student forgets; judged where it forgets something"
     )
     latency_ms: Limits | None = None
+    networks: dict[Name, Limits] = Field({}, description="of fd_ratio in a network of eval.networks, by its name")
+
+    @property
+    def limits(self) -> dict[str, Limits]:
+        """Every rule that has a limit, by its name: `fd_ratio`, or `fd_ratio.<network>`."""
+        own = {name: getattr(self, name) for name in GateSpec.model_fields if name != "networks"}
+        named = {f"fd_ratio.{name}": limits for name, limits in self.networks.items()}
+        return {name: limits for name, limits in (own | named).items() if limits is not None}
 
 
 class DistillJobSpec(_Frozen):
@@ -183,8 +203,9 @@ class DistillJobSpec(_Frozen):
         if said > 1 + 1e-6 or (said >= 1 and any(stage.share is None for stage in self.stages)):
             raise ValueError(f"the shares of the stages leave nothing for some of them (sum {said:g})")
         self._counts_are_made("publish.tiers", (self.publish.tiers if self.publish else {}).values())
-        for rule in GateSpec.model_fields:
-            limits = getattr(self.gates, rule)
+        if lost := sorted(set(self.gates.networks) - set(self.eval.networks)):
+            raise ValueError(f"gates.networks names {', '.join(lost)}: eval.networks must too")
+        for rule, limits in self.gates.limits.items():
             self._counts_are_made(f"gates.{rule}", limits if isinstance(limits, dict) else ())
             if isinstance(limits, dict) and (missing := sorted(set(self.student.steps) - set(limits))):
                 raise ValueError(f"gates.{rule} has no limit for {missing} steps, which the student is made for")

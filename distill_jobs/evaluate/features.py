@@ -3,7 +3,8 @@
 Half of its features are its last embedding, from which attribute heads read the caption's content; the rest are means
 and deviations of its first layer, and the mean |Laplacian| of the picture at two sizes. The last are not learned: even
 trained on clean pictures only, a network that reads attributes perfectly grows blind to grain (added grain of 6 levels
-moved its Fréchet distance by 3 %). With `features_train` the only module of the evaluation that imports torch.
+moved its Fréchet distance by 3 %). With `features_train` and `networks` the only module of the evaluation that imports
+torch.
 """
 
 from __future__ import annotations

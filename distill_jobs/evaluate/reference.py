@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from distill_jobs.evaluate import alignment, diversity, features, frechet, neighbours, sample
 from distill_jobs.evaluate.features import FeatureNetwork
 from distill_jobs.evaluate.frechet import Gaussian
+from distill_jobs.evaluate.network_reference import NetworkReference
 from distill_jobs.evaluate.questions import Questions, questions, real_set
 from distill_jobs.evaluate.sample import Sample
 from distill_jobs.forgetting import Forget, holds
@@ -61,7 +62,8 @@ class TeacherSample:
 
 
 class Reference:
-    """Network, real set, baselines and (where there is one) the teacher's sample."""
+    """Network, real set, baselines and (where there is one) the teacher's sample; `others` are the same in further
+    feature networks, for the questions that they were made for."""
 
     def __init__(
         self,
@@ -70,12 +72,14 @@ class Reference:
         size: int,
         teacher: TeacherSample | None = None,
         forget: Sequence[Forget] = (),
+        others: Sequence[NetworkReference] = (),
     ) -> None:
         self.network = network
         self.real = real
         self.size = size
         self.teacher = teacher
         self.forget = tuple(forget)
+        self.others = tuple(others)
         self._baselines: dict[tuple[int, int], Baseline] = {}
         self._real_rows: dict[tuple[int, int], features.Floats] = {}
 
@@ -101,7 +105,13 @@ class Reference:
         return found
 
     def with_teacher(self, teacher: TeacherSample | None) -> Reference:
-        copy = Reference(self.network, self.real, self.size, teacher, self.forget)
+        return self._like(teacher, self.others)
+
+    def beside(self, others: Sequence[NetworkReference]) -> Reference:
+        return self._like(self.teacher, others)
+
+    def _like(self, teacher: TeacherSample | None, others: Sequence[NetworkReference]) -> Reference:
+        copy = Reference(self.network, self.real, self.size, teacher, self.forget, others)
         copy._baselines, copy._real_rows = self._baselines, self._real_rows
         return copy
 
@@ -116,10 +126,11 @@ class Reference:
 
     @property
     def digest(self) -> str:
-        """Figures of two digests must not be compared: of the feature network and of what is to be forgotten."""
-        if not self.forget:
+        """Figures of two digests must not be compared: of the feature networks and of what is to be forgotten."""
+        if not self.forget and not self.others:
             return self.network.digest
-        said = json.dumps([self.network.digest, *(rule.model_dump() for rule in self.forget)])
+        rules, others = (rule.model_dump() for rule in self.forget), (other.network.digest for other in self.others)
+        said = json.dumps([self.network.digest, *rules, *others])
         return hashlib.sha256(said.encode()).hexdigest()
 
     def kept(self, asked: Questions) -> Questions:

@@ -7,7 +7,7 @@ None where the reference has no teacher, as when the teacher itself is judged.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ from pydantic import BaseModel, ConfigDict
 
 from distill_jobs.evaluate import alignment, diversity, frechet, grain
 from distill_jobs.evaluate.density_coverage import density_coverage
+from distill_jobs.evaluate.features import Floats
 from distill_jobs.evaluate.forgotten import forgotten
+from distill_jobs.evaluate.network_reference import NetworkFigures
+from distill_jobs.evaluate.networks import DirectoryNetwork
 from distill_jobs.evaluate.pixels import Pixels
 from distill_jobs.evaluate.precision_recall import precision_recall
 from distill_jobs.evaluate.questions import Questions, questions
@@ -66,6 +69,7 @@ class Metrics(BaseModel):
     fd_at: tuple[Sized, ...] = ()  # at smaller sample counts
     alignment_forgotten: float | None = None  # share of what is to be forgotten that pictures of its prompts show
     alignment_instead: float | None = None  # and of what was to replace it
+    networks: dict[str, NetworkFigures] = {}  # in further feature networks, by name
 
 
 def evaluate(
@@ -85,7 +89,8 @@ def evaluate(
         Diverged: the sampler made values that are no numbers.
     """
     asked = questions(n, seed, reference.task)
-    seen = _ask(sampler, asked, asked.seeds, steps, reference, batch=batch, progress=progress)
+    tally = Tally(reference.network, [other.network for other in reference.others])
+    seen = _ask(sampler, asked, asked.seeds, steps, tally, batch=batch, progress=progress)
     return measure(seen, asked, steps=steps, reference=reference, rounds=rounds)
 
 
@@ -95,9 +100,15 @@ def measure(seen: Sample, asked: Questions, *, steps: int, reference: Reference,
     kept = reference.kept(asked)
     part = seen.part(kept.rows)
     left = forgotten(seen.attributes, asked, reference.forget)
-    own = _measure_alone(part, kept, steps, reference, rounds).model_copy(
-        update={"alignment_forgotten": left.concept, "alignment_instead": left.instead}
-    )
+    beside = {
+        "alignment_forgotten": left.concept,
+        "alignment_instead": left.instead,
+        "networks": {
+            other.name: other.figures(part.others[other.name], kept, rounds, compared=reference.teacher is not None)
+            for other in reference.others
+        },
+    }
+    own = _measure_alone(part, kept, steps, reference, rounds).model_copy(update=beside)
     if reference.teacher is None:
         return own
     theirs = _part(reference.teacher, kept)
@@ -109,7 +120,8 @@ def teacher_metrics(n: int, seed: int, reference: Reference) -> Metrics:
     if reference.teacher is None:
         raise InvalidRequest("the reference has no teacher; load it with a teacher's features")
     asked = questions(n, seed, reference.task)
-    theirs = _part(reference.teacher, asked)
+    others = {other.name: other.teacher[asked.rows] for other in reference.others}
+    theirs = replace(_part(reference.teacher, asked), others=others)
     return measure(theirs, asked, steps=reference.teacher.steps, reference=reference.with_teacher(None))
 
 
@@ -131,13 +143,33 @@ def teacher_reference(
     if path.exists():
         return reference.with_teacher(load_teacher(path, reference.network))
     asked = questions(n, seed, reference.task)
-    first, second = (
-        _ask(sampler, asked, seeds, steps, reference, batch=batch, progress=_shifted(progress, i * n, 2 * n))
-        for i, seeds in enumerate((asked.seeds, asked.other_seeds))
-    )
+
+    def answers(seeds: list[int], before: int) -> Sample:
+        shifted = _shifted(progress, before, 2 * n)
+        return _ask(sampler, asked, seeds, steps, Tally(reference.network), batch=batch, progress=shifted)
+
+    first, second = answers(asked.seeds, 0), answers(asked.other_seeds, n)
     teacher = TeacherSample(digest, steps, guidance, seed, first, frechet.fit(second.features))
     save_teacher(path, teacher, reference.network)
     return reference.with_teacher(teacher)
+
+
+def seen_by(
+    sampler: Sampler,
+    network: DirectoryNetwork,
+    *,
+    n: int,
+    seed: int,
+    steps: int,
+    reference: Reference,
+    batch: int = BATCH,
+    progress: Progress | None = None,
+) -> Floats:
+    """Features [n, D] of the sampler's answers in a further network."""
+    asked = questions(n, seed, reference.task)
+    tally = Tally(reference.network, [network])
+    seen = _ask(sampler, asked, asked.seeds, steps, tally, batch=batch, progress=progress)
+    return seen.others[network.name]
 
 
 def _ask(
@@ -145,12 +177,12 @@ def _ask(
     asked: Questions,
     seeds: list[int],
     steps: int,
-    reference: Reference,
+    tally: Tally,
     *,
     batch: int,
     progress: Progress | None,
 ) -> Sample:
-    captions, tally = asked.captions, Tally(reference.network)
+    captions = asked.captions
     for start in range(0, asked.n, batch):
         part = slice(start, min(start + batch, asked.n))
         pictures = sampler(captions[part], seeds[part], steps)

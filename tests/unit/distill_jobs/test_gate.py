@@ -1,6 +1,7 @@
 """Each rule on both sides of its limit, and that what was not measured did not pass."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -9,13 +10,18 @@ from distill_jobs.spec import GateSpec
 
 
 @dataclass(frozen=True)
-class Measured:
+class Distances:
     fd_ratio: float | None = 1.2
     fd_ratio_ci: tuple[float, float] | None = (1.1, 1.3)
+
+
+@dataclass(frozen=True)
+class Measured(Distances):
     alignment_ratio: float | None = 0.95
     diversity_ratio: float | None = 0.9
     grain_ratio: float | None = 2.0
     alignment_forgotten: float | None = None
+    networks: Mapping[str, Distances] = field(default_factory=dict)
 
 
 GATES = GateSpec(fd_ratio={1: 1.5, 4: 1.2}, alignment_ratio=0.93, diversity_ratio=0.8, grain_ratio=3.0, latency_ms=20)
@@ -89,3 +95,13 @@ def test_the_interval_stands_beside_the_value_and_decides_nothing() -> None:
 def test_a_rule_without_a_limit_is_not_judged() -> None:
     verdict = judge(GateSpec(fd_ratio=2.0, alignment_ratio=None, diversity_ratio=None, grain_ratio=None), {1: GOOD})
     assert [r.rule for r in verdict.results] == ["fd_ratio"]
+
+
+def test_a_further_network_has_a_limit_of_its_own_and_fails_where_it_has_not_looked() -> None:
+    none: dict[str, None] = dict.fromkeys(("fd_ratio", "alignment_ratio", "diversity_ratio", "grain_ratio"))
+    gates = GateSpec(**none, networks={"dinov2": {1: 1.1, 4: 1.3}})
+    seen = {k: replace(GOOD, networks={"dinov2": Distances(1.2, (1.0, 1.4))}) for k in (1, 4)}
+    verdict = judge(gates, seen)
+    assert verdict.passing == (4,)
+    assert [(r.rule, r.value, r.interval) for r in verdict.failures] == [("fd_ratio.dinov2", 1.2, (1.0, 1.4))]
+    assert [r.rule for r in judge(gates, {4: GOOD}).failures] == ["fd_ratio.dinov2"]

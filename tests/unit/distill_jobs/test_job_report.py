@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from distill_jobs import spec as specs
-from distill_jobs.job_report import FIGURES, charts, judged, periods, render, rows
+from distill_jobs.job_report import FIGURES, charts, judged, periods, render, rows, tables
 from distill_jobs.jobs import JobState
 from distill_jobs.plan import Plan, StagePlan
 from distill_jobs.records import PLAN, RESULT, JobRecords
@@ -167,6 +167,24 @@ def test_a_student_stands_beside_the_teacher_at_its_own_and_at_the_same_steps() 
     assert (cells["fd_ratio"].value, cells["fd_ratio"].interval) == ("1.500", "1.400 – 1.600")
     assert (cells["grain"].value, cells["recall"].value) == ("–", "–")
     assert rows({}) == []
+
+
+def test_a_further_network_has_a_table_of_its_own(records: JobRecords) -> None:
+    def seen(fd: float, **more: Any) -> dict[str, Any]:
+        return {"networks": {"dinov2": figures(fd, **more)}}
+
+    result = {
+        **RESULT_FILE,
+        "teacher": figures(1.0, **seen(30.0)),
+        "metrics": {k: one | seen(45.0, fd_ratio=1.5) for k, one in RESULT_FILE["metrics"].items()},
+    }
+    plain, other = tables(result)
+    assert (plain.network, other.network) == (None, "dinov2")
+    assert [figure.key for figure in other.figures] == ["fd", "fd_ratio", "precision", "recall", "density", "coverage"]
+    assert [row.cells[0].value for row in other.rows] == ["30.000", "45.000", "–", "–", "45.000", "–"]
+    job_id = finished(records)
+    records.write(job_id, RESULT, result)
+    assert "Figures in dinov2" in Page(render(records.get(job_id), records)).words
 
 
 def test_the_gate_is_a_table_of_rules_by_steps() -> None:

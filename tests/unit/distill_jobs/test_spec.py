@@ -96,6 +96,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (forgets([{"concept": "red"}, {"concept": "red ring", "instead": "cross"}]), "student"),
     (forgets([{"concept": "red"}], data={"prompts": ["a blue ring", "a bored cat"]}), "student.forget"),
     (forgets([{"concept": "red"}], method={"name": "gas"}), "student.forget"),
+    (job(eval={"networks": ["../elsewhere"]}), "eval.networks.0"),
 ]
 
 
@@ -112,6 +113,12 @@ def test_a_wrong_field_is_refused_by_its_name(body: dict[str, Any], param: str) 
         (job(train={}), "no end"),
         (job(publish={"deployment": "shapes", "tiers": {"low": 4}}), r"asks for \[4\] steps"),
         (job(gates={"fd_ratio": {"1": 1.5}}), r"no limit for \[2\] steps"),
+        (job(eval={"networks": ["dinov2", "dinov2"]}), "names one twice"),
+        (job(gates={"networks": {"dinov2": 1.5}}), r"gates.networks names dinov2: eval.networks must too"),
+        (
+            job(eval={"networks": ["dinov2"]}, gates={"networks": {"dinov2": {"1": 1.5}}}),
+            r"gates.fd_ratio.dinov2 has no limit for \[2\] steps",
+        ),
         (job(method=[{"name": "kd", "share": 0.7}, {"name": "sid", "share": 0.7}]), "shares"),
         (job(method=[]), "empty list"),
         (job(data={"prompts": ["a"], "pairs": "dj_1"}), "choose one"),
