@@ -73,7 +73,8 @@ class Plan:
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> "Plan":
         stages = (StagePlan(**{**stage, "terms": tuple(stage.get("terms", ()))}) for stage in data["stages"])
-        return cls(tuple(stages), data["eval_every"], data["bf16"], data["memory_bytes"])
+        # Runs that were planned before memory was counted go on without a figure for it.
+        return cls(tuple(stages), data["eval_every"], data["bf16"], data.get("memory_bytes", 0))
 
 
 def settings(spec: DistillJobSpec) -> list[dict[str, Any]]:
