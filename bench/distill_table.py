@@ -67,16 +67,28 @@ def entries(made: Sequence[Made], teacher: Made) -> list[dict[str, Any]]:
     return records
 
 
-def ranks(made: Sequence[Made], teacher: Made) -> dict[str, dict[str, Any]]:
-    """For the listing of methods: place, ratios by step count and the mark."""
+def ranks(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """For the listing of methods: place, ratios by step count and the mark, each over all tasks together; methods that
+    were not measured on every task have none."""
+    teacher = _together([task["teacher"] for task in tasks.values()])
+    by_preset = [{one["preset"]: one for one in task["screening"] if one.get("figures")} for task in tasks.values()]
+    everywhere = set.intersection(*(set(made) for made in by_preset))
+    found = [_together([made[preset] for made in by_preset]) for preset in everywhere]
     return {
         one["preset"]: {
             "rank": place,
             "fd_ratio": {steps: round(figures["fd_ratio"], 3) for steps, figures in one["figures"].items()},
             "experimental": experimental(one, teacher),
         }
-        for place, one in enumerate((one for one in ranked(made) if one.get("figures")), 1)
+        for place, one in enumerate(ranked(found), 1)
     }
+
+
+def _together(runs: Sequence[Made]) -> Made:
+    """One method's runs on several tasks as if they were one: the geometric mean of the ratios."""
+    counts = [steps for steps in runs[0]["figures"] if all(steps in one["figures"] for one in runs)]
+    means = {steps: {"fd_ratio": _mean([one["figures"][steps]["fd_ratio"] for one in runs])} for steps in counts}
+    return {"preset": runs[0]["preset"], "figures": means}
 
 
 def table(made: Sequence[Made], teacher: Made) -> str:
@@ -135,10 +147,9 @@ def readme(tasks: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def write(tasks: Mapping[str, Mapping[str, Any]]) -> None:
-    """The generated files beside the methods; ranks are those of the first task's screening."""
+    """The generated files beside the methods; ranks are those of the tasks' screening."""
     README.write_text(readme(tasks))
-    first = next(iter(tasks.values()))
-    _schemas.LEADERBOARD.write_text(json.dumps(ranks(first["screening"], first["teacher"]), indent=1) + "\n")
+    _schemas.LEADERBOARD.write_text(json.dumps(ranks(tasks), indent=1) + "\n")
 
 
 def _record(done: Sequence[Made], steps: str) -> dict[str, Any]:

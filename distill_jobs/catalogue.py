@@ -24,7 +24,7 @@ class MethodView(BaseModel):
         None, description="place in the leaderboard, of methods given equal work; none if not in it"
     )
     fd_ratio: dict[int, float] = Field(
-        {}, description="there: distance by steps as a ratio to the teacher's; 1 is equal"
+        {}, description="there: distance by steps as a ratio to the teacher's, mean of the tasks; 1 is equal"
     )
     experimental: bool = Field(
         False, description="its students there were no better than the teacher at the same steps"

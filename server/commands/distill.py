@@ -92,7 +92,7 @@ def methods(
 ) -> None:
     """List the methods and loss terms that a job may name, with their papers, needs and measured rank.
 
-    The distances are ratios to the guided teacher's (1 is as good, lower is better) at 1, 2 and 4 steps, every method
+    The distances are ratios to the guided teachers' (1 is as good, lower is better) at 1, 2 and 4 steps, every method
     with the same work and its own defaults. Those marked * did no better there than the teacher at as few steps.
     """
     with connected(url, api_key) as client:

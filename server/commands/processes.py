@@ -97,12 +97,18 @@ def distiller() -> None:
 
 def seed(
     registry_url: Annotated[str, typer.Option(help="A folder or fsspec URL.")],
-    deployment: Annotated[str, typer.Option(help="The deployment that the embedded teacher serves.")] = "shapes",
+    task: Annotated[str, typer.Option(help="Whose embedded teacher: shapes, or digits.")] = "shapes",
+    deployment: Annotated[str | None, typer.Option(help="What it serves; called like the task if missing.")] = None,
 ) -> None:
-    """Publish the embedded teacher in a new registry; does nothing where the deployment exists."""
+    """Publish an embedded teacher; does nothing where the deployment exists.
+
+    Example: fewstep seed --registry-url .fewstep/registry --task digits
+    """
+    name = deployment or task
     registry = open_registry(registry_url)
-    if deployment in registry.deployments():
+    if name in registry.deployments():
         return
+    from distill_jobs.tasks import base as tasks
     from distill_jobs.teachers.publish import publish
 
-    publish(registry, deployment)
+    publish(registry, name, task=tasks.load(task))

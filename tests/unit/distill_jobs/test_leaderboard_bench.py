@@ -45,12 +45,25 @@ def test_a_student_no_better_than_the_teacher_at_the_same_counts_is_experimental
 
 
 def test_ranks_go_by_the_geometric_mean_and_leave_failures_out() -> None:
-    ranks = table.ranks([FAILED, WORSE, GOOD], TEACHER)
+    ranks = table.ranks({"shapes": {"teacher": TEACHER, "screening": [FAILED, WORSE, GOOD]}})
     assert [(name, one["rank"], one["experimental"]) for name, one in ranks.items()] == [
         ("kd", 1, False),
         ("sid", 2, True),
     ]
     assert ranks["kd"]["fd_ratio"] == {"1": 1.2, "2": 1.0, "4": 1.0}
+
+
+def test_ranks_over_two_tasks_are_of_the_geometric_means_and_of_methods_measured_on_both() -> None:
+    shapes = {"teacher": TEACHER, "screening": [GOOD, WORSE, BAD]}
+    digits = {
+        "teacher": made(table.TEACHER, {"1": 20.0, "2": 4.8, "4": 1.0}),
+        "screening": [WORSE, made("kd", {"1": 4.8})],
+    }
+    ranks = table.ranks({"shapes": shapes, "digits": digits})
+    assert list(ranks) == ["sid", "kd"]  # boot is not known on digits; kd's one step, 2.4, is all that both have of it
+    assert ranks["kd"]["fd_ratio"] == {"1": 2.4}
+    assert not ranks["sid"]["experimental"]  # (2 1.9 1.8)^1/3 < (10 2.4 1)^1/3, the teachers' means
+    assert table.ranks({"shapes": shapes})["sid"]["experimental"]
 
 
 def test_a_student_of_four_steps_alone_is_ranked_after_those_of_all_counts() -> None:
