@@ -16,5 +16,5 @@ RECIPE = Recipe(
     width=96,
     chunks=12,
     autoencoder_plan=Plan(updates=1_300, batch=32, matrix_lr=0.02, adam_lr=2e-3, ema=0.995),
-    denoiser_plan=Plan(updates=2_400, batch=64, matrix_lr=0.02, adam_lr=2e-3, ema=0.998),
+    denoiser_plan=Plan(updates=4_500, batch=64, matrix_lr=0.02, adam_lr=2e-3, ema=0.998),
 )

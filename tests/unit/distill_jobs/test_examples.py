@@ -1,13 +1,19 @@
-"""The example that the README submits."""
+"""The examples that the README submits are the jobs that are shipped."""
 
 from pathlib import Path
 
+import pytest
 import yaml
 
 from distill_jobs import spec
+from distill_jobs.tasks import base
+from engines import plugins
 
-EXAMPLE = Path(__file__).parents[3] / "examples" / "shapes-fast.yaml"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
-def test_the_example_is_the_demo_s_job() -> None:
-    assert spec.parse(yaml.safe_load(EXAMPLE.read_text())) == spec.parse(spec.preset("shapes-fast"))
+@pytest.mark.parametrize("task", plugins.names(base.PACKAGE))
+def test_a_task_s_example_is_its_shipped_job(task: str) -> None:
+    example = spec.parse(yaml.safe_load((EXAMPLES / f"{task}-fast.yaml").read_text()))
+    assert example == spec.parse(spec.preset(f"{task}-fast"))
+    assert example.teacher.id == task
