@@ -18,7 +18,7 @@ from distill_jobs import spec as specs
 from distill_jobs.estimate import Estimate, estimate, teacher_version
 from distill_jobs.jobs import ENDED, DistillJob, JobState
 from distill_jobs.needs import Needs
-from distill_jobs.plan import Plan
+from distill_jobs.plan import expected
 from distill_jobs.queue import JobQueue
 from distill_jobs.records import PLAN, PROGRESS, RESULT, JobRecords
 from engines.errors import InvalidRequest, JobNotFound, NotFound, StudentNotFound
@@ -253,7 +253,7 @@ def view(job: DistillJob, records: JobRecords) -> JobView:
         started_at=job.started_at,
         finished_at=job.finished_at,
         spec=job.spec,
-        estimated=None if plan is None else Plan.of(plan).needs,
+        estimated=None if plan is None else expected(plan),
         measured=result.get("measured"),
         student=result.get("student"),
         schedule_student=result.get("schedule_student"),

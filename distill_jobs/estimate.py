@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from distill_jobs import spec as specs
 from distill_jobs.jobs import JobState
@@ -156,7 +156,11 @@ def _equal(spec: specs.DistillJobSpec, records: JobRecords, sees: Callable[[str]
     for job in records.all():
         if job.state is not JobState.SUCCEEDED or not sees(job.owner):
             continue
-        if _costs(specs.DistillJobSpec.model_validate(job.spec)) == _costs(spec) and (found := _ended(job.id, records)):
+        try:
+            said = specs.DistillJobSpec.model_validate(job.spec)
+        except ValidationError:  # what an earlier release allowed is equal to nothing of now
+            continue
+        if _costs(said) == _costs(spec) and (found := _ended(job.id, records)):
             return found
     return None
 

@@ -19,7 +19,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from distill_jobs.chart import BOTTOM, COLOURS, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Point, Series, chart
 from distill_jobs.jobs import DistillJob
 from distill_jobs.needs import Needs
-from distill_jobs.plan import Plan
+from distill_jobs.plan import expected
 from distill_jobs.records import PLAN, RESULT, JobRecords
 from engines.manifest import shown
 
@@ -189,9 +189,12 @@ def periods(events: Iterable[Json]) -> list[tuple[str, float]]:
 
 def needs(plan: Mapping[str, Any] | None, result: Mapping[str, Any]) -> list[tuple[str, Needs]]:
     """What training should need and what it needed, as far as it is known."""
-    found = [] if plan is None else [("estimated", Plan.of(plan).needs)]
     measured = result.get("measured")
-    return found if measured is None else [*found, ("measured", Needs(**measured))]
+    found = {
+        "estimated": None if plan is None else expected(plan),
+        "measured": None if measured is None else Needs(**measured),
+    }
+    return [(which, need) for which, need in found.items() if need is not None]
 
 
 @cache

@@ -72,9 +72,18 @@ class Plan:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> "Plan":
-        stages = (StagePlan(**{**stage, "terms": tuple(stage.get("terms", ()))}) for stage in data["stages"])
-        # Runs that were planned before memory was counted go on without a figure for it.
-        return cls(tuple(stages), data["eval_every"], data["bf16"], data.get("memory_bytes", 0))
+        """Also of a plan that was written before needs were counted, whose stages may say null seconds."""
+        told = (
+            stage | {"terms": tuple(stage.get("terms", ())), "seconds": stage["seconds"] or 0.0}
+            for stage in data["stages"]
+        )
+        stages = tuple(StagePlan(**stage) for stage in told)
+        return cls(stages, data["eval_every"], data["bf16"], data.get("memory_bytes", 0))
+
+
+def expected(data: Mapping[str, Any]) -> Needs | None:
+    """What a plan says that training should need; None where it was written before that was counted."""
+    return Plan.of(data).needs if "memory_bytes" in data else None
 
 
 def settings(spec: DistillJobSpec) -> list[dict[str, Any]]:

@@ -154,7 +154,7 @@ class JobRun:
     def _train(self) -> None:
         self.keeper.run("train", lambda: (self.folder / "trained" / "result.json").exists())
         if "measured" not in self.result:
-            self._note(measured=self._trained()["measured"])
+            self._note(measured=self._trained().get("measured"))  # None where an earlier release trained it
 
     def _export(self) -> str:
         if not self.spec.trains:

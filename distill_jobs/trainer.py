@@ -201,7 +201,8 @@ class Trainer:
             torch.set_rng_state(found.tensors["rng"])
             torch.set_num_threads(found.meta["threads"])
             self._spent_s, self._stopped_early = found.meta["spent_s"], found.meta["stopped_early"]
-            self._earlier = Needs(**found.meta["needs"])
+            if "needs" in found.meta:  # not in checkpoints of the releases before they were counted
+                self._earlier = Needs(**found.meta["needs"])
             logger.info("resumed", extra={"stage": run.index, "iteration": run.iteration})
         return run
 

@@ -241,6 +241,15 @@ def test_an_estimate_is_what_an_equal_job_needed(http: TestClient, queue: JobQue
     assert http.post(ESTIMATE, json=longer, headers={"authorization": "you"}).json()["train_seconds"] is None
 
 
+def test_a_job_of_an_earlier_release_is_no_equal_and_no_obstacle(http: TestClient, queue: JobQueue) -> None:
+    records = queue.records
+    job = queue.submit({**SPEC, "train": {"iterations": 300, "warmup": 5}}, owner="me")
+    fence = records.claim(job.id, "distiller").fence
+    for state in list(JobState)[1:3] + list(JobState)[4:8]:
+        records.move(job.id, state, fence=fence)
+    assert http.post(ESTIMATE, json=SPEC).status_code == 200
+
+
 def test_a_job_shows_what_training_should_need_and_what_it_needed(http: TestClient, queue: JobQueue) -> None:
     job = http.post(JOBS, json=SPEC).json()
     assert (job["estimated"], job["measured"]) == (None, None)
@@ -250,6 +259,9 @@ def test_a_job_shows_what_training_should_need_and_what_it_needed(http: TestClie
     shown = http.get(f"{JOBS}/{job['id']}").json()
     assert shown["estimated"] == {"memory_bytes": 10, "train_seconds": 2.5}
     assert shown["measured"] == {"memory_bytes": 12, "train_seconds": 3.0}
+    before = {key: value for key, value in plan.as_dict().items() if key != "memory_bytes"}
+    queue.records.write(job["id"], "plan.json", before)
+    assert http.get(f"{JOBS}/{job['id']}").json()["estimated"] is None
 
 
 def test_the_estimate_of_a_lora_has_one_backbone_and_small_trained_matrices(http: TestClient) -> None:

@@ -1,12 +1,13 @@
 """What a budget buys, in numbers that must come out."""
 
+import json
 from typing import Any
 
 import pytest
 
 from distill_jobs import spec as specs
 from distill_jobs.needs import Needs
-from distill_jobs.plan import Costs, Plan, planned
+from distill_jobs.plan import Costs, Plan, expected, planned
 
 
 def spec(**train: Any) -> specs.DistillJobSpec:
@@ -86,6 +87,18 @@ def test_the_jobs_wishes_reach_every_method_and_its_own_fields_win() -> None:
 def test_a_plan_is_read_back_as_it_was_written() -> None:
     plan = planned(spec(max_minutes=1), [Costs(0.1)] * 2, [64, 0], bf16=True)
     assert Plan.of(plan.as_dict() | {"stages": plan.as_dict()["stages"]}) == plan
+
+
+def test_a_plan_of_the_release_before_goes_on_and_says_nothing_of_its_needs() -> None:
+    plan = planned(spec(iterations=100), [Costs(0.1)] * 2, [64, 0])
+    written = json.loads(json.dumps(plan.as_dict()))
+    assert expected(written) == plan.needs
+    del written["memory_bytes"]
+    for stage in written["stages"]:
+        stage["seconds"] = None
+    assert expected(written) is None
+    assert Plan.of(written).iterations == 100
+    assert [stage.seconds for stage in Plan.of(written).stages] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(("stage", "before"), [(0, 0), (1, 50)])

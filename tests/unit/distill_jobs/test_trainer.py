@@ -1,6 +1,7 @@
 """A run: resumed bit by bit, stopped within a step, best kept, alarms given."""
 
 import copy
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -329,3 +330,13 @@ def test_what_a_run_needed_is_of_all_its_lives(tmp_path: Path) -> None:
     ended = lived(None)
     assert ended.needs.train_seconds == 4.0 + 4.0
     assert ended.needs.memory_bytes > 1 << 20
+
+
+def test_a_checkpoint_of_the_release_before_needs_were_counted_is_gone_on_from(tmp_path: Path) -> None:
+    assert trainer([stage("sid")], tmp_path, hooks=Hooks(poll=wish_after(3, "pause"))).fit().state == "paused"
+    for file in (tmp_path / "latest").glob("*/meta.json"):
+        meta = json.loads(file.read_text())
+        del meta["needs"]
+        file.write_text(json.dumps(meta))
+    ended = trainer([stage("sid")], tmp_path, hooks=Hooks(clock=lambda: 5.0)).fit()
+    assert (ended.state, ended.needs.train_seconds) == ("finished", 0.0)
