@@ -74,7 +74,7 @@ def measure(
     )
     _empty(folder, group)
     needs = trainer.fit().needs
-    kept = _row_bytes(prepared_folder(folder, 0), source)
+    kept = group.size * _row_bytes(prepared_folder(folder, 0), source)  # every process reads all rows
     _empty(folder, group)
     return said.costs(iterations, SHARD * group.size, pair_bytes=kept, peak_bytes=needs.memory_bytes)
 

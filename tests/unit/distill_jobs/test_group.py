@@ -20,7 +20,7 @@ from engines.denoiser import Denoiser
 from engines.errors import InvalidRequest
 from engines.process import RF
 from tests.unit.distill_jobs.tiny import SHAPE, STAGES, tiny_source, tiny_student, tiny_teacher
-from tests.unit.distill_jobs.together import CASES, chain, start, trained
+from tests.unit.distill_jobs.together import CASES, chain, start, trained, tried
 
 TOLERANCE = 1e-5
 
@@ -36,6 +36,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_total_is_the_sum_over_the_processes(pair: Path) -> None:
     assert [json.loads((pair / f"total.{rank}.json").read_text()) for rank in range(2)] == [3, 3]
     assert Group().total(7) == 7
+
+
+def test_a_pair_is_kept_in_memory_by_every_process(pair: Path, tmp_path: Path) -> None:
+    alone = tried(tmp_path / "trial", Group()).pair_bytes
+    assert [json.loads((pair / f"trial.{rank}.json").read_text()) for rank in range(2)] == [2 * alone] * 2 != [0, 0]
 
 
 def near(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from distill_jobs.group import Group
 from distill_jobs.methods.base import Workspace
+from distill_jobs.plan import Costs
 from distill_jobs.progress import Hooks
 from distill_jobs.quantised import quantise
 from distill_jobs.stage import Execution, Stage, StageRun
 from distill_jobs.terms.base import Wanted
+from distill_jobs.timing import measure
 from distill_jobs.trainer import Result, TrainConfig, Trainer
 from tests.unit.distill_jobs.tiny import STAGES, blocks_student, tiny_source, tiny_student, tiny_teacher
 
@@ -92,6 +94,14 @@ def chain(folder: Path, group: Group, *, stop_after: int | None = None) -> Ended
     return Ended(trainer.fit(), events)
 
 
+def tried(folder: Path, group: Group) -> Costs:
+    """What a stage with pairs costs."""
+    return measure(
+        CASES["regression"], tiny_teacher(), tiny_student(), tiny_source(), config=TrainConfig(), folder=folder,
+        group=group,
+    )  # fmt: skip
+
+
 def start(size: int, folder: Path) -> None:
     """Runs this file in `size` processes and waits for them."""
     with socket.socket() as free:
@@ -117,6 +127,8 @@ def start(size: int, folder: Path) -> None:
 def main(folder: Path) -> None:
     joined = Group.join()
     (folder / f"total.{joined.rank}.json").write_text(json.dumps(joined.total(joined.rank + 1)))
+    costs = tried(folder / "trial", joined)
+    (folder / f"trial.{joined.rank}.json").write_text(json.dumps(costs.pair_bytes))
     for shards in (False, True):
         group = Group(joined.rank, joined.size, shards=shards)
         kept = folder / ("sharded" if shards else "whole")
