@@ -11,6 +11,7 @@ Left out: Inception. The network of FID proper exists as a pickled TorchScript f
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,9 @@ from engines.errors import InvalidRequest
 
 PARAM = "eval.networks"
 _CONFIG, _PREPROCESSOR, _WEIGHTS = "config.json", "preprocessor_config.json", "*.safetensors"
+_INDEX, _ADAPTER = "*.index.json", "adapter_config.json"
 _BATCH = 32
+_TRIED = 64  # pixels a side of the picture that a network is tried on
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +78,14 @@ def load(name: str, folder: Path | None) -> DirectoryNetwork:
     from transformers import AutoImageProcessor, AutoModel
 
     found = folder_of(name, folder)
+    _refuse_other_weights(name, found)
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         whole, said = AutoModel.from_pretrained(
             found, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **local
         )
         processor = AutoImageProcessor.from_pretrained(found, backend="pil", **local)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a damaged directory it may be any: a header, a shape, a missing package
         raise InvalidRequest(f"the network {name!r} cannot be loaded: {error}", param=PARAM) from error
     model = getattr(whole, "vision_model", whole)  # of CLIP's pair the half that sees
     if model.main_input_name != "pixel_values":
@@ -89,7 +93,29 @@ def load(name: str, folder: Path | None) -> DirectoryNetwork:
     if lacking := sorted(said["missing_keys"]):
         message = f"the network {name!r} lacks {len(lacking)} weights, first {lacking[0]}: save the whole model"
         raise InvalidRequest(message, param=PARAM)
-    return DirectoryNetwork(name, _digest(found), model.requires_grad_(False).eval(), processor)
+    network = DirectoryNetwork(name, _digest(found), model.requires_grad_(False).eval(), processor)
+    try:
+        seen = network.observe(np.zeros((1, 3, _TRIED, _TRIED), np.uint8))
+    except Exception as error:  # of no pooled output, or a picture prepared as the model does not take it
+        raise InvalidRequest(f"the network {name!r} gives no features: {error}", param=PARAM) from error
+    if not np.isfinite(seen).all():
+        raise InvalidRequest(f"the network {name!r} gives features that are no numbers", param=PARAM)
+    return network
+
+
+def _refuse_other_weights(name: str, folder: Path) -> None:
+    """The digest names the directory's own safetensors: transformers would follow an index to pickled shards and an
+    adapter to another directory."""
+    own = {path.name for path in folder.glob(_WEIGHTS)}
+    try:
+        named = [json.loads(index.read_bytes())["weight_map"].values() for index in folder.glob(_INDEX)]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InvalidRequest(f"the network {name!r} has an index that cannot be read: {error}", param=PARAM) from error
+    others = sorted({str(file) for files in named for file in files} - own)
+    others += [path.name for path in folder.glob(_ADAPTER)]
+    if others:
+        message = f"the network {name!r} has weights in {others[0]}: save the whole model with `save_pretrained`"
+        raise InvalidRequest(message, param=PARAM)
 
 
 def _digest(folder: Path) -> str:

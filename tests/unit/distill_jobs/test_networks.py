@@ -298,6 +298,79 @@ def test_a_directory_that_lacks_some_weights_is_refused_instead_of_drawing_them(
         networks.load("half", folder)
 
 
+def test_shards_and_adapters_that_the_digest_does_not_name_are_refused(tmp_path: Path) -> None:
+    """transformers itself would unpickle the shards, and read the weights of another directory."""
+    folder = saved(tmp_path, "sharded", dinov2())
+    weights = load_file(folder / "sharded" / "model.safetensors")
+    (folder / "sharded" / "model.safetensors").rename(folder / "sharded" / "other.safetensors")
+    torch.save(weights, folder / "sharded" / "shard.bin")
+    index = folder / "sharded" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(weights, "shard.bin")}))
+    with pytest.raises(InvalidRequest, match=r"weights in shard\.bin"):
+        networks.load("sharded", folder)
+    index.write_text("[]")
+    with pytest.raises(InvalidRequest, match="index that cannot be read"):
+        networks.load("sharded", folder)
+    saved(tmp_path, "adapted", dinov2())
+    (folder / "adapted" / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere"}')
+    with pytest.raises(InvalidRequest, match=r"weights in adapter_config\.json"):
+        networks.load("adapted", folder)
+
+
+def test_shards_of_the_directory_itself_are_read(tmp_path: Path, drawn: np.ndarray) -> None:
+    torch.manual_seed(0)
+    model = dinov2()
+    whole = networks.load("whole", saved(tmp_path, "whole", model)).observe(drawn[:2])
+    model.save_pretrained(tmp_path / "parts", max_shard_size="4KB")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
+    (tmp_path / "parts" / "preprocessor_config.json").write_bytes(
+        (tmp_path / "whole" / "preprocessor_config.json").read_bytes()
+    )
+    np.testing.assert_array_equal(networks.load("parts", tmp_path).observe(drawn[:2]), whole)
+
+
+def without_pooling() -> Any:
+    from transformers import ViTMAEConfig, ViTMAEModel
+
+    return ViTMAEModel(
+        ViTMAEConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16, image_size=64
+        )
+    )  # fmt: skip
+
+
+def of_no_numbers() -> Any:
+    model = dinov2()
+    with torch.no_grad():
+        model.layernorm.bias.fill_(torch.nan)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "why"), [(without_pooling, "gives no features"), (of_no_numbers, "features that are no numbers")]
+)
+def test_a_network_without_features_is_refused_before_any_work(
+    make: Callable[[], Any], why: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidRequest, match=why):
+        networks.load("net", saved(tmp_path, "net", make()))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_damaged_directory_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "cut", dinov2())
+    weights = folder / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    saved(tmp_path, "wide", dinov2())
+    config = folder / "wide" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_size": 48}))
+    saved(tmp_path, "listed", dinov2())
+    (folder / "listed" / "preprocessor_config.json").write_text("[]")
+    for name in ("cut", "wide", "listed"):
+        with pytest.raises(InvalidRequest, match=f"the network '{name}' cannot be loaded"):
+            networks.load(name, folder)
+
+
 def test_a_network_that_reads_text_is_refused(tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel
 
