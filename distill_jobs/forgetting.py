@@ -33,13 +33,9 @@ class Forget(BaseModel):
     def is_in(self, text: str) -> bool:
         return _words(self.concept).search(text) is not None
 
-    def replaced(self, text: str) -> str:
-        """The text with every mention of the concept replaced."""
-        return _put(self.concept, self.instead, text)
-
     def renamed(self, text: str) -> str:
         """The text with every mention of the replacement put in the concept's words."""
-        return _put(self.instead, self.concept, text)
+        return _words(self.instead).sub(lambda _: self.concept, text)
 
     def is_instead_in(self, text: str) -> bool:
         return bool(self.instead.strip()) and _words(self.instead).search(text) is not None
@@ -64,14 +60,16 @@ def holds(text: str, rules: Iterable[Forget]) -> bool:
     return any(rule.is_in(text) for rule in rules)
 
 
-def instead(text: str, rules: Iterable[Forget]) -> str | None:
-    """What the teacher is asked for in place of `text`; None where that is its unconditional answer."""
-    for rule in rules:
-        if rule.is_in(text):
-            if not rule.instead.strip():
-                return None
-            text = rule.replaced(text)
-    return text
+def instead(text: str, rules: Sequence[Forget]) -> str | None:
+    """What the teacher is asked for in place of `text`; None where that is its unconditional answer: a concept has no
+    replacement, or a replacement and the words beside it name another concept."""
+    told = [rule for rule in rules if rule.is_in(text)]
+    if not all(rule.instead.strip() for rule in told):
+        return None
+    if told:  # all at once, so that no rule reads what another one wrote
+        concepts = re.compile("|".join(f"({_words(rule.concept).pattern})" for rule in told), re.IGNORECASE)
+        text = concepts.sub(lambda found: told[(found.lastindex or 1) - 1].instead, text)
+    return None if holds(text, rules) else text
 
 
 def check_heard(prompts: Iterable[str], rules: Sequence[Forget]) -> None:
@@ -94,7 +92,3 @@ def check_heard(prompts: Iterable[str], rules: Sequence[Forget]) -> None:
 def _words(phrase: str) -> re.Pattern[str]:
     between = r"\s+".join(map(re.escape, phrase.split()))
     return re.compile(rf"(?<!\w){between}(?!\w)", re.IGNORECASE)
-
-
-def _put(phrase: str, other: str, text: str) -> str:
-    return _words(phrase).sub(lambda _: other, text)

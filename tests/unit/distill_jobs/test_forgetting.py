@@ -74,6 +74,17 @@ def test_what_has_no_replacement_is_asked_for_without_a_condition() -> None:
     assert forgetting.instead("a red cross", rules) == "a blue cross"
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_no_order_of_the_rules_has_the_teacher_draw_what_is_to_be_forgotten(turned: bool) -> None:
+    """`red` put in blue makes a blue ring of a red one."""
+    told = (*RED, Forget(concept="blue ring", instead="green square"))
+    rules = told[::-1] if turned else told
+    forgetting.check(rules)
+    assert forgetting.instead("a red ring", rules) is None
+    assert forgetting.instead("a red ring, a blue ring", rules) is None
+    assert forgetting.instead("a red cross, a blue ring", rules) == "a blue cross, a green square"
+
+
 def test_a_replacement_is_text_and_no_pattern() -> None:
     assert forgetting.instead("a c++ logo", (Forget(concept="c++", instead=r"\1 $&"),)) == r"a \1 $& logo"
 
