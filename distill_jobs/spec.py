@@ -229,10 +229,11 @@ def parse(body: Mapping[str, Any] | bytes) -> DistillJobSpec:
     """
     try:
         data = json.loads(body) if isinstance(body, bytes) else body
+        json.dumps(data, allow_nan=False)  # Python reads NaN and 1e999, which no range of a setting refuses
         spec = DistillJobSpec.model_validate(data)
     except ValidationError as error:
         raise _first_fault(error) from error
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise InvalidRequest(f"the job is not JSON: {error}") from error
     _refuse_unbuilt(spec)
     _check_name(spec)

@@ -1,5 +1,6 @@
 """What a job may say, and that what it may not say is refused by name before anything is queued."""
 
+import json
 from typing import Any
 
 import pytest
@@ -335,3 +336,11 @@ def test_the_range_lies_in_the_teachers_and_holds_the_weight_of_the_job(
 
 def test_a_range_that_the_teacher_has_is_allowed() -> None:
     specs.check_weights(specs.parse(job(student=WEIGHTED, method={"name": "lcm"})), CFG)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999"])
+def test_numbers_that_json_has_not_are_refused_wherever_they_stand(value: str) -> None:
+    body = json.dumps(job(method={"name": "kd", "lr": "here"})).replace('"here"', value).encode()
+    for told in (body, json.loads(body)):
+        with pytest.raises(InvalidRequest, match="not JSON"):
+            specs.parse(told)
