@@ -6,7 +6,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from distill_jobs.batches import Rows, Source
-from distill_jobs.methods.base import FewStepConfig, Method, Workspace
+from distill_jobs.methods.base import FewStepConfig, FewStepMethod, Workspace
 from distill_jobs.pairs import Pairs, TeacherPath, collect
 from distill_jobs.roles import Cast
 from engines.errors import InvalidRequest
@@ -32,7 +32,7 @@ class BankConfig(FewStepConfig):
         return self.levels(min(self.counts), {})[0]
 
 
-class BankMethod(Method):
+class BankMethod(FewStepMethod):
     """Its batches carry `rows.pair`. `Config` must be a `BankConfig`."""
 
     def __init__(self, cast: Cast, config: BankConfig) -> None:

@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from distill_jobs.batches import Rows, Source
-from distill_jobs.methods.base import FewStepConfig, Method, Workspace
+from distill_jobs.methods.base import FewStepConfig, FewStepMethod, Workspace
 from distill_jobs.pairs import Pairs, TeacherPath, collect
 from distill_jobs.roles import Cast
 from engines.errors import InvalidRequest
@@ -16,7 +16,7 @@ class DataConfig(FewStepConfig):
     teacher_solver: PlainSolver = "ab2"
 
 
-class DataMethod(Method):
+class DataMethod(FewStepMethod):
     """Its batches carry `rows.x`. `Config` must be a `DataConfig`."""
 
     def __init__(self, cast: Cast, config: DataConfig) -> None:

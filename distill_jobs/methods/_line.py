@@ -11,9 +11,8 @@ from torch import Tensor
 from distill_jobs import times
 from distill_jobs.batches import Batch
 from distill_jobs.losses import over_rows
-from distill_jobs.methods.base import Method
 from engines.denoiser import BaseDenoiser, Cond
-from engines.solvers import continued, sample
+from engines.solvers import continued
 
 Line = tuple[Tensor, Tensor]  # (x0, eps)
 END = 0.02  # the least noise level at which a student learns a line: near 0 every line through x is right
@@ -46,12 +45,3 @@ def path(
     levels = tuple(high + (low - high) * i / steps for i in range(steps + 1))
     grid = times.grid(teacher.process, levels)[: steps + 1]
     return continued(teacher, x, grid, cond, solver=solver)
-
-
-@torch.no_grad()
-def shown(method: Method, batch: Batch) -> dict[str, Tensor]:
-    """What the student makes in its least count of steps."""
-    schedule = method.schedules[min(method.schedules)]
-    eta = schedule.eta if isinstance(schedule.eta, float) else schedule.eta[0]
-    y = sample(method.cast.student, batch.noise, schedule.times, batch.cond, eta, draw=lambda _: batch.randn())
-    return {"gen": y}

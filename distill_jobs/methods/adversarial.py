@@ -27,15 +27,12 @@ from distill_jobs.features import features
 from distill_jobs.losses import root_mse
 from distill_jobs.methods._data import DataConfig, DataMethod
 from distill_jobs.methods.base import Count, Preset
-from distill_jobs.methods.kd import few_step_schedules
 from distill_jobs.roles import Cast, Role, unguided
 from engines.denoiser import BaseDenoiser, Cond
 from engines.errors import InvalidRequest
-from engines.manifest import Schedule
 from engines.process import over
 from engines.solvers import continued
 
-GRIDS = {1: (1.0,), 2: (1.0, 0.5), 4: (1.0, 0.75, 0.5, 0.25)}
 _LEAST = 0.02  # noise level of a judged sample: without noise a network's features say little
 
 
@@ -50,10 +47,6 @@ class Adversarial(DataMethod):
     def make(cls, name: str, denoiser: BaseDenoiser, config: Any) -> nn.Module:
         heads: nn.Module = config.heads(denoiser)
         return heads
-
-    @property
-    def schedules(self) -> dict[int, Schedule]:
-        return few_step_schedules(self, GRIDS)
 
     @torch.no_grad()
     def panel(self, batch: Batch) -> dict[str, Tensor]:

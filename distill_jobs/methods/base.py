@@ -150,6 +150,37 @@ class Method(ABC):
         return {}
 
 
+class FewStepMethod(Method):
+    """A method that trains a student for the counts of its `FewStepConfig`, on the grids it is sampled on later.
+
+    As it stands the student is the only role.
+    """
+
+    own_grids: ClassVar[Mapping[int, tuple[float, ...]]] = {}  # of counts for which the job gives none
+
+    @classmethod
+    def roles(cls, config: Any) -> dict[str, Role]:
+        return {"student": config.student_role()}
+
+    @property
+    def schedules(self) -> dict[int, Schedule]:
+        return self.scheduled(self.own_grids)
+
+    def scheduled(self, own: Mapping[int, tuple[float, ...]]) -> dict[int, Schedule]:
+        """The schedules of the job's counts, on its grids before those of `own`."""
+        c = self.config
+        grids = {k: times.grid(self.process, c.levels(k, own)) for k in sorted(c.counts)}
+        return {k: Schedule(times=grid, eta=c.eta, solver="ddim") for k, grid in grids.items()}
+
+    @torch.no_grad()
+    def panel(self, batch: Batch) -> dict[str, Tensor]:
+        """What the student makes in its least count of steps."""
+        schedule = self.schedules[min(self.schedules)]
+        eta = schedule.eta if isinstance(schedule.eta, float) else schedule.eta[0]
+        y = sample(self.cast.student, batch.noise, schedule.times, batch.cond, eta, draw=lambda _: batch.randn())
+        return {"gen": y}
+
+
 @dataclass(frozen=True, slots=True)
 class Preset:
     """A method people know by name: a class and the settings that make it this one."""

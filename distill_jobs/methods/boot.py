@@ -10,7 +10,7 @@ Source: arXiv 2306.05544 §3.1-3.2. Left out: guidance weights that the student 
 Checked against: the closed-form flow map of Gaussian data (tests).
 """
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -19,12 +19,9 @@ from torch import Tensor
 from distill_jobs import times
 from distill_jobs.batches import Batch
 from distill_jobs.losses import over_rows
-from distill_jobs.methods._line import shown
-from distill_jobs.methods.base import FewStepConfig, Method, Preset
-from distill_jobs.methods.kd import few_step_schedules
-from distill_jobs.roles import Cast, Role
+from distill_jobs.methods.base import FewStepConfig, FewStepMethod, Preset
+from distill_jobs.roles import Cast
 from engines.errors import InvalidRequest
-from engines.manifest import Schedule
 from engines.process import over, secant
 
 
@@ -39,7 +36,7 @@ class BOOTConfig(FewStepConfig):
     boundary: float = Field(0.1, ge=0, description="weight of the teacher's first x0 as the student's y at s = T")
 
 
-class BOOT(Method):
+class BOOT(FewStepMethod):
     Config = BOOTConfig
     inputs = frozenset({"s"})
 
@@ -48,14 +45,6 @@ class BOOT(Method):
         if "s" not in cast.student.inputs:
             raise InvalidRequest("boot asks its student for every s: its network must read s")
         self._top = config.levels(1, {})[0]
-
-    @classmethod
-    def roles(cls, config: Any) -> dict[str, Role]:
-        return {"student": config.student_role()}
-
-    @property
-    def schedules(self) -> dict[int, Schedule]:
-        return few_step_schedules(self, {})
 
     def loss(self, role: str, batch: Batch) -> dict[str, Tensor]:
         c, student = self.config, self.cast.student
@@ -73,10 +62,6 @@ class BOOT(Method):
             "bootstrap": over_rows(((y - signal) / c.delta).square()).mean(),
             "boundary": c.boundary * over_rows((at_top - first).square()).mean(),
         }
-
-    @torch.no_grad()
-    def panel(self, batch: Batch) -> dict[str, Tensor]:
-        return shown(self, batch)
 
 
 PRESETS = {"boot": Preset(BOOT, "One step from noise alone, bootstrapped along the signal ODE.", "2306.05544")}

@@ -32,10 +32,8 @@ from distill_jobs import times
 from distill_jobs.batches import Batch
 from distill_jobs.losses import over_rows, root_mse
 from distill_jobs.methods._data import DataConfig, DataMethod
-from distill_jobs.methods._line import shown
 from distill_jobs.methods.base import MethodConfig, Preset
 from distill_jobs.methods.flow_map import heun
-from distill_jobs.methods.kd import few_step_schedules
 from distill_jobs.roles import Role
 from engines.denoiser import Cond
 from engines.manifest import Schedule
@@ -65,10 +63,6 @@ class SelfConsistency(DataMethod):
     def roles(cls, config: Any) -> dict[str, Role]:
         target = {} if config.keep is None else {"target": Role(init="student", train="frozen")}
         return target | {"student": config.student_role()}
-
-    @property
-    def schedules(self) -> dict[int, Schedule]:
-        return few_step_schedules(self, {})
 
     def after(self, iteration: int) -> None:
         if self.config.keep is not None:
@@ -113,9 +107,6 @@ class SelfConsistency(DataMethod):
             return root_mse(over(weight, error) * error, weight * self.config.smooth)
         squared: Tensor = (weight * over_rows(error.square())).mean()
         return squared
-
-    def panel(self, batch: Batch) -> dict[str, Tensor]:
-        return shown(self, batch)
 
 
 # distillation: the neighbour is the teacher's ------------------------------------------------------------------------

@@ -31,7 +31,6 @@ from distill_jobs import times
 from distill_jobs.batches import Batch
 from distill_jobs.methods.base import Count, Preset
 from distill_jobs.methods.consistency import END, SelfConsistency, SelfConsistencyConfig, rungs
-from distill_jobs.methods.kd import few_step_schedules
 from distill_jobs.roles import Role
 from engines.denoiser import Cond
 from engines.manifest import Schedule
@@ -153,7 +152,7 @@ class Truncated(Approach):
         """Equal steps of noise level from 1 to the cut."""
         cut = self.config.cut
         own = {k: tuple(1 - (1 - cut) * i / max(1, k - 1) for i in range(k)) for k in self.config.counts}
-        return few_step_schedules(self, own)
+        return self.scheduled(own)
 
     @property
     def phase(self) -> int:

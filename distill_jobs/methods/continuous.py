@@ -26,14 +26,12 @@ from distill_jobs.batches import Batch, Rows, Source
 from distill_jobs.losses import toward
 from distill_jobs.methods._data import DataConfig, DataMethod
 from distill_jobs.methods._tangent import Rebased, along, most_noise, warmed
-from distill_jobs.methods.base import FewStepConfig, Method, MethodConfig, Preset, Workspace
-from distill_jobs.methods.kd import few_step_schedules
+from distill_jobs.methods.base import FewStepConfig, FewStepMethod, MethodConfig, Preset, Workspace
 from distill_jobs.methods.score_matching import DMD, GRIDS, ScoreMatchingConfig
 from distill_jobs.pairs import Pairs, TeacherPath, collect
 from distill_jobs.roles import Cast, Role
 from engines.denoiser import Cond
 from engines.errors import InvalidRequest
-from engines.manifest import Schedule
 from engines.process import TRIG, over, rebase
 from engines.solvers import PlainSolver, sample
 
@@ -50,24 +48,17 @@ class ConsistencyConfig(FewStepConfig):
     )
 
 
-class Consistency(Method):
+class Consistency(FewStepMethod):
     """The parent: the tangent and its loss. `Config` must be a `ConsistencyConfig`."""
 
     Config: ClassVar[type[MethodConfig]] = ConsistencyConfig
+    own_grids = GRIDS
 
     def __init__(self, cast: Cast, config: Any) -> None:
         super().__init__(cast, config)
         self.trig = TRIG(config.sigma_data)
         self.student, self.tutor = Rebased(cast.student, self.trig), Rebased(cast.teacher, self.trig)
         self.curriculum = {"tangent": warmed(0, config.warmup)}
-
-    @classmethod
-    def roles(cls, config: Any) -> dict[str, Role]:
-        return {"student": config.student_role()}
-
-    @property
-    def schedules(self) -> dict[int, Schedule]:
-        return few_step_schedules(self, GRIDS)
 
     @abstractmethod
     def point(self, batch: Batch) -> tuple[Tensor, Tensor]:

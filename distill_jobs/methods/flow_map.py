@@ -20,14 +20,11 @@ from distill_jobs.batches import Batch
 from distill_jobs.losses import root_mse
 from distill_jobs.methods._data import DataConfig, DataMethod
 from distill_jobs.methods.base import Preset
-from distill_jobs.methods.kd import few_step_schedules
-from distill_jobs.roles import Cast, Role
+from distill_jobs.roles import Cast
 from engines.denoiser import BaseDenoiser, Cond
 from engines.errors import InvalidRequest
-from engines.manifest import Schedule
 from engines.process import over
 
-GRIDS = {1: (1.0,), 2: (1.0, 0.5), 4: (1.0, 0.75, 0.5, 0.25)}
 _END = 1e-3  # the last noise level at which the teacher is asked
 
 
@@ -49,14 +46,6 @@ class LSD(DataMethod):
         super().__init__(cast, config)
         if "s" not in cast.student.inputs:
             raise InvalidRequest("lsd trains a flow map: its student's network must read s")
-
-    @classmethod
-    def roles(cls, config: Any) -> dict[str, Role]:
-        return {"student": config.student_role()}
-
-    @property
-    def schedules(self) -> dict[int, Schedule]:
-        return few_step_schedules(self, GRIDS)
 
     def loss(self, role: str, batch: Batch) -> dict[str, Tensor]:
         assert batch.rows.x is not None

@@ -9,8 +9,6 @@ Left out: the paper's own adapter layers, LoRA takes their place; a range of wei
 Checked against: the closed-form guided denoiser of Gaussian data (tests).
 """
 
-from typing import Any
-
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -18,12 +16,10 @@ from torch import Tensor
 from distill_jobs import times
 from distill_jobs.batches import Batch
 from distill_jobs.methods._bank import BankConfig, BankMethod
-from distill_jobs.methods._line import ask, shown, snr_error
+from distill_jobs.methods._line import ask, snr_error
 from distill_jobs.methods.base import Count, Preset
-from distill_jobs.methods.kd import few_step_schedules
 from distill_jobs.pairs import TeacherPath
-from distill_jobs.roles import Cast, Role
-from engines.manifest import Schedule
+from distill_jobs.roles import Cast
 
 
 class GuidedPathConfig(BankConfig):
@@ -40,14 +36,6 @@ class GuidedPath(BankMethod):
         super().__init__(cast, config)
         self.levels = tuple(config.top * u for u in times.uniform(config.states))
 
-    @classmethod
-    def roles(cls, config: Any) -> dict[str, Role]:
-        return {"student": config.student_role()}
-
-    @property
-    def schedules(self) -> dict[int, Schedule]:
-        return few_step_schedules(self, {})
-
     @property
     def path(self) -> TeacherPath:
         return TeacherPath(self.levels, self.config.states, self.config.teacher_solver)
@@ -61,10 +49,6 @@ class GuidedPath(BankMethod):
             line = self.cast.teacher(x, t, batch.cond)
         guess = ask(self.cast.student, x, t, torch.zeros_like(t), batch)
         return {"guided_path": snr_error(guess, line).mean()}
-
-    @torch.no_grad()
-    def panel(self, batch: Batch) -> dict[str, Tensor]:
-        return shown(self, batch)
 
 
 PRESETS = {

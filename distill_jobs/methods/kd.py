@@ -18,7 +18,7 @@ Left out: perceptual distances.
 Checked against: the closed-form flow map of Gaussian data (tests).
 """
 
-from typing import Any, Self
+from typing import Self
 
 import torch
 from pydantic import Field, model_validator
@@ -27,16 +27,13 @@ from torch import Tensor
 from distill_jobs import times
 from distill_jobs.batches import Batch, Rows, Source, take
 from distill_jobs.losses import root_mse
-from distill_jobs.methods.base import FewStepConfig, Method, Preset, Workspace
+from distill_jobs.methods.base import FewStepConfig, FewStepMethod, Preset, Workspace
 from distill_jobs.pairs import Pairs, TeacherPath, collect, follow
-from distill_jobs.roles import Cast, Role
+from distill_jobs.roles import Cast
 from engines.denoiser import BaseDenoiser, Guided
 from engines.errors import InvalidRequest
-from engines.manifest import Schedule
 from engines.process import over
 from engines.solvers import PlainSolver, sample
-
-GRIDS = {1: (1.0,), 2: (1.0, 0.5), 4: (1.0, 0.75, 0.5, 0.25)}
 
 
 class KDConfig(FewStepConfig):
@@ -61,9 +58,8 @@ class KDConfig(FewStepConfig):
         return self
 
 
-class KD(Method):
+class KD(FewStepMethod):
     Config = KDConfig
-    needs = frozenset({"prompts"})
     for_several_steps = frozenset({"own_share"})
 
     def __init__(self, cast: Cast, config: KDConfig) -> None:
@@ -72,14 +68,6 @@ class KD(Method):
         self.tutor = self._tutor()
         levels = TeacherPath(config.rungs, config.teacher_steps, config.teacher_solver).levels
         self._times = times.grid(self.process, levels)[:-1]
-
-    @classmethod
-    def roles(cls, config: Any) -> dict[str, Role]:
-        return {"student": config.student_role()}
-
-    @property
-    def schedules(self) -> dict[int, Schedule]:
-        return few_step_schedules(self, GRIDS)
 
     def prepare(self, source: Source, space: Workspace) -> bool:
         c = self.config
@@ -117,7 +105,7 @@ class KD(Method):
     def _own(self, batch: Batch, rows: int) -> tuple[float, Tensor, Tensor]:
         """Time, states [rows, ...] where the student's own sampling makes its last jump, and their ends."""
         c, noise, cond = self.config, batch.noise[:rows], take(batch.cond, torch.arange(rows))
-        levels = c.levels(max(c.counts), GRIDS)
+        levels = c.levels(max(c.counts), self.own_grids)
         grid = times.grid(self.process, levels)[:-1]
         states = sample(self.cast.student, noise, grid, cond, c.eta, draw=lambda _: batch.randn()[:rows])
         steps = max(1, round(levels[-1] * c.teacher_steps))
@@ -138,13 +126,6 @@ class KD(Method):
         t = batch.noise.new_full((len(batch),), self._times[0])
         start = over(self.process.sigma(t), batch.noise) * batch.noise
         return {"gen": self.cast.student.jump(start, t, torch.zeros_like(t), batch.cond)}
-
-
-def few_step_schedules(method: Method, own: dict[int, tuple[float, ...]]) -> dict[int, Schedule]:
-    """The schedules of a student trained for `config.counts`, as its training samples it."""
-    c = method.config
-    grids = {k: times.grid(method.process, c.levels(k, own)) for k in sorted(c.counts)}
-    return {k: Schedule(times=grid, eta=c.eta, solver="ddim") for k, grid in grids.items()}
 
 
 PRESETS = {

@@ -31,12 +31,9 @@ from distill_jobs.losses import over_rows
 from distill_jobs.methods._data import DataConfig, DataMethod
 from distill_jobs.methods._tangent import Rebased, along, most_noise, warmed
 from distill_jobs.methods.base import MethodConfig, Preset
-from distill_jobs.methods.flow_map import GRIDS
-from distill_jobs.methods.kd import few_step_schedules
 from distill_jobs.roles import Cast, Role
 from engines.denoiser import Cond
 from engines.errors import InvalidRequest
-from engines.manifest import Schedule
 from engines.process import RF, over
 from engines.solvers import sample
 
@@ -65,14 +62,6 @@ class MeanVelocity(DataMethod):
             raise InvalidRequest("mean velocities need a student whose network reads s")
         self.student, self.tutor = Rebased(cast.student, RF()), Rebased(cast.teacher, RF())
         self._top = min(config.top, most_noise(self.process))
-
-    @classmethod
-    def roles(cls, config: Any) -> dict[str, Role]:
-        return {"student": config.student_role()}
-
-    @property
-    def schedules(self) -> dict[int, Schedule]:
-        return few_step_schedules(self, GRIDS)
 
     def loss(self, role: str, batch: Batch) -> dict[str, Tensor]:
         assert batch.rows.x is not None

@@ -12,8 +12,6 @@ states.
 Checked against: the closed-form flow map of Gaussian data (tests).
 """
 
-from typing import Any
-
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -21,10 +19,9 @@ from torch import Tensor
 from distill_jobs import times
 from distill_jobs.batches import Batch
 from distill_jobs.losses import over_rows
-from distill_jobs.methods._line import END, flow_error, shown
-from distill_jobs.methods.base import FewStepConfig, Method, Preset
-from distill_jobs.methods.kd import GRIDS, few_step_schedules
-from distill_jobs.roles import Cast, Role
+from distill_jobs.methods._line import END, flow_error
+from distill_jobs.methods.base import FewStepConfig, FewStepMethod, Preset
+from distill_jobs.roles import Cast
 from engines.denoiser import Denoiser
 from engines.errors import InvalidRequest
 from engines.manifest import Schedule
@@ -39,7 +36,7 @@ class PiFlowConfig(FewStepConfig):
     states: int = Field(2, ge=1, le=16, description="states of each way at which the teacher is asked")
 
 
-class PiFlow(Method):
+class PiFlow(FewStepMethod):
     Config = PiFlowConfig
     inputs = frozenset({"s"})
 
@@ -49,14 +46,10 @@ class PiFlow(Method):
             raise InvalidRequest("pi_flow trains a network of its own, whose answers can be a policy")
         self.student: Denoiser = cast.student
 
-    @classmethod
-    def roles(cls, config: Any) -> dict[str, Role]:
-        return {"student": config.student_role()}
-
     @property
     def schedules(self) -> dict[int, Schedule]:
         solver = "dx" if self.student.points > 1 else "ddim"
-        return {k: one.model_copy(update={"solver": solver}) for k, one in few_step_schedules(self, GRIDS).items()}
+        return {k: one.model_copy(update={"solver": solver}) for k, one in super().schedules.items()}
 
     def loss(self, role: str, batch: Batch) -> dict[str, Tensor]:
         x, policy = self.way(batch)
@@ -79,9 +72,6 @@ class PiFlow(Method):
             state = policy.detach().follow(x, time)
             line = self.cast.teacher(state, time, batch.cond)
         return over_rows(flow_error(policy.at(state, time), line).square()).mean()
-
-    def panel(self, batch: Batch) -> dict[str, Tensor]:
-        return shown(self, batch)
 
 
 PRESETS = {

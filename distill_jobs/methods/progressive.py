@@ -22,12 +22,10 @@ from torch import Tensor
 from distill_jobs import times
 from distill_jobs.batches import Batch
 from distill_jobs.methods._data import DataConfig, DataMethod
-from distill_jobs.methods._line import END, Line, ask, shown, snr_error
+from distill_jobs.methods._line import END, Line, ask, snr_error
 from distill_jobs.methods.base import Count, Preset
-from distill_jobs.methods.kd import few_step_schedules
 from distill_jobs.roles import Cast, Role
 from engines.denoiser import BaseDenoiser
-from engines.manifest import Schedule
 from engines.process import secant
 
 
@@ -40,14 +38,6 @@ class GuidanceConfig(DataConfig):
 class Guidance(DataMethod):
     Config = GuidanceConfig
 
-    @classmethod
-    def roles(cls, config: Any) -> dict[str, Role]:
-        return {"student": config.student_role()}
-
-    @property
-    def schedules(self) -> dict[int, Schedule]:
-        return few_step_schedules(self, {})
-
     def loss(self, role: str, batch: Batch) -> dict[str, Tensor]:
         assert batch.rows.x is not None
         top = max(self.config.levels(k, {})[0] for k in self.config.counts)
@@ -57,10 +47,6 @@ class Guidance(DataMethod):
             line = self.cast.teacher(x, t, batch.cond)
         guess = ask(self.cast.student, x, t, torch.zeros_like(t), batch)
         return {"guidance": snr_error(guess, line).mean()}
-
-    @torch.no_grad()
-    def panel(self, batch: Batch) -> dict[str, Tensor]:
-        return shown(self, batch)
 
 
 class ProgressiveConfig(DataConfig):
@@ -87,10 +73,6 @@ class Progressive(DataMethod):
     @classmethod
     def roles(cls, config: Any) -> dict[str, Role]:
         return {"guide": Role(init="student", train="frozen"), "student": config.student_role()}
-
-    @property
-    def schedules(self) -> dict[int, Schedule]:
-        return few_step_schedules(self, {})
 
     def levels(self, halvings: int) -> tuple[float, ...]:
         """The final grid with every step halved so many times, and its end 0."""
@@ -123,10 +105,6 @@ class Progressive(DataMethod):
         if (iteration + 1) % self.config.phase == 0 and self.curriculum["phase"] < self.config.halvings:
             self.cast.follow("guide", "student", 0.0)
             self.curriculum["phase"] += 1
-
-    @torch.no_grad()
-    def panel(self, batch: Batch) -> dict[str, Tensor]:
-        return shown(self, batch)
 
 
 PRESETS = {

@@ -28,8 +28,7 @@ from torch.nn import functional
 
 from distill_jobs.batches import Batch, repeated
 from distill_jobs.losses import over_rows
-from distill_jobs.methods.base import Count, FewStepConfig, Method, Preset
-from distill_jobs.methods.kd import few_step_schedules
+from distill_jobs.methods.base import Count, FewStepConfig, FewStepMethod, Preset
 from distill_jobs.roles import Cast, Role
 from distill_jobs.terms.reward import RewardConfig
 from distill_jobs.terms.rewards.base import PACKAGE, Reward
@@ -55,7 +54,7 @@ class PSOConfig(RewardConfig, FewStepConfig):
         return self
 
 
-class PSO(Method):
+class PSO(FewStepMethod):
     Config = PSOConfig
     asks_teacher = False
     for_several_steps = frozenset({"eta"})
@@ -67,11 +66,7 @@ class PSO(Method):
 
     @classmethod
     def roles(cls, config: Any) -> dict[str, Role]:
-        return {_FIRST: Role(init="student", train="frozen"), "student": config.student_role()}
-
-    @property
-    def schedules(self) -> dict[int, Schedule]:
-        return few_step_schedules(self, {})
+        return {_FIRST: Role(init="student", train="frozen"), **super().roles(config)}
 
     def rung(self, batch: Batch) -> tuple[Schedule, int]:
         """Any but the last, which renews no noise."""

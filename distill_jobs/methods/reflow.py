@@ -20,7 +20,7 @@ Checked against: the closed-form coupling of Gaussian data (tests).
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -31,12 +31,10 @@ from distill_jobs.batches import Batch
 from distill_jobs.losses import huber
 from distill_jobs.methods._bank import BankConfig, BankMethod
 from distill_jobs.methods._data import DataConfig, DataMethod
-from distill_jobs.methods._line import END, Line, ask, flow_error, path, shown
+from distill_jobs.methods._line import END, Line, ask, flow_error, path
 from distill_jobs.methods.base import Count, Method, Preset
-from distill_jobs.methods.kd import few_step_schedules
 from distill_jobs.pairs import TeacherPath
-from distill_jobs.roles import Cast, Role
-from engines.manifest import Schedule
+from distill_jobs.roles import Cast
 from engines.process import secant
 from engines.solvers import PlainSolver
 
@@ -70,14 +68,6 @@ class Reflow(BankMethod):
         super().__init__(cast, config)
         self.curriculum = {"fresh": 1.0 if config.anneal else 0.0}
 
-    @classmethod
-    def roles(cls, config: Any) -> dict[str, Role]:
-        return {"student": config.student_role()}
-
-    @property
-    def schedules(self) -> dict[int, Schedule]:
-        return few_step_schedules(self, {})
-
     @property
     def path(self) -> TeacherPath:
         return TeacherPath((self.config.top,), self.config.teacher_steps, self.config.teacher_solver)
@@ -97,10 +87,6 @@ class Reflow(BankMethod):
     def after(self, iteration: int) -> None:
         if self.config.anneal:
             self.curriculum["fresh"] = max(0.0, 1 - (iteration + 1) / self.config.anneal)
-
-    @torch.no_grad()
-    def panel(self, batch: Batch) -> dict[str, Tensor]:
-        return shown(self, batch)
 
 
 class PeRFlowConfig(DataConfig):
@@ -127,14 +113,6 @@ class PeRFlow(DataMethod):
         super().__init__(cast, config)
         self.windows = list(pairwise((*config.levels(min(config.counts), {}), 0.0)))
 
-    @classmethod
-    def roles(cls, config: Any) -> dict[str, Role]:
-        return {"student": config.student_role()}
-
-    @property
-    def schedules(self) -> dict[int, Schedule]:
-        return few_step_schedules(self, {})
-
     def loss(self, role: str, batch: Batch) -> dict[str, Tensor]:
         high, low = self.windows[batch.pick(len(self.windows))]
         u = batch.draw(times.Uniform(max(low, min(END, high / 2)), high))
@@ -150,10 +128,6 @@ class PeRFlow(DataMethod):
         start = self.process.mix(batch.rows.x, batch.noise, upper)
         end = path(teacher, start, high, low, c.window_steps, batch.cond, c.window_solver)[-1]
         return secant(self.process, start, upper, end, lower)
-
-    @torch.no_grad()
-    def panel(self, batch: Batch) -> dict[str, Tensor]:
-        return shown(self, batch)
 
 
 def _error(method: Method, line: Line, u: Tensor, low: Tensor, batch: Batch) -> Tensor:

@@ -20,11 +20,9 @@ from torch import Tensor
 from distill_jobs import times
 from distill_jobs.batches import Batch
 from distill_jobs.losses import over_rows, scale_of, toward
-from distill_jobs.methods.base import FewStepConfig, Method, MethodConfig, Preset
-from distill_jobs.methods.kd import few_step_schedules
+from distill_jobs.methods.base import FewStepConfig, FewStepMethod, MethodConfig, Preset
 from distill_jobs.roles import Cast, Role
 from engines.errors import InvalidRequest
-from engines.manifest import Schedule
 from engines.solvers import sample
 
 GRIDS = {1: (1.0,), 2: (1.0, 0.6), 4: (1.0, 0.8, 0.55, 0.3)}
@@ -49,10 +47,11 @@ class ScoreMatchingConfig(CriticConfig):
     floor: float = Field(1e-3, gt=0, description="least normaliser")
 
 
-class WithCritic(Method):
+class WithCritic(FewStepMethod):
     """A student, and a critic that learns what it makes. `Config` must be a `CriticConfig`."""
 
     Config: ClassVar[type[MethodConfig]] = CriticConfig
+    own_grids = GRIDS
 
     def __init__(self, cast: Cast, config: Any) -> None:
         super().__init__(cast, config)
@@ -71,10 +70,6 @@ class WithCritic(Method):
             steps=config.fake_updates,
         )
         return {"fake": fake, "student": config.student_role(start=-(-config.fake_warmup // config.fake_updates))}
-
-    @property
-    def schedules(self) -> dict[int, Schedule]:
-        return few_step_schedules(self, GRIDS)
 
     def after(self, iteration: int) -> None:
         """Implicit distribution alignment: the critic follows the student, so that it lags less behind it."""

@@ -12,7 +12,6 @@ Checked against: the closed-form flow map of Gaussian data (tests).
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from pydantic import Field
@@ -21,13 +20,10 @@ from torch import Tensor
 from distill_jobs import times
 from distill_jobs.batches import Batch
 from distill_jobs.methods._bank import BankConfig, BankMethod
-from distill_jobs.methods._line import shown
 from distill_jobs.methods.base import Preset
-from distill_jobs.methods.kd import few_step_schedules
 from distill_jobs.pairs import TeacherPath
-from distill_jobs.roles import Cast, Role
+from distill_jobs.roles import Cast
 from engines.errors import InvalidRequest
-from engines.manifest import Schedule
 
 
 class SFDConfig(BankConfig):
@@ -49,14 +45,6 @@ class SFD(BankMethod):
         self.union = tuple(sorted({u for grid in levels.values() for u in grid}, reverse=True))
         self.places = [[self.union.index(u) for u in grid] for grid in levels.values()]
 
-    @classmethod
-    def roles(cls, config: Any) -> dict[str, Role]:
-        return {"student": config.student_role()}
-
-    @property
-    def schedules(self) -> dict[int, Schedule]:
-        return few_step_schedules(self, {})
-
     @property
     def path(self) -> TeacherPath:
         return PathThrough(self.union, self.config.teacher_steps, self.config.teacher_solver)
@@ -72,10 +60,6 @@ class SFD(BankMethod):
             x = self.cast.student.jump(x.detach(), t, s, batch.cond)
             misses.append((x - batch.rows.pair[:, there]).abs().mean() / size[there])
         return {"sfd": torch.stack(misses).mean()}
-
-    @torch.no_grad()
-    def panel(self, batch: Batch) -> dict[str, Tensor]:
-        return shown(self, batch)
 
 
 class SFDv(SFD):

@@ -20,13 +20,10 @@ from distill_jobs import times
 from distill_jobs.batches import Batch
 from distill_jobs.losses import root_mse
 from distill_jobs.methods._bank import BankConfig, BankMethod
-from distill_jobs.methods._line import shown
 from distill_jobs.methods.base import Preset
-from distill_jobs.methods.kd import few_step_schedules
 from distill_jobs.pairs import TeacherPath
 from distill_jobs.roles import Cast, Role
 from engines.errors import InvalidRequest
-from engines.manifest import Schedule
 from engines.process import over
 
 
@@ -53,10 +50,6 @@ class STD(BankMethod):
         return {"target": Role(init="student", train="frozen"), "student": config.student_role()}
 
     @property
-    def schedules(self) -> dict[int, Schedule]:
-        return few_step_schedules(self, {})
-
-    @property
     def path(self) -> TeacherPath:
         return TeacherPath(self.levels, self.config.states * self.config.between, self.config.teacher_solver)
 
@@ -79,10 +72,6 @@ class STD(BankMethod):
 
     def after(self, iteration: int) -> None:
         self.cast.follow("target", "student", self.config.keep)
-
-    @torch.no_grad()
-    def panel(self, batch: Batch) -> dict[str, Tensor]:
-        return shown(self, batch)
 
 
 PRESETS = {"std": Preset(STD, "A flow map that agrees with itself along stored teacher trajectories.", "2412.18945")}

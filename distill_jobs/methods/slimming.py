@@ -21,12 +21,9 @@ from torch import Tensor, nn
 from distill_jobs import times
 from distill_jobs.batches import Batch
 from distill_jobs.methods._data import DataConfig, DataMethod
-from distill_jobs.methods._line import shown
 from distill_jobs.methods.base import Preset
-from distill_jobs.methods.kd import few_step_schedules
-from distill_jobs.roles import Role, unguided
+from distill_jobs.roles import unguided
 from engines.denoiser import BaseDenoiser, Cond
-from engines.manifest import Schedule
 
 _TAPS = {
     "blocks": re.compile(r"(^|\.)(down_blocks|up_blocks)\.\d+$"),
@@ -46,14 +43,6 @@ class SlimmingConfig(DataConfig):
 class Slimming(DataMethod):
     Config = SlimmingConfig
 
-    @classmethod
-    def roles(cls, config: Any) -> dict[str, Role]:
-        return {"student": config.student_role()}
-
-    @property
-    def schedules(self) -> dict[int, Schedule]:
-        return few_step_schedules(self, {})
-
     def loss(self, role: str, batch: Batch) -> dict[str, Tensor]:
         assert batch.rows.x is not None
         c, taps = self.config, _TAPS[self.config.taps]
@@ -68,10 +57,6 @@ class Slimming(DataMethod):
             apart = [_relative(own[name], theirs[name]) for name in sorted(shared)]
             losses["features"] = c.features * torch.stack(apart).mean()
         return losses
-
-    @torch.no_grad()
-    def panel(self, batch: Batch) -> dict[str, Tensor]:
-        return shown(self, batch)
 
 
 def _seen(
