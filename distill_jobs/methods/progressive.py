@@ -2,12 +2,10 @@
 
 The guide of the first phase is the teacher; after each phase the guide becomes the student, which goes on with half the
 steps. From x_t on the student's grid, guide steps t -> mid -> s (mid halves the noise level) lead to x_s; the student's
-target is the line through x_t and x_s, so that one DDIM step of it ends at x_s too. Errors weigh max(SNR, 1). The first
-of these stages, for guided teachers, is `guidance`: the same regression on the guided teacher at the same time, which
-leaves the number of steps and makes one evaluation of two. One weight is baked in; a student that reads its weight
-(`student.guidance`) learns a range of them, as in the paper.
+target is the line through x_t and x_s, so that one DDIM step of it ends at x_s too. Errors weigh max(SNR, 1). A guided
+teacher's steps are guided; to make one evaluation of two first is another stage, `guidance`.
 
-Source: progressive arXiv 2202.00512 §3-4, algorithm 2; guidance 2210.03142 §3.1.
+Source: arXiv 2202.00512 §3-4, algorithm 2.
 Left out: the decay of the learning rate within a phase (the stage has one); stochastic sampling (2210.03142 §3.3).
 Checked against: the closed-form flow map of Gaussian data (tests).
 """
@@ -22,31 +20,11 @@ from torch import Tensor
 from distill_jobs import times
 from distill_jobs.batches import Batch
 from distill_jobs.methods._data import DataConfig, DataMethod
-from distill_jobs.methods._line import END, Line, ask, snr_error
+from distill_jobs.methods._line import Line, snr_error
 from distill_jobs.methods.base import Count, Preset
 from distill_jobs.roles import Cast, Role
 from engines.denoiser import BaseDenoiser
 from engines.process import secant
-
-
-class GuidanceConfig(DataConfig):
-    counts: tuple[Count, ...] = Field((16,), min_length=1, description="step counts that the student is sampled in")
-    eta: float = Field(0.0, ge=0, le=1)
-    batch: int = Field(64, ge=1)
-
-
-class Guidance(DataMethod):
-    Config = GuidanceConfig
-
-    def loss(self, role: str, batch: Batch) -> dict[str, Tensor]:
-        assert batch.rows.x is not None
-        top = max(self.config.levels(k, {})[0] for k in self.config.counts)
-        t = times.on(self.process, batch.draw(times.Uniform(END, top)))
-        x = self.process.mix(batch.rows.x, batch.noise, t)
-        with torch.no_grad():
-            line = self.cast.teacher(x, t, batch.cond)
-        guess = ask(self.cast.student, x, t, torch.zeros_like(t), batch)
-        return {"guidance": snr_error(guess, line).mean()}
 
 
 class ProgressiveConfig(DataConfig):
@@ -110,8 +88,5 @@ class Progressive(DataMethod):
 PRESETS = {
     "progressive": Preset(
         Progressive, "One step lands where two did; the number of steps halves by phases.", "2202.00512"
-    ),
-    "guidance": Preset(
-        Guidance, "Bakes the teacher's guidance into one evaluation; the student still takes many steps.", "2210.03142"
     ),
 }

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from distill_jobs import times
-from distill_jobs.methods import boot
+from distill_jobs.methods import flow_map
 from distill_jobs.methods.base import resolve
-from distill_jobs.methods.boot import BOOT
+from distill_jobs.methods.flow_map import BOOT
 from distill_jobs.roles import Cast
 from engines.denoiser import Denoiser, Guided
 from engines.errors import InvalidRequest
@@ -115,7 +115,7 @@ def test_boot_with_the_teachers_step_reversed_fails_the_oracle() -> None:
 
 
 def test_boot_that_takes_the_state_for_the_signal_fails_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(boot, "secant", lambda process, x, t, there, s: (there, secant(process, x, t, there, s)[1]))
+    monkeypatch.setattr(flow_map, "secant", lambda process, x, t, there, s: (there, secant(process, x, t, there, s)[1]))
     assert boot_loss(RF(), "flow") > 0.1
 
 

@@ -14,8 +14,8 @@ from distill_jobs import times
 from distill_jobs.batches import Batch
 from distill_jobs.losses import toward
 from distill_jobs.methods.base import resolve
-from distill_jobs.methods.decoupled import CDM, DecoupledDMD
 from distill_jobs.methods.score_matching import DMD
+from distill_jobs.methods.trajectory_matching import CDM, DecoupledDMD
 from distill_jobs.roles import Cast
 from engines.denoiser import Guided
 from engines.manifest import Kind

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distill_jobs import times
 from distill_jobs.batches import Batch, TensorSource
 from distill_jobs.methods.base import resolve
-from distill_jobs.methods.f_distill import WEIGHTS, FDistill
+from distill_jobs.methods.divergences import WEIGHTS, FDistill
 from distill_jobs.roles import Cast
 from distill_jobs.stage import Stage, StageRun
 from engines.denoiser import Denoiser

@@ -1,4 +1,4 @@
-"""Progressive and guidance distillation at a truth that is known in closed form.
+"""Progressive distillation at a truth that is known in closed form.
 
 A guided flow map is itself a teacher whose two steps are exact, so the truth is exact at any number of steps.
 """
@@ -15,7 +15,7 @@ from distill_jobs.batches import Batch
 from distill_jobs.methods import progressive
 from distill_jobs.methods._line import snr_error
 from distill_jobs.methods.base import Workspace, resolve
-from distill_jobs.methods.progressive import Guidance, Progressive
+from distill_jobs.methods.progressive import Progressive
 from distill_jobs.roles import Cast
 from distill_jobs.stage import Stage, StageRun
 from engines.denoiser import BaseDenoiser, Denoiser, Guided
@@ -29,7 +29,6 @@ from tests.unit.distill_jobs.closed_form import (
     W,
     batch_of,
     data_of,
-    fake_of,
     student_of,
     teacher_of,
 )
@@ -39,7 +38,6 @@ from tests.unit.distill_jobs.oracle import (
     OtherGuidance,
     every_kind,
     every_process,
-    other_guidance,
     top,
     trajectory_loss,
 )
@@ -209,56 +207,3 @@ def test_in_later_phases_the_guide_is_what_is_learnt_from() -> None:
 def test_a_student_of_one_count_is_refused_others(name: str) -> None:
     with pytest.raises(InvalidRequest, match="counts"):
         resolve(name).config({"counts": (1, 2, 4)})
-
-
-# guidance ------------------------------------------------------------------------------------------------------------
-
-
-class Blind(GaussianNet):
-    """Told s, it does not care: the optimal denoiser."""
-
-    def forward(self, x: Tensor, t: Tensor, cond: Any, s: Any, w: Any) -> Tensor:
-        return super().forward(x, t, cond, None, w)
-
-
-def guidance_loss(
-    process: Process,
-    kind: Kind,
-    *,
-    teacher: BaseDenoiser | None = None,
-    method: type[Guidance] = Guidance,
-    student: BaseDenoiser | None = None,
-    **other: float,
-) -> float:
-    """Of the student that is the optimal denoiser of N(MEAN + shift, std^2), by default the guided teacher's data."""
-    cast = Cast(teacher or teacher_of(process, kind), student=student or fake_of(process, kind, **other))
-    one = method(cast, resolve("guidance").config(settings(kind, 16)))
-    return max(float(one.loss("student", batch_of(seed=seed, x=data_of()))["guidance"]) for seed in range(2))
-
-
-@every_kind
-@every_process
-def test_guidance_is_zero_at_the_guided_denoiser_only(process: Process, kind: Kind) -> None:
-    assert guidance_loss(process, kind) < 1e-12
-    blind = Denoiser(Blind(process, kind, TRUTH), process, kind, inputs={"s"})
-    assert guidance_loss(process, kind, student=blind) < 1e-12
-    assert guidance_loss(process, kind, shift=TRUTH + OFF) > 0.001
-    assert guidance_loss(process, kind, std=1.2 * STD) > 0.001
-
-
-def test_guidance_with_the_other_convention_or_without_any_fails_the_oracle() -> None:
-    assert guidance_loss(RF(), "flow", teacher=other_guidance(RF(), "flow")) > 0.1
-    assert guidance_loss(RF(), "flow", teacher=teacher_of(RF(), "flow", w=1.0)) > 0.1
-
-
-def test_guidance_with_the_wrong_sign_fails_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progressive, "snr_error", lambda guess, line: snr_error(guess, (-line[0], -line[1])))
-    assert guidance_loss(RF(), "flow") > 0.1
-
-
-def test_a_guided_teachers_two_evaluations_become_one() -> None:
-    asked: list[int] = []
-    student = fake_of(RF(), "flow")
-    student.net.register_forward_hook(lambda module, given, made: asked.append(len(made)))
-    guidance_loss(RF(), "flow", student=student)
-    assert asked == [64, 64]  # two batches, one evaluation of each row

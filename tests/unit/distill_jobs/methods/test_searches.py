@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from distill_jobs import times
-from distill_jobs.methods import amed, fitted_steps, gas, gits, ld3
 from distill_jobs.methods._search import Search, distance, endpoints, plain
 from distill_jobs.methods._unrolled import grid, leaf, solver_rows, unrolled
 from distill_jobs.methods.base import presets, resolve
+from distill_jobs.methods.learned_solvers import AMED, GAS, LD3, Fitted
+from distill_jobs.methods.optimal_steps import GITS, cheapest
 from distill_jobs.roles import Cast
 from engines.manifest import Kind
 from engines.process import RF, Process
@@ -115,7 +116,7 @@ def test_the_gradient_to_the_times_is_the_slope_of_the_endpoint() -> None:
 # what is exact on Gaussian data --------------------------------------------------------------------------------------
 
 
-class OnTheTruePath(fitted_steps.Fitted):
+class OnTheTruePath(Fitted):
     """Fits to the flow map itself instead of to many steps."""
 
     def _path(self, batch: Any, grid: tuple[float, ...]) -> list[Tensor]:
@@ -166,7 +167,7 @@ def test_learnt_times_are_the_best_of_a_fine_grid() -> None:
 def test_a_tolerance_moves_no_row_farther_than_it_says() -> None:
     preset = resolve("ld3")
     method, batch = preset.method(Cast(teacher_of(RF(), "flow")), preset.config({"tolerance": 0.1})), batch_of(4)
-    assert isinstance(method, ld3.LD3)
+    assert isinstance(method, LD3)
     for scale in (0.0, 1e-3, 10.0):
         moved = (
             (method.starting_noise(batch, scale * torch.ones_like(batch.noise)) - batch.noise).flatten(1).norm(dim=1)
@@ -181,13 +182,13 @@ def test_the_programme_over_costs_finds_what_trying_all_finds(k: int) -> None:
     cost[torch.ones(8, 8).tril().bool()] = float("inf")
     paths = [(0, *inner, 7) for inner in itertools.combinations(range(1, 7), k - 1)]
     weighed = {p: sum(1.15**n * float(cost[i, j]) for n, (i, j) in enumerate(itertools.pairwise(p))) for p in paths}
-    assert (*gits.cheapest(cost, k, 1.15), 7) == min(weighed, key=lambda p: weighed[p])
+    assert (*cheapest(cost, k, 1.15), 7) == min(weighed, key=lambda p: weighed[p])
 
 
 def test_an_amed_step_goes_back_to_where_its_first_evaluation_began() -> None:
     """Its two rows, done on one row's numbers by hand: x + c (s - t) (eps - x0), with the slope of the time between."""
     t, between, s, c = 0.8, 0.5, 0.2, 1.1
-    method = amed.AMED(Cast(teacher_of(RF(), "flow")), resolve("amed").config({}))
+    method = AMED(Cast(teacher_of(RF(), "flow")), resolve("amed").config({}))
     scale = torch.tensor([c], dtype=torch.float64)
     first, second = method.step_rows(torch.tensor([t, between, s], dtype=torch.float64), "ddim", [scale])
     x, x0, later = 1.3, 0.4, 0.7
@@ -206,14 +207,14 @@ def test_what_is_farther_than_uniform_steps_is_not_taken() -> None:
 # mutants -------------------------------------------------------------------------------------------------------------
 
 
-class Away(gas.GAS):
+class Away(GAS):
     """The wrong sign: learns away from the endpoints."""
 
     def _learn(self, batch: Any, truth: Tensor, *rest: Any) -> None:
         super()._learn(batch, 2 * trajectory(self.cast.teacher, batch.noise, (1.0, 0.0), batch.cond)[-1] - truth, *rest)
 
 
-class NoHistory(fitted_steps.Fitted):
+class NoHistory(Fitted):
     """Forgets the predictions before the present one."""
 
     def _moved(self, parts: Tensor, known: Tensor, there: Tensor, ends: Any) -> Tensor:
@@ -222,7 +223,7 @@ class NoHistory(fitted_steps.Fitted):
         return moved
 
 
-class Backwards(gits.GITS):
+class Backwards(GITS):
     """The path's costs with time the wrong way."""
 
     def costs(self, batch: Any) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from distill_jobs.batches import Batch, Rows, TensorSource, make_batch
 from distill_jobs.losses import over_rows, toward
 from distill_jobs.methods.base import resolve
-from distill_jobs.methods.score_family import SIM, DiffInstruct, UniInstruct
+from distill_jobs.methods.divergences import SIM, DiffInstruct, UniInstruct
 from distill_jobs.methods.score_matching import DMD, ScoreMatching
 from distill_jobs.roles import Cast
 from distill_jobs.stage import Stage, StageRun
