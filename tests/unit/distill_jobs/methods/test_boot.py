@@ -128,5 +128,5 @@ def test_boot_refuses_a_network_that_does_not_read_s() -> None:
     plain = student_of(RF(), "flow", reads_s=False)
     with pytest.raises(InvalidRequest, match="must read s"):
         BOOT(Cast(teacher_of(RF(), "flow"), student=plain), resolve("boot").config({}))
-    with pytest.raises(InvalidRequest, match="counts.*less than or equal to 1"):
+    with pytest.raises(InvalidRequest, match=r"counts.*less than or equal to 1"):
         resolve("boot").config({"counts": (2,)})
