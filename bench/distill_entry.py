@@ -126,7 +126,6 @@ def entry(stand: Stand, preset: str, seed: int, evaluations: int, n: int, settin
     figures = {k: evaluate(ask, n=n, seed=SEED, steps=k, reference=reference, batch=_BATCH) for k in counts}
     return {
         "preset": preset,
-        "method": resolve(preset).method.__module__.rpartition(".")[2],
         "settings": settings,
         "seed": seed,
         "n": n,

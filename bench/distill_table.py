@@ -10,6 +10,7 @@ from typing import Any
 
 from bench.distill_why import WHY
 from distill_jobs.methods import _schemas
+from distill_jobs.methods.base import resolve
 
 README = Path(_schemas.__file__).with_name("README.md")
 Made = Mapping[str, Any]
@@ -161,7 +162,7 @@ def _record(done: Sequence[Made], steps: str) -> dict[str, Any]:
     intervals = [run["fd_ratio_ci"] for run in runs if run["fd_ratio_ci"]]
     figures = ("fd", "fd_ratio", "fd_floor", "alignment_ratio", "diversity_ratio", "grain_ratio")
     return {
-        "method": done[0]["method"],
+        "method": resolve(done[0]["preset"]).method.__module__.rpartition(".")[2],
         "preset": done[0]["preset"],
         "steps": int(steps),
         **{figure: median(figure) for figure in figures},

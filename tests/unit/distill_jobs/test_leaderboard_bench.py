@@ -28,7 +28,7 @@ def made(preset: str, ratios: dict[str, float], seed: int = 0) -> dict[str, Any]
         for steps, ratio in ratios.items()
     }
     cost = {"evaluations": 1000, "iterations": 10, "seconds": 1.0, "rss_mb": 100}
-    return {"preset": preset, "method": "file", "seed": seed, "n": 2000, "figures": figures} | cost
+    return {"preset": preset, "seed": seed, "n": 2000, "figures": figures} | cost
 
 
 TEACHER = made(table.TEACHER, {"1": 5.0, "2": 1.2, "4": 1.0})
@@ -81,7 +81,7 @@ def test_methods_are_asked_for_all_counts_that_they_can_make(preset: str, asked:
 def test_seeds_of_a_preset_become_one_entry_of_medians_with_the_widest_interval() -> None:
     runs = [made("kd", {"4": ratio}, seed) for seed, ratio in enumerate((1.0, 1.3, 1.1))]
     (entry,) = table.entries(runs, TEACHER)
-    assert (entry["fd_ratio"], entry["steps"], entry["seeds"]) == (1.1, 4, [0, 1, 2])
+    assert (entry["method"], entry["fd_ratio"], entry["steps"], entry["seeds"]) == ("kd", 1.1, 4, [0, 1, 2])
     assert entry["interval"] == pytest.approx([0.9, 1.4])
 
 
