@@ -78,17 +78,28 @@ def collect(teacher: BaseDenoiser, source: Source, space: Workspace, how: Teache
     """About `count` pairs (whole shards), or None when told to stop before they were complete."""
     total = -(-count // SHARD)
     makers = space.group.size if space.folder else 1  # what is not kept cannot be shared out
-    mine: dict[int, Tensor] = {}
+    states: Tensor | None = None  # of all shards from the first on: to join them would hold each twice
+    mine = set()
+
+    def keep(k: int) -> Tensor:
+        shard = _shard(teacher, source, space, how, k)
+        found = shard.new_empty(total * SHARD, *shard.shape[1:]) if states is None else states
+        found[k * SHARD : (k + 1) * SHARD] = shard
+        mine.add(k)
+        return found
+
     for first in range(0, total, makers):
         if not space.proceed():
             return None
         k = first + space.group.rank % makers
         if k < total:
-            mine[k] = _shard(teacher, source, space, how, k)
+            states = keep(k)
         space.report(min(count, (first + makers) * SHARD), count)
     space.group.meet()
-    states = [mine[k] if k in mine else _shard(teacher, source, space, how, k) for k in range(total)]
-    return Pairs(torch.cat(states), [_batch(source, space, k).cond for k in range(total)], space.seed)
+    for k in set(range(total)) - mine:
+        states = keep(k)
+    assert states is not None
+    return Pairs(states, [_batch(source, space, k).cond for k in range(total)], space.seed)
 
 
 def _shard(teacher: BaseDenoiser, source: Source, space: Workspace, how: TeacherPath, k: int) -> Tensor:
