@@ -129,7 +129,10 @@ class Reference:
         """Figures of two digests must not be compared: of the feature networks and of what is to be forgotten."""
         if not self.forget and not self.others:
             return self.network.digest
-        rules, others = (rule.model_dump() for rule in self.forget), (other.network.digest for other in self.others)
+        rules, others = (
+            (rule.model_dump() for rule in self.forget),
+            ([other.name, other.network.digest] for other in self.others),
+        )
         said = json.dumps([self.network.digest, *rules, *others])
         return hashlib.sha256(said.encode()).hexdigest()
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,15 @@ def test_an_evaluation_reports_every_network_beside_the_embedded_one(
     theirs = report.teacher_metrics(N, 0, both).networks["dino"]
     assert theirs.fd_ratio is None
     assert found.networks["dino"].fd_ratio == pytest.approx(other.fd / theirs.fd)
+
+
+def test_figures_with_other_networks_or_under_other_names_are_told_apart(looked: NetworkReference) -> None:
+    own = Reference.load()
+    renamed = replace(looked, network=replace(looked.network, name="other"))
+    retrained = replace(looked, network=replace(looked.network, digest="ab" * 32))
+    every = [own, own.beside([looked]), own.beside([renamed]), own.beside([retrained]), own.beside([looked, renamed])]
+    assert len({reference.digest for reference in every}) == len(every)
+    assert own.beside([looked]).digest == own.beside([looked]).digest
 
 
 def test_a_student_that_forgets_is_judged_by_the_other_prompts_in_every_network(
