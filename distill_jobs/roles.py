@@ -14,6 +14,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from distill_jobs import times
 from distill_jobs.lora import Adapted, adapted
 from engines.denoiser import BaseDenoiser, Denoiser, Guided
 from engines.errors import InvalidRequest
@@ -142,6 +143,14 @@ class Cast:
 def unguided(den: BaseDenoiser) -> BaseDenoiser:
     """The network inside a guided one: one plain conditional evaluation."""
     return den.denoiser if isinstance(den, Guided) else den
+
+
+def guided_within(den: BaseDenoiser, levels: tuple[float, float] | None) -> BaseDenoiser:
+    """A guided denoiser guided only between two noise levels (arXiv 2404.07724); with none, or another, as it is."""
+    if levels is None or not isinstance(den, Guided):
+        return den
+    low, high = (float(t) for t in times.on(den.process, torch.tensor(levels, dtype=torch.float64)))
+    return Guided(den.denoiser, den.null_cond, den.w, (low, high))
 
 
 def _tell_shards(module: nn.Module) -> None:

@@ -29,8 +29,7 @@ from distill_jobs.batches import Batch, Rows, Source, take
 from distill_jobs.losses import root_mse
 from distill_jobs.methods.base import FewStepConfig, FewStepMethod, Preset, Workspace
 from distill_jobs.pairs import Pairs, TeacherPath, collect, follow
-from distill_jobs.roles import Cast
-from engines.denoiser import BaseDenoiser, Guided
+from distill_jobs.roles import Cast, guided_within
 from engines.errors import InvalidRequest
 from engines.process import over
 from engines.solvers import PlainSolver, sample
@@ -65,7 +64,7 @@ class KD(FewStepMethod):
     def __init__(self, cast: Cast, config: KDConfig) -> None:
         super().__init__(cast, config)
         self.pairs: Pairs | None = None
-        self.tutor = self._tutor()
+        self.tutor = guided_within(cast.teacher, config.guidance_interval)
         levels = TeacherPath(config.rungs, config.teacher_steps, config.teacher_solver).levels
         self._times = times.grid(self.process, levels)[:-1]
 
@@ -74,14 +73,6 @@ class KD(FewStepMethod):
         how = TeacherPath(c.rungs, c.teacher_steps, c.teacher_solver)
         self.pairs = collect(self.tutor, source, space, how, c.pairs)
         return self.pairs is not None
-
-    def _tutor(self) -> BaseDenoiser:
-        """The teacher that is learnt from: guided only within the interval."""
-        teacher, interval = self.cast.teacher, self.config.guidance_interval
-        if interval is None or not isinstance(teacher, Guided):
-            return teacher
-        low, high = (float(t) for t in times.on(self.process, torch.tensor(interval, dtype=torch.float64)))
-        return Guided(teacher.denoiser, teacher.null_cond, teacher.w, (low, high))
 
     def rows(self, source: Source, position: int) -> Rows:
         if self.pairs is None:

@@ -10,10 +10,11 @@ from distill_jobs import times
 from distill_jobs.batches import Batch, Rows, TensorSource, make_batch
 from distill_jobs.methods import consistency
 from distill_jobs.methods.base import Method, resolve
-from distill_jobs.methods.consistency import Consistency, Segments
+from distill_jobs.methods.consistency import Consistency, Invertible, Segments, SubPath
 from distill_jobs.roles import Cast
 from distill_jobs.stage import Stage, StageRun
 from engines.denoiser import Denoiser
+from engines.errors import InvalidRequest
 from engines.manifest import Kind
 from engines.process import RF, Process, over
 from tests.unit.distill_jobs.closed_form import (
@@ -29,6 +30,7 @@ from tests.unit.distill_jobs.closed_form import (
 )
 from tests.unit.distill_jobs.oracle import (
     OFF,
+    RUNGS,
     TRUTH,
     every_kind,
     every_process,
@@ -38,14 +40,17 @@ from tests.unit.distill_jobs.oracle import (
 )
 from tests.unit.distill_jobs.tiny import TinyNet
 
-TO_ZERO = {"cd", "lcm", "scott"}  # what a network without s can answer for every t at once
+TO_ZERO = {"cd", "lcm", "scott", "slam"}  # what a network without s can answer for every t at once
 NAMES = tuple(consistency.PRESETS)
 every_name = pytest.mark.parametrize("name", NAMES)
+PCM = {"substeps": 8, "keep": None}
 
 
 def loss(name: str, process: Process, kind: Kind, substeps: int = 8, **how: Any) -> float:
-    """Without churn, whose steps leave the path."""
-    settings = {"top": top(kind), "substeps": substeps, "churn": 0.0}
+    """Without churn, whose steps leave the path. `slam` stands on a step's chord, so its steps are parted in rungs."""
+    parts = {"substeps": 1, "skip": 20 // substeps} if name == "slam" else {"substeps": substeps}
+    grids = {4: tuple(top(kind) * u for u in RUNGS)}
+    settings = {"top": top(kind), "churn": 0.0, "grids": grids, **parts}
     return trajectory_loss(name, process, kind, settings=settings, reads_s=name not in TO_ZERO, seeds=1, **how)
 
 
@@ -103,9 +108,10 @@ class PhaseNet(GaussianNet):
         self.edges = torch.tensor(times.grid(process, levels), dtype=torch.float64)
 
     def forward(self, x: Tensor, t: Tensor, cond: Any, s: Tensor | None, w: Tensor | None) -> Tensor:
-        under = self.edges < self._own(t)[:, None] * (1 - 1e-6)
-        edge = torch.where(under, self.edges, 0).amax(dim=1)
-        return super().forward(x, t, cond, self.process.network_time(edge), w)
+        return super().forward(x, t, cond, self.process.network_time(self.edge(self._own(t))), w)
+
+    def edge(self, t: Tensor) -> Tensor:
+        return torch.where(self.edges < t[:, None] * (1 - 1e-6), self.edges, 0).amax(dim=1)
 
 
 def phased_loss(name: str, process: Process, kind: Kind, *, method: Any = None, phases: int, **data: float) -> float:
@@ -313,6 +319,185 @@ def test_the_presets_are_the_papers() -> None:
     assert (pcm.counts, pcm.eta) == ((4,), 0.0)
 
 
+# sub-paths -----------------------------------------------------------------------------------------------------------
+
+
+class Share:
+    """A batch that draws one share for all rows."""
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def draw(self, times: Any) -> Tensor:
+        return torch.full((64,), self.share, dtype=torch.float64)
+
+
+def asked(process: Process, share: float) -> tuple[Tensor, ...]:
+    """(x, t, there, near) of one step of the teacher, and (point, time) that slam asks about at this share of it."""
+    one = method_of("slam", process)
+    t, near = (times.on(process, torch.full((64,), level, dtype=torch.float64)) for level in (0.6, 0.4))
+    x = process.mix(data_of(), batch_of().noise, t)
+    there = one.neighbour(batch_of(), x, t, near)
+    return x, t, there, near, *one.asked(Share(share), x, t, there, near)
+
+
+@every_process
+@pytest.mark.parametrize("share", [0.25, 0.75])
+def test_slam_asks_about_the_papers_point_between(process: Process, share: float) -> None:
+    """alpha_t / alpha_u x_u = (1 - gamma) alpha_t / alpha_s x_s + gamma x_t, with gamma the share of sigma / alpha."""
+    x, t, there, near, point, between = asked(process, share)
+    torch.testing.assert_close(times.level_of(process, between), torch.full_like(t, 0.4 + 0.2 * share))
+    alpha, ratio = process.alpha, {at: process.sigma(at) / process.alpha(at) for at in (t, near, between)}
+    gamma = float(((ratio[between] - ratio[near]) / (ratio[t] - ratio[near]))[0])
+    a, b, c = (float(alpha(at)[0]) for at in (t, near, between))
+    torch.testing.assert_close(a / c * point, (1 - gamma) * a / b * there + gamma * x)
+
+
+@every_process
+def test_slam_at_the_far_end_of_the_step_is_lcm(process: Process) -> None:
+    x, t, _, _, point, between = asked(process, 1.0)
+    torch.testing.assert_close(point, x)
+    torch.testing.assert_close(between, t)
+
+
+def test_in_a_rectified_flow_the_point_is_the_plain_mixture() -> None:
+    x, _, there, _, point, between = asked(RF(), 0.25)
+    torch.testing.assert_close(point, 0.75 * there + 0.25 * x)
+    torch.testing.assert_close(between, torch.full_like(between, 0.45))
+
+
+class Turned(SubPath):
+    """The share is counted from the other end, of the state alone."""
+
+    def asked(self, batch: Batch, x: Tensor, t: Tensor, there: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
+        point, between = super().asked(batch, x, t, there, near)
+        return x + there - point, between
+
+
+def test_a_point_at_another_time_fails_the_oracle() -> None:
+    assert loss("slam", RF(), "flow", method=Turned) > 100 * loss("slam", RF(), "flow")
+
+
+# there and back ------------------------------------------------------------------------------------------------------
+
+
+def both_ways(
+    process: Process,
+    kind: Kind,
+    *,
+    substeps: int = 8,
+    teacher: Any = None,
+    method: Any = Invertible,
+    decoder: dict[str, float] | None = None,
+    settings: dict[str, Any] | None = None,
+    **encoder: float,
+) -> dict[str, dict[str, float]]:
+    """The terms of both roles of `icd`, for exact flow maps that read s."""
+    grids = {k: tuple(top(kind) * u for u in times.uniform(k)) for k in (1, 4)}
+    told = {"top": top(kind), "substeps": substeps, "grids": grids, "preserve": 1.0, **(settings or {})}
+    config = resolve("icd").config(told)
+    players = {"student": student_of(process, kind, **(decoder or {})), "encoder": student_of(process, kind, **encoder)}
+    one = method(Cast(teacher or teacher_of(process, kind), **players), config)
+    found = {role: one.loss(role, batch_of(x=data_of())) for role in ("encoder", "student")}
+    return {role: {name: float(value) for name, value in terms.items()} for role, terms in found.items()}
+
+
+@every_kind
+@every_process
+def test_the_encoder_is_at_the_truth_where_the_path_leads_up(process: Process, kind: Kind) -> None:
+    right = both_ways(process, kind)["encoder"]
+    assert right["consistency"] < 3e-6
+    assert right["preservation"] < 1e-9
+    for wrong in ({"shift": TRUTH + OFF}, {"std": 1.2 * STD}):
+        assert both_ways(process, kind, substeps=1, **wrong)["encoder"]["consistency"] > 3e-5
+        assert all(terms["preservation"] > 1e-3 for terms in both_ways(process, kind, **wrong).values())
+
+
+class UpperNet(PhaseNet):
+    """The flow map to the upper edge of each phase, by a network that is told t alone."""
+
+    def edge(self, t: Tensor) -> Tensor:
+        beyond = self.edges > t[:, None] * (1 - 1e-6)
+        return torch.where(beyond, self.edges, self.edges[0]).amin(dim=1)
+
+
+@every_process
+def test_networks_without_s_learn_their_phases_both_ways(process: Process) -> None:
+    """The line of the student's last phase ends in clean data; where encoding starts it is a little off the path."""
+
+    def terms(**data: float) -> list[float]:
+        nets = {"student": PhaseNet, "encoder": UpperNet}
+        net = {role: one(process, "flow", times.uniform(4), shift=TRUTH, **data) for role, one in nets.items()}
+        players = {role: Denoiser(one, process, "flow") for role, one in net.items()}
+        one = Invertible(Cast(teacher_of(process, "flow"), **players), resolve("icd").config({"substeps": 8}))
+        found = (one.loss(role, batch_of(x=data_of())) for role in players)
+        return [float(value) for each in found for value in each.values()]
+
+    assert max(terms()) < 2e-4
+    assert min(terms(std=1.2 * STD)) > 2e-4
+
+
+def test_an_encoder_of_the_other_guidance_convention_fails_the_oracle() -> None:
+    assert both_ways(RF(), "flow", teacher=other_guidance(RF(), "flow"))["encoder"]["consistency"] > 1e-3
+
+
+class Downwards(Invertible):
+    """The neighbour of the encoder's point lies below it."""
+
+    def neighbour(self, batch: Batch, x: Tensor, t: Tensor, near: Tensor) -> Tensor:
+        return super().neighbour(batch, x, t, (2 * t - near).clamp_min(1e-3))
+
+
+def test_an_encoder_whose_neighbour_lies_below_fails_the_oracle() -> None:
+    assert both_ways(RF(), "flow", method=Downwards)["encoder"]["consistency"] > 1e-3
+
+
+def test_what_is_not_brought_back_is_the_difference_of_the_means() -> None:
+    """One phase of a rectified flow, from .02 to 1, and means that differ by d: the student is off by .98 d, and the
+    encoder by as much over the deviation at .02."""
+    smooth, d = 1e-3, 0.3
+    found = both_ways(RF(), "flow", decoder={"shift": TRUTH + d}, settings={"counts": (1,)})
+    for role, off in (("student", 0.98 * d), ("encoder", 0.98 * d / (0.98**2 * STD**2 + 0.02**2) ** 0.5)):
+        assert found[role]["preservation"] == pytest.approx((off**2 + smooth**2) ** 0.5 - smooth)
+
+
+def test_without_preservation_the_students_loss_is_that_of_pcm() -> None:
+    off: dict[str, Any] = {"shift": TRUTH + 0.3}
+    ours = both_ways(RF(), "flow", decoder=off, settings={"preserve": 0.0})["student"]
+    assert ours == {"consistency": pytest.approx(trajectory_loss("pcm", RF(), "flow", settings=PCM, seeds=1, **off))}
+    assert both_ways(RF(), "flow", decoder=off)["student"].keys() == {"consistency", "preservation"}
+
+
+def test_dynamic_guidance_leaves_the_noisy_levels_unguided() -> None:
+    students = {role: student_of(RF(), "flow") for role in ("student", "encoder")}
+    teacher = teacher_of(RF(), "flow")
+    one = Invertible(Cast(teacher, **students), resolve("icd").config({"guidance_interval": (0.0, 0.7)}))
+    batch = batch_of()
+    for level, right in ((0.6, teacher), (0.8, teacher.denoiser)):
+        t = torch.full((64,), level, dtype=torch.float64)
+        line = right(batch.noise, t, batch.cond)
+        torch.testing.assert_close(one.neighbour(batch, batch.noise, t, t + 0.1), RF().mix(*line, t + 0.1))
+
+
+def test_encoding_must_start_in_the_last_phase() -> None:
+    with pytest.raises(InvalidRequest, match=r"first must be below the last rung .* not 0\.02 with 64 steps"):
+        resolve("icd").config({"counts": (4, 64)})
+
+
+def test_encoder_and_decoder_learn_the_teachers_path_both_ways() -> None:
+    teacher = Denoiser(GaussianNet(RF(), "flow").float(), RF(), "flow")
+    student = Denoiser(GaussianNet(RF(), "flow", shift=0.8, std=1.0).float(), RF(), "flow", inputs={"s"})
+    settings = {"lr": 2e-2, "batch": 64, "skip": 50, "substeps": 2, "smooth": 0.1}
+    run = StageRun(0, Stage("icd", 150, settings), teacher, student, ema=(0.9,))
+    x = 1 + STD * torch.randn(256, *SHAPE, generator=torch.Generator().manual_seed(2))
+    source = TensorSource(torch.ones(256), SHAPE, x=x)
+    while not run.done:
+        run.iterate(source)
+    for learnt in (run.averages[0].weights, run.cast.weights("encoder")):
+        assert learnt["net.shift"].item() == pytest.approx(0, abs=0.06)
+        assert learnt["net.log_std"].exp().item() == pytest.approx(STD, abs=0.05)
+
+
 # learning ------------------------------------------------------------------------------------------------------------
 
 
@@ -320,11 +505,13 @@ def test_the_presets_are_the_papers() -> None:
 @every_name
 def test_half_precision_gives_finite_gradients_to_the_ends_of_time(name: str, process: Process) -> None:
     preset = resolve(name)
-    teacher, student, target = (Denoiser(TinyNet(seed), process, "flow") for seed in range(3))
-    one = preset.method(Cast(teacher, student=student, target=target), preset.config({"first_share": 0.3}))
+    teacher, student, other = (Denoiser(TinyNet(seed), process, "flow") for seed in range(3))
+    config = preset.config({"first_share": 0.3})
+    others = {role: other for role in preset.method.roles(config) if role != "student"}
+    one = preset.method(Cast(teacher, student=student, **others), config)
     batch = make_batch(Rows(cond=torch.ones(256), x=torch.randn(256, 2, 2, 2)), (2, 2, 2), seed=0)
     with one.cast.only("student"), torch.autocast("cpu", dtype=torch.bfloat16):
-        one.loss("student", batch)["consistency"].backward()
+        sum(one.loss("student", batch).values()).backward()
     assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in student.parameters())
 
 
