@@ -15,6 +15,11 @@ def over_rows(error: Tensor) -> Tensor:
     return error.flatten(1).mean(dim=1)
 
 
+def row_distance(one: Tensor, other: Tensor) -> Tensor:
+    """The rows' root mean square distance [B], with a finite slope where they are one."""
+    return (over_rows((one - other).square()) + 1e-12).sqrt()
+
+
 def root_mse(error: Tensor, smooth: float | Tensor = 1e-3) -> Tensor:
     """The rows' root mean square, averaged: an outlier row counts linearly. `smooth` ([B] or one) rounds the corner at
     0: it is pseudo-Huber over whole rows, per element."""

@@ -43,7 +43,7 @@ class StagePlan:
     settings: dict[str, Any] = field(default_factory=dict)
     hard_stop_s: float | None = None
     seconds: float = 0.0
-    terms: tuple[dict[str, Any], ...] = ()  # name, weight and settings of each
+    terms: tuple[dict[str, Any], ...] = ()  # what `TermSpec.parts` says of each
 
 
 @dataclass(frozen=True, slots=True)

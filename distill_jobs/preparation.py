@@ -22,7 +22,7 @@ from distill_jobs.methods._search import Found, Search, SearchConfig, measured
 from distill_jobs.methods.base import apart, resolve
 from distill_jobs.plan import Plan, StagePlan
 from distill_jobs.progress import Evaluate
-from distill_jobs.roles import Cast
+from distill_jobs.roles import Cast, Decode
 from distill_jobs.spec import DistillJobSpec
 from distill_jobs.stage import Precision, Stage
 from distill_jobs.stages import SearchSpec
@@ -150,11 +150,13 @@ def timed_plan(
     group: Group,
     evaluate: Evaluate | None,
     spent_s: float,
+    decode: Decode | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Plan:
     """The job's stages and what training will need. Each stage is tried in `folder` on a student that `beginner` makes.
     `spent_s` is gone of the budget, and so is what this takes. Only a group's leader evaluates, and its plan counts."""
-    began, tried = clock(), partial(measure, source=source, config=config, folder=folder, group=group, clock=clock)
+    began = clock()
+    tried = partial(measure, source=source, config=config, folder=folder, group=group, decode=decode, clock=clock)
     drafts = stages(plans.drafted(spec))
     with torch.random.fork_rng(devices=[]):  # a run that finds its plan begins with the same randomness
         costs = [tried(stage, teacher, beginner(), evaluate=evaluate) for stage in drafts]

@@ -19,6 +19,9 @@ from distill_jobs.lora import Adapted, adapted
 from engines.denoiser import BaseDenoiser, Denoiser, Guided
 from engines.errors import InvalidRequest
 
+Decode = Callable[[Tensor], Tensor]
+"""Latents [B, C, H, W] -> pictures [B, 3, H', W'] in levels 0..255, not rounded, and differentiable."""
+
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
@@ -49,10 +52,13 @@ class Role:
 
 
 class Cast:
-    """The frozen teacher and the networks in training. Outside `only` nothing of it wants gradients."""
+    """The frozen teacher and the networks in training. Outside `only` nothing of it wants gradients.
 
-    def __init__(self, teacher: BaseDenoiser, **players: nn.Module) -> None:
-        self.teacher = _frozen(teacher)
+    `decode` is the teacher's decoder, for whoever judges pictures; None where training has no pictures.
+    """
+
+    def __init__(self, teacher: BaseDenoiser, *, decode: Decode | None = None, **players: nn.Module) -> None:
+        self.teacher, self.decode = _frozen(teacher), decode
         self.players = {name: _frozen(player) for name, player in players.items()}
 
     @classmethod
@@ -62,6 +68,7 @@ class Cast:
         student: BaseDenoiser,
         roles: Mapping[str, Role],
         make: Callable[[str, BaseDenoiser], nn.Module] | None = None,
+        decode: Decode | None = None,
     ) -> "Cast":
         """The cast for these roles; `student` itself plays the student, the others are copies, or what
         `make(name, unguided teacher)` gives for a role that is new. LoRA roles share the teacher's backbone.
@@ -95,7 +102,7 @@ class Cast:
             return learner
 
         others = {name: played(name, role) for name, role in roles.items() if name != "student"}
-        return cls(teacher, student=student, **others)
+        return cls(teacher, decode=decode, student=student, **others)
 
     def __getitem__(self, name: str) -> BaseDenoiser:
         """A role that is a denoiser. Others are had by `module`."""

@@ -15,7 +15,7 @@ from distill_jobs.batches import Batch, Source, make_batch, seed_of
 from distill_jobs.group import Group
 from distill_jobs.lora import Adapted
 from distill_jobs.methods.base import Method, resolve
-from distill_jobs.roles import Cast, Role
+from distill_jobs.roles import Cast, Decode, Role
 from distill_jobs.terms.base import Terms, Wanted
 from engines.denoiser import BaseDenoiser
 from engines.errors import Diverged, InvalidRequest
@@ -103,6 +103,7 @@ class StageRun:
         precision: Precision = Precision(),
         max_skips: int = 10,
         execution: Execution = Execution(),
+        decode: Decode | None = None,
     ) -> None:
         preset = resolve(stage.method)
         config = preset.config(stage.settings)
@@ -124,7 +125,8 @@ class StageRun:
             return preset.method.make(name, denoiser, config) if name in own else self.terms.make(name, denoiser)
 
         self._whole = student
-        self.cast = Cast.build(teacher, copy.deepcopy(student) if self.group.shards else student, self.roles, make)
+        beginner = copy.deepcopy(student) if self.group.shards else student
+        self.cast = Cast.build(teacher, beginner, self.roles, make, decode)
         for name, role in self.roles.items():
             if execution.checkpointing and role.train != "frozen":
                 _checkpoint_activations(self.cast.module(name), name)
@@ -198,7 +200,7 @@ class StageRun:
         for part in parts:
             with self.precision.context():
                 terms = self.method.loss(name, part) if name in self._own else {}
-                terms = terms | self.terms.loss(name, self.method, part)
+                terms = terms | self.terms.loss(name, self.method, part, self.iteration / self.stage.iterations)
             total = torch.stack([term.float() for term in terms.values()]).sum()
             torch.autograd.backward(total / len(parts))
             for term, value in terms.items():

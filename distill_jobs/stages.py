@@ -24,10 +24,12 @@ class TermSpec(BaseModel):
 
     name: str
     weight: float = Field(1.0, ge=0)
+    after: float = Field(0.0, ge=0, lt=1, description="share of the stage that passes before it counts")
+    ramp: float = Field(0.0, ge=0, le=1, description="share of the stage over which its weight then rises")
 
     def parts(self) -> dict[str, Any]:
-        """name, weight and the term's own settings."""
-        return {"name": self.name, "weight": self.weight, "settings": self.model_extra or {}}
+        """What stands in every term, and its own settings."""
+        return self.model_dump(include=set(type(self).model_fields)) | {"settings": self.model_extra or {}}
 
 
 class SearchSpec(_Frozen):

@@ -22,6 +22,7 @@ from distill_jobs.methods.base import resolve
 from distill_jobs.pairs import SHARD
 from distill_jobs.plan import Costs
 from distill_jobs.progress import Evaluate, Hooks
+from distill_jobs.roles import Decode
 from distill_jobs.stage import Stage
 from distill_jobs.trainer import TrainConfig, Trainer, prepared_folder
 from engines.denoiser import BaseDenoiser
@@ -37,11 +38,12 @@ def prepared_rows(stage: Stage) -> int:
 
 
 def shortened(stage: Stage, iterations: int) -> Stage:
-    """The stage for a trial: one shard of preparation, and every role due from the first iteration."""
+    """The stage for a trial: one shard of preparation, and every role and term due from the first iteration."""
     known = resolve(stage.method).method.Config.model_fields
     fewer = {key: SHARD for key in PREPARED if key in known}
     due = {key: 0 for key in _LEADS if key in known}
-    return replace(stage, iterations=iterations, settings={**stage.settings, **fewer, **due})
+    terms = tuple(replace(term, after=0.0, ramp=0.0) for term in stage.terms)
+    return replace(stage, iterations=iterations, settings={**stage.settings, **fewer, **due}, terms=terms)
 
 
 def measure(
@@ -54,6 +56,7 @@ def measure(
     folder: Path,
     group: Group | None = None,
     evaluate: Evaluate | None = None,
+    decode: Decode | None = None,
     iterations: int = 3,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Costs:
@@ -71,6 +74,7 @@ def measure(
         folder=folder,
         hooks=Hooks(event=said, panel=said.shown, evaluate=evaluate and said.asked(evaluate), clock=clock),
         group=group,
+        decode=decode,
     )
     _empty(folder, group)
     needs = trainer.fit().needs

@@ -100,6 +100,7 @@ class TrainerRun:
             fence=self.fence,
             hooks=self._hooks(plan) if self.group.leads else Hooks(),
             group=self.group,
+            decode=self.teacher.decode,
         )
         result = trainer.fit()
         if result.state == "finished" and self.group.leads:
@@ -167,6 +168,7 @@ class TrainerRun:
                 group=self.group,
                 evaluate=self._evaluation if self.group.leads else None,
                 spent_s=found["spent_s"] + time.monotonic() - self._began_s,
+                decode=self.teacher.decode,
             )
             if self.group.leads:
                 preparation.write(self.folder / PLAN, plan.as_dict())

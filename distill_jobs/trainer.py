@@ -23,6 +23,7 @@ from distill_jobs.losses import pairwise_distance
 from distill_jobs.methods.base import Workspace
 from distill_jobs.needs import Needs, forget_peak, peak_bytes
 from distill_jobs.progress import WISHES, Hooks, Report, Wish
+from distill_jobs.roles import Decode
 from distill_jobs.stage import Execution, Precision, Stage, StageRun
 from engines.denoiser import BaseDenoiser
 from engines.manifest import Schedule
@@ -91,10 +92,11 @@ class Trainer:
         fence: int = 0,
         hooks: Hooks | None = None,
         group: Group | None = None,
+        decode: Decode | None = None,
     ) -> None:
         self.stages, self.teacher, self.student, self.source = tuple(stages), teacher, student, source
         self.config, self.folder, self.fence, self.hooks = config, folder, fence, hooks or Hooks()
-        self.group = group or Group()
+        self.group, self.decode = group or Group(), decode
         self._best: Checkpoint | None = None
         self._stopped_early = False
         self._spent_s = 0.0  # in this stage, over all lives
@@ -186,6 +188,7 @@ class Trainer:
             precision=Precision(self.config.bf16, self.config.device),
             max_skips=self.config.max_skips,
             execution=Execution(self.group, self.config.micro_batch, self.config.checkpointing),
+            decode=self.decode,
         )
 
     def _resume(self) -> StageRun:

@@ -113,11 +113,16 @@ class Teacher:
         )
         return family
 
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, 3, H, W] in levels 0..255, not rounded: rounding would add grain, and have no slope."""
+        pictures: Tensor = self.decoder(latents.float())
+        return pictures
+
     @torch.no_grad()
     def pictures(self, latents: Tensor, batch: int = 64) -> npt.NDArray[np.float32]:
-        """[B, 3, H, W] in levels 0..255, not rounded: rounding would add grain."""
+        """The same of many."""
         starts = range(0, len(latents), batch)
-        return torch.cat([self.decoder(latents[start : start + batch].float()) for start in starts]).numpy()
+        return torch.cat([self.decode(latents[start : start + batch]) for start in starts]).numpy()
 
 
 class _Module:

@@ -59,7 +59,7 @@ class Term(ABC):
         return {}
 
     def own_loss(self, role: str, y: Tensor, batch: Batch) -> Tensor:
-        """A scalar for one of the term's own roles; y is without gradient."""
+        """A scalar for one of the term's own roles; y is as for the student's loss, without gradient."""
         raise NotImplementedError(f"{type(self).__name__} trains no role {role}")
 
     def after(self, iteration: int) -> None:  # noqa: B027 (most terms have no phases)
@@ -68,11 +68,19 @@ class Term(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A term as a job says it."""
+    """A term as a job says it. It joins when the share `after` of the stage has passed; over the share `ramp` from
+    there its weight rises."""
 
     name: str
     weight: float = 1.0
     settings: Mapping[str, Any] = field(default_factory=dict)
+    after: float = 0.0
+    ramp: float = 0.0
+
+    def weight_at(self, done: float) -> float:
+        """Its weight when the share `done` of the stage has passed, at least `after`."""
+        risen = (done - self.after) / self.ramp if self.ramp else 1.0
+        return self.weight * min(1.0, risen)
 
     def resolve(self) -> tuple[type[Term], MethodConfig]:
         """The term's class and its configuration.
@@ -100,7 +108,7 @@ class Terms:
 
     def __init__(self, wanted: Sequence[Wanted]) -> None:
         self._found = [(one, *one.resolve()) for one in wanted]
-        self._live: list[tuple[float, Term, str]] = []
+        self._live: list[tuple[Wanted, Term, str]] = []
 
     def roles(self) -> dict[str, Role]:
         return {name: role for _, term, config in self._found for name, role in term.roles(config).items()}
@@ -112,25 +120,28 @@ class Terms:
     def join(self, cast: Cast) -> None:
         names = apart([one.name for one, _, _ in self._found])
         self._live = [
-            (one.weight, term(cast, config), name) for name, (one, term, config) in zip(names, self._found, strict=True)
+            (one, term(cast, config), name) for name, (one, term, config) in zip(names, self._found, strict=True)
         ]
 
-    def loss(self, role: str, method: Method, batch: Batch) -> dict[str, Tensor]:
-        """What the terms add to a role's loss: every term to the student's, each to its own roles'."""
+    def loss(self, role: str, method: Method, batch: Batch, done: float = 1.0) -> dict[str, Tensor]:
+        """What the terms add to a role's loss: to the student's every term that has joined when the share `done` of the
+        stage has passed; to its own roles' each from the beginning."""
         if role == "student":
-            return self._student_loss(method, batch) if self._live else {}
-        return {
-            name: term.own_loss(role, method.generate(batch).detach(), batch)
-            for _, term, name in self._live
-            if role in term.roles(term.config)
-        }
+            return self._student_loss(method, batch, done)
+        own = ((name, term) for _, term, name in self._live if role in term.roles(term.config))
+        return {name: self._own_loss(role, term, method, batch) for name, term in own}
 
-    def _student_loss(self, method: Method, batch: Batch) -> dict[str, Tensor]:
-        most, n = max(term.samples for _, term, _ in self._live), len(batch)
+    def _own_loss(self, role: str, term: Term, method: Method, batch: Batch) -> Tensor:
+        rows = repeated(batch, term.samples) if term.samples > 1 else batch
+        return term.own_loss(role, method.generate(rows).detach(), rows)
+
+    def _student_loss(self, method: Method, batch: Batch, done: float) -> dict[str, Tensor]:
+        live = [(one.weight_at(done), term, name) for one, term, name in self._live if done >= one.after]
+        most, n = max((term.samples for _, term, _ in live), default=0), len(batch)
         wide = repeated(batch, most) if most > 1 else batch
         y = method.generate(wide) if most else batch.noise[:0]
         seen: dict[str, Tensor] = {}
-        for weight, term, name in self._live:
+        for weight, term, name in live:
             own, rows = y[: term.samples * n], wide if term.samples > 1 else batch
             seen[name] = weight * term.student_loss(own, rows)
             with torch.no_grad():

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from distill_jobs.batches import Batch
-from distill_jobs.losses import over_rows
+from distill_jobs.losses import row_distance
 from distill_jobs.methods.base import MethodConfig
 from distill_jobs.terms.base import Term
 
@@ -27,17 +27,12 @@ class ModeSeeking(Term):
     samples = 2
 
     def student_loss(self, y: Tensor, batch: Batch) -> Tensor:
-        apart = _distance(*y.chunk(2)) / _distance(*batch.noise.chunk(2))
+        apart = row_distance(*y.chunk(2)) / row_distance(*batch.noise.chunk(2))
         loss: Tensor = (1 / (apart + self.config.floor)).mean()
         return loss
 
     def report(self, y: Tensor, batch: Batch) -> dict[str, Tensor]:
-        return {"distance": _distance(*y.chunk(2)).mean()}
-
-
-def _distance(one: Tensor, other: Tensor) -> Tensor:
-    """The rows' root mean square distance [B], with a finite slope where they are one."""
-    return (over_rows((one - other).square()) + 1e-12).sqrt()
+        return {"distance": row_distance(*y.chunk(2)).mean()}
 
 
 TERM = ModeSeeking

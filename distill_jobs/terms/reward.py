@@ -1,7 +1,9 @@
 """Reward: the student's samples are moved up a differentiable score; a second one, held out, shows what that costs.
 
 A student finds what a score does not see. What is gained in the held-out score too is gained in the pictures; a reward
-that rises while the other falls is being exploited: weigh it less.
+that rises while the other falls is being exploited: weigh it less, let it join later (`after`, `ramp`), or climb a
+proxy of it (`proxy_reward`). Beside them stands the distance of two samples of one condition, which falls as variety is
+lost. With `dmd` it is ReFL beside distribution matching, which holds the student to the teacher.
 
 Source: ReFL arXiv 2304.05977; with few-step students 2403.11027.
 """
@@ -12,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from distill_jobs.batches import Batch
+from distill_jobs.losses import row_distance
 from distill_jobs.methods.base import MethodConfig
 from distill_jobs.roles import Cast
 from distill_jobs.terms.base import Term
@@ -31,6 +34,7 @@ class RewardTerm(Term):
 
     Config = RewardConfig
     paper = "2304.05977"
+    samples = 2
 
     def __init__(self, cast: Cast, config: Any) -> None:
         super().__init__(cast, config)
@@ -41,7 +45,7 @@ class RewardTerm(Term):
         return -self.reward(y, batch).mean()
 
     def report(self, y: Tensor, batch: Batch) -> dict[str, Tensor]:
-        return {"held_out": self.held_out(y, batch).mean()}
+        return {"held_out": self.held_out(y, batch).mean(), "distance": row_distance(*y.chunk(2)).mean()}
 
 
 TERM = RewardTerm

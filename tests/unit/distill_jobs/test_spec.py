@@ -275,6 +275,19 @@ def test_a_first_stage_may_be_for_other_counts_and_a_search_be_asked_for_with_ma
     specs.parse(job(method={"name": "gits"}, train={"iterations": 1, "processes": 3}))
 
 
+def test_a_term_says_when_it_joins_beside_its_own_settings() -> None:
+    late = {"name": "reward", "weight": 0.05, "after": 0.5, "ramp": 0.1, "held_out": "colourfulness"}
+    (stage,) = plan.drafted(specs.parse(job(method={"name": "kd", "terms": [late]})))
+    settings = {"held_out": late.pop("held_out")}
+    assert stage.terms == ({**late, "settings": settings},)
+    assert specs.parse(job(method={"name": "kd", "terms": [late]})) == specs.parse(
+        specs.parse(job(method={"name": "kd", "terms": [late]})).canonical()
+    )
+    with pytest.raises(InvalidRequest) as caught:
+        specs.parse(job(method={"name": "kd", "terms": [{**late, "after": 1.0}]}))
+    assert caught.value.param == "method.terms.0.after"
+
+
 def test_latents_come_from_the_job_or_from_the_method_and_terms_of_one_name_may_be_several() -> None:
     gan = {"name": "adversarial"}
     specs.parse(job(method={"name": "kd", "terms": [gan, {"name": "moment"}, {"name": "moment", "tau_max": 0.5}]}))

@@ -16,6 +16,9 @@ from distill_jobs.group import Group
 from distill_jobs.lora import adapted
 from distill_jobs.needs import Needs
 from distill_jobs.progress import Hooks
+from distill_jobs.stage import Stage
+from distill_jobs.terms.base import Wanted
+from distill_jobs.timing import shortened
 from distill_jobs.trainer import TrainConfig, Trainer
 from engines.denoiser import BaseDenoiser
 from engines.manifest import Schedule
@@ -68,3 +71,10 @@ def test_training_takes_the_time_that_was_estimated_within_a_quarter(
 ) -> None:
     estimated, measured = needs(methods, train, tmp_path)
     assert estimated.train_seconds == pytest.approx(measured.train_seconds, rel=0.25)
+
+
+def test_in_a_trial_every_term_counts_from_the_beginning() -> None:
+    late = Stage("dmd", 100, {}, terms=(Wanted("reward", 0.1, after=0.9, ramp=0.1),))
+    (term,) = shortened(late, 4).terms
+    assert [term.weight_at(done) for done in (term.after, 1.0)] == [0.1, 0.1]
+    assert term.after == 0

@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from distill_jobs import times
+from distill_jobs.batches import repeated
+from distill_jobs.roles import Cast
+from distill_jobs.terms.base import Wanted
 from distill_jobs.terms.rewards import alignment
+from distill_jobs.terms.rewards.colourfulness import Colourfulness
 from engines.errors import InvalidRequest, UnknownPlugin
 from engines.manifest import Kind
 from engines.process import RF, Process
@@ -58,8 +62,56 @@ def test_the_held_out_reward_is_reported_and_is_another_one() -> None:
     assert float(seen["held_out"]) == pytest.approx(float(y.flatten(2).std(dim=2, unbiased=False).mean()), rel=1e-4)
 
 
+def test_the_distance_of_two_samples_of_a_condition_is_reported_and_falls_with_variety() -> None:
+    def distance(std: float) -> float:
+        one, wide = term_of("reward", RF(), "flow", std=std), repeated(batch_of(512), 2)
+        return float(one.report(samples(one, wide).detach(), wide)["distance"])
+
+    assert type(term_of("reward", RF(), "flow")).samples == 2
+    assert distance(STD) == pytest.approx(2**0.5 * STD, rel=0.03)
+    assert distance(0.01) < 0.05 * distance(STD)
+
+
 def test_alignment_needs_a_guided_teacher_and_a_reward_a_file() -> None:
     with pytest.raises(InvalidRequest, match="needs a guided teacher"):
         term_of("reward", RF(), "flow", teacher=teacher_of(RF(), "flow").denoiser)
-    with pytest.raises(UnknownPlugin, match="choose from alignment, contrast"):
+    with pytest.raises(UnknownPlugin, match="choose from alignment, colourfulness, contrast"):
         term_of("reward", RF(), "flow", settings={"reward": "beauty"})
+
+
+# pictures ------------------------------------------------------------------------------------------------------------
+
+
+def pictured(**cast: Any) -> Cast:
+    teacher = teacher_of(RF(), "flow")
+    return Cast(teacher, student=teacher.denoiser, **cast)
+
+
+def test_colourfulness_is_the_spread_and_the_distance_from_grey_of_what_is_decoded() -> None:
+    """Half of the pixels are red, half blue: rg is 255 or 0, yb is 255 / 2 or -255."""
+    red_and_blue = torch.zeros(1, 3, 2, 2, dtype=torch.float64)
+    red_and_blue[:, 0, 0], red_and_blue[:, 2, 1] = 255, 255
+    grey = torch.full_like(red_and_blue, 77)
+    reward = Colourfulness(pictured(decode=lambda y: y + grey))
+    none, some = (float(reward(y, batch_of(1))) for y in (0 * grey, red_and_blue))
+    spread, tint = ((255 / 2) ** 2 + (255 * 3 / 4) ** 2) ** 0.5, ((255 / 2) ** 2 + (255 / 4) ** 2) ** 0.5
+    assert none == pytest.approx(0, abs=0.1)
+    assert some == pytest.approx(spread + 0.3 * tint, rel=1e-4)
+
+
+def test_a_reward_of_pictures_has_a_slope_through_the_decoder() -> None:
+    """Twice as far from grey is twice as colourful, so the slope along y is the reward itself."""
+
+    def decode(y: torch.Tensor) -> torch.Tensor:
+        return 128 + 20 * torch.cat([y, 0 * y[:, :1]], dim=1)
+
+    y = batch_of(4).noise.requires_grad_()
+    colours = Colourfulness(pictured(decode=decode))(y, batch_of(4)).sum()
+    (slope,) = torch.autograd.grad(colours, y)
+    assert float((y.detach() * slope).sum()) == pytest.approx(float(colours.detach()), rel=1e-3)
+
+
+def test_a_reward_of_pictures_needs_a_decoder() -> None:
+    term, config = Wanted("reward", settings={"reward": "colourfulness"}).resolve()
+    with pytest.raises(InvalidRequest, match="there is no decoder"):
+        term(pictured(), config)
