@@ -14,6 +14,7 @@ from distill_jobs.methods.base import Workspace
 from distill_jobs.progress import Hooks
 from distill_jobs.stage import Stage, StageRun
 from distill_jobs.terms.base import Term, Terms, Wanted, terms
+from distill_jobs.timing import measure
 from distill_jobs.trainer import Result, TrainConfig, Trainer
 from engines.errors import InvalidRequest, UnknownPlugin
 from tests.unit.distill_jobs.tiny import STAGES, tiny_source, tiny_student, tiny_teacher
@@ -106,6 +107,54 @@ def test_a_term_trains_in_bf16_with_single_precision_weights(name: str) -> None:
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in ended.weights.values())
 
 
+def test_a_term_joins_late_and_its_weight_rises() -> None:
+    """Of 10 iterations none for 4, then a fourth more in each until all of it counts."""
+    one = Wanted("reward", 2.0, after=0.4, ramp=0.4)
+    assert [one.weight_at(done) for done in (0.4, 0.5, 0.6, 0.7, 0.8, 1.0)] == pytest.approx([0, 0.5, 1, 1.5, 2, 2])
+    late = Stage("sid", 10, {**STAGES["sid"], "fake_warmup": 0}, terms=(one, Wanted("mode_seeking", after=0.7)))
+    run = StageRun(0, late, tiny_teacher(), tiny_student())
+    seen = [run.iterate(tiny_source()) for _ in range(10)]
+    for name, first in (("reward", 4), ("mode_seeking", 7)):
+        assert [f"loss.student.{name}" in logs for logs in seen] == [False] * first + [True] * (10 - first)
+    assert seen[4]["loss.student.reward"] == 0 != seen[5]["loss.student.reward"]
+
+
+def test_a_terms_own_roles_learn_before_it_joins() -> None:
+    late = Stage("sid", 10, STAGES["sid"], terms=(Wanted("proxy_reward", after=0.9),))
+    run = StageRun(0, late, tiny_teacher(), tiny_student())
+    logs = [run.iterate(tiny_source()) for _ in range(2)][-1]
+    assert "loss.proxy.proxy_reward" in logs
+    assert "loss.student.proxy_reward" not in logs
+
+
+@pytest.mark.parametrize("role", ["student", "proxy"])
+def test_all_of_a_terms_losses_see_as_many_samples_as_it_asks_for(role: str) -> None:
+    seen: list[int] = []
+
+    def counted(y: Tensor, batch: Batch) -> Tensor:
+        seen.append(len(y))
+        return y.flatten(1).mean(dim=1)
+
+    run = made("proxy_reward", "sid")
+    run.terms._live[0][1].reward = counted  # type: ignore[attr-defined]
+    batch = run.batch(tiny_source(), 0)
+    run.terms.loss(role, run.method, batch)
+    assert seen == [2 * len(batch)]
+
+
+def test_training_and_its_trial_hand_the_decoder_to_rewards_of_pictures(tmp_path: Path) -> None:
+    def decode(y: Tensor) -> Tensor:
+        return 128 + 20 * torch.cat([y, 0 * y[:, :1]], dim=1)
+
+    colours = Wanted("reward", settings={"reward": "colourfulness"})
+    one = replace(stage("reward", "sid"), terms=(colours,))
+    parts = ([one], tiny_teacher(), tiny_student(), tiny_source(), TrainConfig())
+    assert Trainer(*parts, decode=decode).fit().state == "finished"
+    assert measure(one, *parts[1:4], config=parts[4], folder=tmp_path / "trial", decode=decode).iteration_s > 0
+    with pytest.raises(InvalidRequest, match="there is no decoder"):
+        Trainer(*parts).fit()
+
+
 def test_an_unknown_term_or_setting_is_refused_by_name() -> None:
     with pytest.raises(UnknownPlugin, match=r"'gan' .*choose from .*adversarial"):
         Wanted("gan").resolve()
@@ -138,7 +187,7 @@ def shown(*counts: int) -> tuple[list[Seen], dict[str, Tensor], int, Batch]:
     run.cast.student.net.register_forward_hook(lambda *_: calls.append(1))
     spies = [Seen(count) for count in counts]
     terms = Terms(())
-    terms._live = [(1.0, spy, str(i)) for i, spy in enumerate(spies)]
+    terms._live = [(Wanted(str(i)), spy, str(i)) for i, spy in enumerate(spies)]
     batch = run.batch(tiny_source(), 0)
     with run.cast.only("student"):
         return spies, terms.loss("student", run.method, batch), len(calls), batch
