@@ -20,16 +20,19 @@ is the mean of a discriminator's logits at the same noised sample. It compares w
 samples, which alone have the density of a guided teacher. The student also fools it, a little.
 
 Source: Diff-Instruct arXiv 2305.18455 eq. 3.5; SIM 2410.16794 §3.2, §3.3; Uni-Instruct 2505.20755 (reverse KL);
-f-distill 2502.15681 (theorem 1, the table of h).
+f-distill 2502.15681 (theorem 1, the table of h); SGMD 2605.30116, as in its authors' code (below), whose critic and
+student also take turns; EMD 2405.16852: the steps above are derived here, their sizes and weights are ours.
 Left out: Uni-Instruct's other f-divergences and its GAN term; f-distill's normaliser of h within bins of noise level,
 which needs more rows than a share of a batch has, and a discriminator on the critic's features (heads on the teacher's
-instead); SGMD (2605.30116), whose correction does not vanish where student, critic and teacher agree.
-Checked against: closed forms of Gaussian data: of its score differences and of its divergences (tests).
+instead); SGMD's diversity term (a job's to ask for).
+Checked against: closed forms of Gaussian data: of its score differences and of its divergences (tests); for SGMD
+ModelTC/LightX2V lightx2v_train/trainers/sgmd.py.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -98,6 +101,26 @@ class SIM(_Implicit):
         return loss
 
 
+class SGMDConfig(ScoreMatchingConfig):
+    fake_updates: int = Field(1, ge=1, description="critic updates per student update")
+    correction: float = Field(0.1, ge=0, description="weight of what is subtracted; 0 has the truth at rest")
+
+
+class SGMD(ScoreMatching):
+    Config = SGMDConfig
+    term = "sgmd"
+
+    def _student_loss(self, y: Tensor, batch: Batch) -> Tensor:
+        y_t, t = self.noised(y, batch)
+        with torch.no_grad():
+            real, _ = self.cast.teacher(y_t, t, batch.cond)
+        fake, _ = self.cast["fake"](y_t, t, batch.cond)
+        fisher = 0.5 * ((fake - real).square() / scale_of(y - real, self.config.floor)).mean()
+        residual = (fake - y) / over(self.process.sigma(t), y)
+        loss: Tensor = fisher - self.config.correction * toward(fake, residual)
+        return loss
+
+
 class UniInstructConfig(CriticConfig):
     tau_min: float = Field(0.02, gt=0, lt=1, description="least noise level critic and teacher are compared at")
     tau_max: float = Field(0.98, gt=0, lt=1, description="most noise level they are compared at")
@@ -129,6 +152,49 @@ class UniInstruct(_Implicit):
 
 def _logit(u: float) -> float:
     return math.log(u / (1 - u))
+
+
+class EMDConfig(DiffInstructConfig):
+    counts: tuple[Annotated[int, Field(ge=1, le=1)], ...] = Field(
+        (1,), min_length=1, max_length=1, description="only one step: its noise is the latent that is inferred"
+    )
+    langevin: int = Field(4, ge=1, description="Langevin steps per update")
+    eps_step: float = Field(0.1, gt=0, lt=1, description="their size in the noise of x_tau")
+    z_step: float = Field(1e-3, ge=0, lt=1, description="their size in the student's own noise")
+
+
+class EMD(DiffInstruct):
+    Config = EMDConfig
+    term = "emd"
+
+    def loss(self, role: str, batch: Batch) -> dict[str, Tensor]:
+        if role == "fake":
+            return super().loss(role, batch)
+        c = self.config
+        z, added, t = self.inferred(batch)
+        ratio = over(self.process.alpha(t) / self.process.sigma(t), z)
+        steps = 1 - (1 - c.eps_step) ** c.langevin  # what a constant pull of 1 would have added
+        return {
+            self.term: toward(self.generate(replace(batch, noise=z)), -(ratio ** (c.snr_power - 1)) * added / steps)
+        }
+
+    def inferred(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """(z, what the scores have added to eps, tau), without gradient."""
+        c, z, eps = self.config, batch.noise, batch.randn()
+        t, added = times.on(self.process, self.levels(batch)), torch.zeros_like(eps)
+        alpha, sigma = (over(part, z) for part in (self.process.alpha(t), self.process.sigma(t)))
+        for _ in range(c.langevin):
+            z = z.detach().requires_grad_()
+            y = self.generate(replace(batch, noise=z))
+            with torch.no_grad():
+                y_t = alpha * y + sigma * eps
+                gap = self.cast.teacher(y_t, t, batch.cond)[0] - self.cast["fake"](y_t, t, batch.cond)[0]
+                pull = alpha / sigma * gap  # sigma (s_p - s_q)
+                added = (1 - c.eps_step) * added + c.eps_step * pull
+                eps = (1 - c.eps_step) * eps + c.eps_step * pull + (2 * c.eps_step) ** 0.5 * batch.randn()
+            (slope,) = torch.autograd.grad(y, z, alpha / sigma * pull)
+            z = (1 - c.z_step) * z.detach() + c.z_step * slope + (2 * c.z_step) ** 0.5 * batch.randn()
+        return z, added, t
 
 
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -207,6 +273,12 @@ PRESETS = {
         DiffInstruct, "Follows the plain score difference: the gradient of an integral KL divergence.", "2305.18455"
     ),
     "sim": Preset(SIM, "Score implicit matching: a pseudo-Huber distance of scores, through both.", "2410.16794"),
+    "sgmd": Preset(
+        SGMD, "Score gradient matching: the critic is moved to the teacher, the student moves it.", "2605.30116"
+    ),
+    "emd": Preset(
+        EMD, "EM distillation: Langevin steps towards the teacher's joint samples, then regression.", "2405.16852"
+    ),
     "uni_instruct": Preset(
         UniInstruct, "Score divergence weighted over noise such that it is the KL divergence itself.", "2505.20755"
     ),

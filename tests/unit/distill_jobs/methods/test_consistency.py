@@ -421,6 +421,12 @@ class UpperNet(PhaseNet):
         return torch.where(beyond, self.edges, self.edges[0]).amin(dim=1)
 
 
+def test_the_encoders_consistency_is_its_own_affair() -> None:
+    alone, beside = (both_ways(RF(), "flow", decoder={"shift": shift}) for shift in (TRUTH, TRUTH + 1))
+    assert alone["encoder"]["consistency"] == beside["encoder"]["consistency"]
+    assert alone["encoder"]["preservation"] < 1e-9 < beside["encoder"]["preservation"]
+
+
 @every_process
 def test_networks_without_s_learn_their_phases_both_ways(process: Process) -> None:
     """The line of the student's last phase ends in clean data; where encoding starts it is a little off the path."""

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from distill_jobs import times
 from distill_jobs.batches import Batch, Rows, TensorSource, make_batch
 from distill_jobs.losses import over_rows, toward
 from distill_jobs.methods.base import resolve
-from distill_jobs.methods.divergences import SIM, DiffInstruct, UniInstruct
+from distill_jobs.methods.divergences import EMD, SGMD, SIM, DiffInstruct, UniInstruct
 from distill_jobs.methods.score_matching import DMD, ScoreMatching
 from distill_jobs.roles import Cast
 from distill_jobs.stage import Stage, StageRun
@@ -204,6 +205,139 @@ def test_the_levels_of_diff_instruct_are_log_normal_in_the_ratio_of_noise() -> N
     assert ratio.std() == pytest.approx(1.2, abs=0.02)
 
 
+# score gradients and inferred latents --------------------------------------------------------------------------------
+
+NEXT: dict[str, dict[str, Any]] = {"sgmd": {"correction": 0.0}, "emd": {}}
+every_next = pytest.mark.parametrize("name", NEXT)
+
+
+def pulls(
+    name: str, process: Process | None = None, kind: Kind = "flow", seeds: int = 4, **how: Any
+) -> tuple[float, float]:
+    """d loss / d (mean, log std) of a student of one step, whose critic is exact."""
+    by_mean, by_std = score_gradients(name, process or RF(), kind, seeds=seeds, **{"settings": NEXT[name], **how})
+    return by_mean / seeds, by_std / seeds
+
+
+@every_kind
+@every_process
+@every_next
+def test_the_next_are_at_rest_at_the_truth(name: str, process: Process, kind: Kind) -> None:
+    assert pulls(name, process, kind) == pytest.approx((0, 0), abs=1e-9)
+
+
+@every_kind
+@every_process
+@every_next
+@pytest.mark.parametrize("side", [-1, 1])
+def test_the_next_point_back_to_the_truth(name: str, process: Process, kind: Kind, side: int) -> None:
+    by_mean, _ = pulls(name, process, kind, 2, shift=TRUTH + side * 0.5)
+    _, by_std = pulls(name, process, kind, 2, std=STD * (1.5 if side > 0 else 0.6))
+    assert side * by_mean > 0.1
+    assert side * by_std > 0.01
+
+
+@every_next
+def test_the_next_with_the_other_guidance_convention_fail_the_oracle(name: str) -> None:
+    assert abs(pulls(name, teacher=other_guidance(RF(), "flow"))[0]) > 0.05
+
+
+class Backwards(SGMD):
+    """The critic is moved away from the teacher."""
+
+    def _student_loss(self, y: Tensor, batch: Batch) -> Tensor:
+        return -super()._student_loss(y, batch)
+
+
+def test_sgmd_with_the_wrong_sign_fails_the_oracle() -> None:
+    assert pulls("sgmd", shift=TRUTH + 0.5, method=Backwards)[0] < -0.1
+
+
+def test_sgmd_moves_the_sample_through_the_critic_and_not_through_the_teacher() -> None:
+    """Teacher 1 and critic 3 whatever they are asked: the loss is (3 - 1)^2 / 2 over |0 - 1|, and moves nothing."""
+    assert answers("sgmd", correction=0.0) == pytest.approx((2.0, 0.0))
+    assert answers("sgmd", 100.0, correction=0.0) == pytest.approx((200.0, 0.0))
+
+
+@every_process
+def test_the_correction_of_sgmd_asks_for_a_smaller_deviation_at_the_truth_alone(process: Process) -> None:
+    """d / d log std of -(F - y)^2 / (2 sigma) through F is alpha^2 S^2 sigma / (alpha^2 S + sigma^2)^2, S = STD^2."""
+    t = times.on(process, torch.linspace(0.02, 0.98, 4001, dtype=torch.float64))
+    alpha, sigma, var = process.alpha(t), process.sigma(t), STD**2
+    expected = float((alpha**2 * var**2 * sigma / (alpha**2 * var + sigma**2) ** 2).mean())
+    by_mean, by_std = pulls("sgmd", process, seeds=24, settings={"correction": 1.0})
+    assert by_mean == pytest.approx(0, abs=0.02)
+    assert by_std == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("unit", [1.0, 100.0])
+def test_emd_of_any_steps_follows_a_constant_disagreement_as_diff_instruct_does(unit: float) -> None:
+    for langevin in (1, 5):
+        assert answers("emd", unit, langevin=langevin)[1] == pytest.approx(2 * unit)
+
+
+def held(std: float, tau: float = 0.2) -> tuple[float, float, float]:
+    """(alpha, variances at noise level tau of a student's N(m, std^2) and of the teacher's N(m, STD^2))."""
+    return 1 - tau, (1 - tau) ** 2 * std**2 + tau**2, (1 - tau) ** 2 * STD**2 + tau**2
+
+
+@pytest.mark.parametrize("langevin", [1, 8, 64])
+def test_emd_goes_from_the_reverse_to_the_forward_divergence(langevin: int) -> None:
+    """With z held, eps gains on average sigma k alpha b z a (1 - r^n) / (1 - r), where k = 1 / V_q - 1 / V_p and
+    r = 1 - a + a sigma^2 k: at n = 1 it is the score difference, and without end the posterior's mean."""
+    a, tau, std = 0.1, 0.2, 0.3
+    _, ours, theirs = held(std, tau)
+    k = 1 / ours - 1 / theirs
+    r = 1 - a + a * tau**2 * k
+    gained = a * (1 - r**langevin) / (1 - r) / (1 - (1 - a) ** langevin)
+    settings = {"langevin": langevin, "eps_step": a, "z_step": 0.0, "tau_min": tau, "tau_max": tau}
+    _, by_std = pulls("emd", std=std, settings=settings, seeds=12)
+    assert by_std == pytest.approx(-(tau**2) * k * std**2 * gained, rel=0.05)
+
+
+def latents(std: float, shift: float, *, exchanged: bool = False) -> Tensor:
+    """What many small Langevin steps infer of the student's noise."""
+    tau, told = 0.2, {"langevin": 400, "eps_step": 0.02, "z_step": 0.02}
+    teacher, fake = teacher_of(RF(), "flow"), fake_of(RF(), "flow", shift=TRUTH + shift, std=std)
+    student = student_of(RF(), "flow", shift=TRUTH + shift, std=std, reads_s=False)
+    cast = Cast(fake if exchanged else teacher, student=student, fake=teacher if exchanged else fake)
+    one: Any = EMD(cast, resolve("emd").config({**told, "tau_min": tau, "tau_max": tau}))
+    with one.cast.only("student"):
+        z: Tensor = one.inferred(batch_of(1024))[0]
+    return z
+
+
+def test_emd_infers_the_latents_of_the_teachers_samples() -> None:
+    """z given x_tau is normal, of mean alpha b (x - alpha m) / V_q and variance sigma^2 / V_q; x_tau the teacher's."""
+    std, shift, tau = 0.3, 0.3, 0.2
+    alpha, ours, theirs = held(std, tau)
+    gain = alpha * std / ours
+    z = latents(std, shift)
+    assert z.mean() == pytest.approx(-gain * alpha * shift, rel=0.05)
+    assert z.var() == pytest.approx(gain**2 * theirs + tau**2 / ours, rel=0.05)
+
+
+def test_emd_with_teacher_and_critic_exchanged_fails_the_oracle() -> None:
+    assert latents(0.3, 0.3, exchanged=True).mean() > 0.1
+
+
+class WithNoise(EMD):
+    """The noise of the last step is regressed on too."""
+
+    def inferred(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        z, added, t = super().inferred(batch)
+        return z, added + (2 * self.config.eps_step) ** 0.5 * batch.randn(), t
+
+
+def test_emd_with_the_noise_of_its_steps_fails_the_oracle() -> None:
+    assert max(map(abs, pulls("emd", method=WithNoise))) > 1e-4
+
+
+def test_emd_is_for_one_step() -> None:
+    with pytest.raises(InvalidRequest, match=r"counts.*less than or equal to 1"):
+        resolve("emd").config({"counts": (2,)})
+
+
 # learning ------------------------------------------------------------------------------------------------------------
 
 
@@ -219,9 +353,11 @@ def learnt(name: str, **settings: Any) -> dict[str, Tensor]:
     return run.averages[0].weights
 
 
-@pytest.mark.parametrize(("name", "ida"), [("diff_instruct", 1.0), ("sim", 0.9), ("uni_instruct", 0.9)])
+@pytest.mark.parametrize(
+    ("name", "ida"), [("diff_instruct", 1.0), ("sim", 0.9), ("uni_instruct", 0.9), ("emd", 1.0), ("sgmd", 0.9)]
+)
 def test_the_student_reaches_the_mean_and_std_of_the_teacher(name: str, ida: float) -> None:
-    final = learnt(name, ida=ida)
+    final = learnt(name, ida=ida, **NEXT.get(name, {}))
     assert final["net.shift"].item() == pytest.approx(0, abs=0.05)
     assert final["net.log_std"].exp().item() == pytest.approx(STD, abs=0.04)
 
