@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.distill_chart import chart
 from bench.distill_why import WHY
 from distill_jobs.methods import _schemas
 from distill_jobs.methods.base import resolve
 
 README = Path(_schemas.__file__).with_name("README.md")
+IMAGES = Path(__file__).parents[1] / "docs" / "img"
 Made = Mapping[str, Any]
 """What `bench.distill_entry` wrote for one method and seed: figures by step count, or `failed`."""
 TEACHER = "teacher"
@@ -135,7 +137,8 @@ def readme(tasks: Mapping[str, Mapping[str, Any]]) -> str:
     for name, task in tasks.items():
         made = [*task["screening"], *task["final"]]
         parts += [f"## {name}: which to take\n", recommendations(task["screening"], task["teacher"])]
-        parts += [f"\n## {name}: screening\n", table(task["screening"], task["teacher"])]
+        parts += [f"\n## {name}: screening\n", f"![Every method of the table below](../../docs/img/{_image(name)})\n"]
+        parts += [table(task["screening"], task["teacher"])]
         if task["final"]:
             parts += [f"\n## {name}: final, the best with several seeds\n", table(task["final"], task["teacher"])]
         marked = [one for one in ranked(task["screening"]) if one.get("figures") and experimental(one, task["teacher"])]
@@ -147,9 +150,18 @@ def readme(tasks: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
+def drawn(made: Sequence[Made], teacher: Made, title: str) -> str:
+    """SVG: the teacher, then the methods in the order of the table."""
+    done = [one for one in ranked(made) if one.get("figures")]
+    rows = [("the teacher itself", teacher), *((f"{place}  {one['preset']}", one) for place, one in enumerate(done, 1))]
+    return chart([(label, one["figures"]) for label, one in rows], title)
+
+
 def write(tasks: Mapping[str, Mapping[str, Any]]) -> None:
     """The generated files beside the methods; ranks are those of the tasks' screening."""
     README.write_text(readme(tasks))
+    for name, task in tasks.items():
+        (IMAGES / _image(name)).write_text(drawn(task["screening"], task["teacher"], name))
     _schemas.LEADERBOARD.write_text(json.dumps(ranks(tasks), indent=1) + "\n")
 
 
@@ -210,6 +222,10 @@ def _ratios(one: Made) -> list[str]:
 def _why(one: Made) -> str:
     updates = f"{one['iterations']} updates in this budget"
     return f"{updates}, ratios {' / '.join(_ratios(one))}. {WHY.get(one['preset'], 'No reason has been found yet.')}"
+
+
+def _image(task: str) -> str:
+    return f"leaderboard-{task}.svg"
 
 
 def _prepares(schema: Mapping[str, Any]) -> bool:

@@ -4,6 +4,7 @@ import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -90,6 +91,27 @@ def test_the_page_names_failures_and_recommends_the_best_of_each_situation() -> 
     assert "| 1 step | `kd` | 1.20 | 1.00 | 1.00 |" in page
     assert "- `dmd`: diverged: not a number" in page
     assert "`sid` *experimental*" in page
+
+
+def test_the_picture_has_a_dot_for_every_figure_that_stands_the_further_left_the_better_it_is() -> None:
+    picture = ElementTree.fromstring(table.drawn([FAILED, WORSE, GOOD, BAD], TEACHER, "shapes"))
+    svg = "{http://www.w3.org/2000/svg}"
+    dots = {
+        group.findtext(f"{svg}title", ""): float(group.find(f"{svg}circle").get("cx", ""))  # type: ignore[union-attr]
+        for group in picture.iter(f"{svg}g")
+    }
+    assert [said.partition(":")[0] for said in dots] == [
+        *(f"the teacher itself, {k}" for k in ("1 step", "2 steps", "4 steps")),
+        *(f"1  kd, {k}" for k in ("1 step", "2 steps", "4 steps")),
+        *(f"2  sid, {k}" for k in ("1 step", "2 steps", "4 steps")),
+        "3  boot, 1 step",
+    ]
+    by_ratio = sorted(dots, key=lambda said: float(said.split(": ")[1].split()[0]))
+    places = [dots[said] for said in by_ratio]
+    assert places == sorted(places)
+    ticks = {text.text: float(text.get("x", "")) for text in picture.iter(f"{svg}text")}
+    assert dots[by_ratio[0]] == pytest.approx(ticks["1"], abs=0.1)  # a ratio of 1
+    assert ticks["2"] < dots["the teacher itself, 1 step: 5.00 (4.90 to 5.10)"] == pytest.approx(ticks["5"], abs=0.1)
 
 
 def test_what_the_ledger_has_is_not_made_again_and_stays_in_it(tmp_path: Path) -> None:
