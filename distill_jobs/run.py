@@ -17,6 +17,7 @@ from distill_jobs import preparation, promote
 from distill_jobs.assessment import Assessor, TeacherAs, as_json
 from distill_jobs.estimate import teacher_version
 from distill_jobs.evaluate import networks
+from distill_jobs.experts import FIRST
 from distill_jobs.gate import Verdict, judge
 from distill_jobs.jobs import DistillJob, JobState
 from distill_jobs.keeper import TrainerKeeper
@@ -160,16 +161,17 @@ class JobRun:
         if not self.spec.trains:
             return str(self.result["schedule_student"])
         said = self._trained()
-        teacher, adapter = self._teacher(), self.folder / "trained" / "adapter.safetensors"
-        bits = self.spec.student.weight_bits
+        teacher, trained = self._teacher(), self.folder / "trained"
+        adapter, bits = trained / "adapter.safetensors", self.spec.student.weight_bits
         return artefact.make_student(
             self.registry,
             teacher.version,
             self.spec.student.name,
-            denoiser_weights=load_file(self.folder / "trained" / "weights.safetensors"),
+            denoiser_weights=load_file(trained / "weights.safetensors"),
+            experts={path.stem: load_file(path) for path in trained.glob(f"{FIRST}_*.safetensors")},
             adapter=load_file(adapter) if adapter.exists() else None,
             denoiser_config=said.get("config"),
-            grid=None if bits is None else Grid(bits, load_file(self.folder / "trained" / SCALES)),
+            grid=None if bits is None else Grid(bits, load_file(trained / SCALES)),
             points=max(stage.points for stage in self.spec.stages),
             schedules={int(k): Schedule.model_validate(value) for k, value in said["schedules"].items()},
             guidance=learnt(teacher.guidance, self.spec.student.weights),

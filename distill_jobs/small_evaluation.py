@@ -10,7 +10,7 @@ from distill_jobs.evaluate.report import Metrics, evaluate
 from distill_jobs.forgetting import Forget
 from distill_jobs.tasks import base as tasks
 from distill_jobs.teachers.diffusers import Teacher
-from engines.denoiser import BaseDenoiser, Denoiser
+from engines.denoiser import BaseDenoiser
 from engines.manifest import Guidance, Schedule
 
 _BATCH = 32
@@ -34,7 +34,6 @@ class SmallEvaluation:
 
     def __call__(self, iteration: int, student: BaseDenoiser, schedules: Mapping[int, Schedule]) -> Mapping[str, float]:
         """`fd` (the ratio to the teacher where there is one) and so on: means over the step counts, and each alone."""
-        assert isinstance(student, Denoiser)
         ask = sampler_of(self._teacher.student(student, schedules, self._guidance), batch=_BATCH)
         seen = {
             k: evaluate(ask, n=self._n, seed=SEED, steps=k, reference=self._reference, batch=_BATCH, rounds=0)

@@ -238,7 +238,8 @@ def parse(body: Mapping[str, Any] | bytes) -> DistillJobSpec:
     _refuse_unbuilt(spec)
     _check_name(spec)
     _check_methods(spec)
-    check_network(spec.stages, spec.student, trains=spec.trains, shard=spec.train.shard)
+    shard, processes = spec.train.shard, spec.train.processes
+    check_network(spec.stages, spec.student, trains=spec.trains, shard=shard, processes=processes)
     _check_forgets(spec)
     return spec
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_jobs.batches import Batch, Source, make_batch, seed_of
+from distill_jobs.experts import routed
 from distill_jobs.group import Group
 from distill_jobs.lora import Adapted
 from distill_jobs.methods.base import Method, resolve
@@ -148,7 +149,7 @@ class StageRun:
 
     @property
     def schedules(self) -> dict[int, Schedule]:
-        return self.method.schedules
+        return routed(self.cast.student, self.method.schedules)
 
     def iterate(self, source: Source) -> dict[str, float]:
         """One iteration: every role that is due, in the method's order. Losses and gradient norms by role.

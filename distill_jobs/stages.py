@@ -86,9 +86,13 @@ def check_settings(
         raise InvalidRequest(message, param=f"{where}.counts")
 
 
-def check_network(stages: Sequence[MethodSpec], student: StudentSpec, *, trains: bool, shard: bool) -> None:
+def check_network(
+    stages: Sequence[MethodSpec], student: StudentSpec, *, trains: bool, shard: bool, processes: int
+) -> None:
     """Whether the stages train the network that the job says, such as an adapter or one with fewer layers."""
-    said = {"train.lora": student.lora, "slim": student.slim, "quantise": student.quantise, "forget": student.forget}
+    said = {"train.lora": student.lora} | {
+        name: getattr(student, name) for name in ("slim", "quantise", "experts", "forget")
+    }
     asked = [name for name, value in said.items() if value is not None]
     if asked and not trains:
         message = f"student.{asked[0]}: {stages[0].name} trains no weights: leave it out, or name a method that does"
@@ -100,6 +104,16 @@ def check_network(stages: Sequence[MethodSpec], student: StudentSpec, *, trains:
     if student.slim and (stages[0].name not in teach or len(stages) < 2):
         message = f"student.slim: the first stage must teach the smaller network ({' or '.join(sorted(teach))}), and a "
         raise InvalidRequest(f"{message}few-step method follow it", param="student.slim")
+    if student.experts:
+        _check_experts(stages, processes)
+
+
+def _check_experts(stages: Sequence[MethodSpec], processes: int) -> None:
+    if policy := [stage.name for stage in stages if stage.points > 1]:
+        message = f"student.experts: {policy[0]} trains one network that is a policy: leave experts out"
+        raise InvalidRequest(message, param="student.experts")
+    if processes > 1:  # whose rows may be of other experts than those of another
+        raise NotBuilt("student.experts are trained by one process yet: say train.processes=1", param="train.processes")
 
 
 def check_rows(stage: MethodSpec, batch: int | None, processes: int, where: str) -> None:

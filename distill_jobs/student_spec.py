@@ -1,5 +1,6 @@
 """What a job may say of the student that it makes. Torch-free, as the spec is that it is part of."""
 
+from itertools import pairwise
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -10,6 +11,7 @@ from engines.manifest import Name
 
 Steps = Annotated[int, Field(ge=1, le=64)]
 Weight = Annotated[float, Field(ge=0, le=30)]
+Level = Annotated[float, Field(gt=0, lt=1)]
 
 
 class _Frozen(BaseModel):
@@ -69,6 +71,12 @@ class StudentSpec(_Frozen):
     quantise: Literal["int8", "int4"] | None = Field(
         None, description="weights of repeated blocks are trained and stored as multiples of a scale per output channel"
     )
+    experts: tuple[Level, ...] | None = Field(
+        None,
+        min_length=1,
+        max_length=3,
+        description="falling noise levels (1 is pure noise); at each of them, and below, a further network takes over",
+    )
     forget: tuple[Forget, ...] | None = Field(
         None, min_length=1, max_length=64, description="what it shall not draw, and what it draws instead"
     )
@@ -94,6 +102,18 @@ class StudentSpec(_Frozen):
     def _quantised_is_full(self) -> Self:
         if self.quantise is not None and self.train != "full":
             raise ValueError("quantise rounds the network's weights, and a LoRA is added to its teacher's: train full")
+        return self
+
+    @model_validator(mode="after")
+    def _experts_are_full(self) -> Self:
+        if self.experts is None:
+            return self
+        if any(low >= high for high, low in pairwise(self.experts)):
+            raise ValueError(f"experts needs falling noise levels, not {self.experts}")
+        if self.train != "full":
+            raise ValueError("experts are networks of their own, and a LoRA is beside its teacher's: train full")
+        if self.quantise is not None:
+            raise ValueError("quantise rounds the weights of one network: leave it out, or experts")
         return self
 
     @model_validator(mode="after")

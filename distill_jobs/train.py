@@ -9,6 +9,7 @@ Under `torchrun --nproc_per_node=N` it is one of N that train together; of them 
 
 import argparse
 import contextlib
+import copy
 import json
 import logging
 import signal
@@ -30,6 +31,7 @@ from distill_jobs.data import images, prompts
 from distill_jobs.evaluate.sheet import sheet
 from distill_jobs.events import EventLog
 from distill_jobs.exit_codes import FINISHED, PAUSED, REFUSED
+from distill_jobs.experts import FIRST, Experts, networks, weights_of
 from distill_jobs.group import Group
 from distill_jobs.lifetime import die_with
 from distill_jobs.lora import adapted, layers, merged, portable
@@ -44,7 +46,7 @@ from distill_jobs.spec import DistillJobSpec, inputs
 from distill_jobs.teachers import diffusers
 from distill_jobs.trainer import Result, TrainConfig, Trainer
 from engines import priority
-from engines.denoiser import Denoiser
+from engines.denoiser import BaseDenoiser
 from engines.errors import FewstepError
 from engines.grid import SCALES
 from engines.registry.base import Registry, open_registry
@@ -140,13 +142,15 @@ class TrainerRun:
         events = EventLog(self.folder, plan)
         return Hooks(self.poll, events, self._panel(events), self._evaluation)
 
-    def _beginner(self) -> Denoiser:
+    def _beginner(self) -> BaseDenoiser:
         """The student before its first update: all of its weights, or an adapter beside the teacher's."""
         asked = self.spec.student
         if asked.lora is not None:
             return adapted(self.teacher.denoiser, asked.lora)
         points = max(stage.points for stage in self.spec.stages)
         student = self.teacher.beginner(inputs(self.spec), self._slim(), points=points)
+        if asked.experts is not None:
+            return Experts([student, *(copy.deepcopy(student) for _ in asked.experts)], asked.experts)
         return student if asked.weight_bits is None else quantise(student, asked.weight_bits)
 
     def _slim(self) -> Slimmed | None:
@@ -198,20 +202,23 @@ class TrainerRun:
 
         return draw
 
-    def _keep(self, result: Result, plan: Plan, student: Denoiser) -> None:
+    def _keep(self, result: Result, plan: Plan, student: BaseDenoiser) -> None:
         """The student for the export: weights under the names of its blob, then what is said of them. Of a LoRA the
-        adapter too, of weights on a grid its scales."""
+        adapter too, of weights on a grid its scales, of experts each one's weights."""
         folder, lora = self.folder / "trained", self.spec.student.lora
         folder.mkdir(exist_ok=True)
-        weights = diffusers.blob_weights(result.weights)
+        parts = weights_of(student, result.weights)
+        weights = diffusers.blob_weights(parts.pop(FIRST))
+        for name, part in parts.items():
+            save_file(_whole(diffusers.blob_weights(part)), folder / f"{name}.safetensors")
         if self.spec.student.quantise is not None:
-            made = on_grid(student, result.weights)
+            made = on_grid(networks(student)[FIRST], result.weights)
             weights = diffusers.blob_weights(made.weights)
             save_file(diffusers.blob_weights(made.scales), folder / SCALES)
         if lora is not None:
             save_file(portable(weights, lora), folder / "adapter.safetensors")
             weights = merged(diffusers.blob_weights(self.teacher.denoiser.state_dict()), weights, lora)
-        save_file({name: value.contiguous() for name, value in weights.items()}, folder / "weights.partial")
+        save_file(_whole(weights), folder / "weights.partial")
         (folder / "weights.partial").replace(folder / "weights.safetensors")
         slim = self._slim()
         said = {
@@ -228,6 +235,10 @@ class TrainerRun:
         }
         EventLog(self.folder, plan).write("measured", **asdict(result.needs))
         preparation.write(folder / "result.json", said)
+
+
+def _whole(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.contiguous() for name, value in weights.items()}
 
 
 def spec_of(folder: Path) -> DistillJobSpec:

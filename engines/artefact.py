@@ -102,6 +102,7 @@ def make_student(
     name: str,
     *,
     denoiser_weights: Mapping[str, Tensor] | None = None,
+    experts: Mapping[str, Mapping[str, Tensor]] | None = None,
     adapter: Mapping[str, Tensor] | None = None,
     denoiser_config: Mapping[str, Any] | None = None,
     grid: Grid | None = None,
@@ -124,7 +125,8 @@ def make_student(
     LoRA that `denoiser_weights` were merged with, by peft's names (alpha = rank): served are the full weights, on the
     graph that every other student has, and the LoRA is kept beside them. `denoiser_config` is that of another network
     than the base's, such as a slimmed one; of several `points` it is a policy, whose weights have the wider last layer.
-    `grid` says which of the weights are multiples of scales, which are kept beside them.
+    `grid` says which of the weights are multiples of scales, which are kept beside them. `experts` are the weights of
+    further networks like that of `denoiser_weights`, by the names that `nets` of the schedules call them.
 
     Raises:
         GraphMismatch: the weights are not those of the base's network.
@@ -150,8 +152,10 @@ def make_student(
         config = denoiser_config or json.loads(registry.read_blob(base.components["denoiser"].files["config.json"]))
         denoiser_config = policy.widened(config, points)
     if denoiser_weights is not None or reads != base.inputs:
-        changed["components"] = base.components | {
-            "denoiser": _with_weights(registry, base, reads, denoiser_weights, dtype, adapter, denoiser_config, grid)
+        kept = {role: part for role, part in base.components.items() if role not in base.experts}
+        changed["components"] = kept | {
+            net: _with_weights(registry, base, reads, weights, dtype, adapter, denoiser_config, grid)
+            for net, weights in {"denoiser": denoiser_weights, **(experts or {})}.items()
         }
         changed["dtype"] = dtype
     bits = base.weight_bits if "components" not in changed else None if grid is None else grid.bits
@@ -170,9 +174,11 @@ def export_diffusers(registry: Registry, version: str, directory: Path) -> None:
     """Writes a student as a diffusers directory's component folders, beside which a pipeline's index may stand.
 
     Raises:
-        NotBuilt: its network reads inputs that diffusers' own has not.
+        NotBuilt: its network reads inputs that diffusers' own has not, or it has several networks.
     """
     manifest = registry.student(version)
+    if manifest.experts:
+        raise NotBuilt(f"{shown(version)} has further denoisers ({', '.join(manifest.experts)}): a pipeline has one")
     if manifest.inputs or manifest.points > 1:
         odd = f"reads {sorted(manifest.inputs)}" if manifest.inputs else f"gives {manifest.points} x0 at once"
         raise NotBuilt(f"a network that {odd} is no plain diffusers network")

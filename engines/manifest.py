@@ -103,7 +103,7 @@ class Schedule(_Frozen):
     times: tuple[float, ...] = Field(min_length=2)
     eta: tuple[float, ...] | float = 0.0
     solver: str | None = Field(None, description="replaces the manifest's solver for this step count")
-    nets: tuple[str, ...] | None = None
+    nets: tuple[str, ...] | None = Field(None, description="component of each step; all are the denoiser's if missing")
     # Left out where there are none: manifests without them keep the digests that they were published under.
     coefficients: tuple[tuple[Coefficient, ...], ...] | None = Field(None, exclude_if=lambda rows: rows is None)
 
@@ -232,6 +232,9 @@ class StudentManifest(_Frozen):
         missing = {"encoder", "denoiser", "decoder"} - set(self.components)
         if missing:
             raise ValueError(f"components lack {sorted(missing)}")
+        idle = set(self.experts) - {net for schedule in self.schedules.values() for net in schedule.nets or ()}
+        if idle:
+            raise ValueError(f"no schedule asks {sorted(idle)}: name them in nets, or leave them out")
         if (self.guidance.mode == "embedded") != ("w" in self.inputs):
             raise ValueError("guidance is embedded if and only if the network reads 'w'")
         if any((self.solver_for(steps) == "dx") != (self.points > 1) for steps in self.schedules):
@@ -254,6 +257,11 @@ class StudentManifest(_Frozen):
     def version(self) -> str:
         """`name@` and all 64 digits: what is stored and compared. `shown` is for people."""
         return f"{self.name}@{self.digest}"
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The networks beside the denoiser that schedules may name in `nets`."""
+        return tuple(sorted(set(self.components) - {"encoder", "denoiser", "decoder"}))
 
     @property
     def blobs(self) -> frozenset[str]:

@@ -15,13 +15,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from distill_jobs.experts import networks
 from engines import plugins, policy, process
 from engines.artefact import FRESH
 from engines.denoiser import AtWeight, BaseDenoiser, Denoiser, Guided
+from engines.errors import NotBuilt
 from engines.families.base import ComponentNetwork, Family
 from engines.graph import ComponentGraph, ComponentSpec, spec
 from engines.loader import load_weights, reader
-from engines.manifest import Guidance, Schedule, StudentManifest
+from engines.manifest import Guidance, Schedule, StudentManifest, shown
 from engines.registry.base import Registry
 from engines.slimming import Slimmed, slimmed
 from engines.student import LoadedStudent
@@ -93,23 +95,24 @@ class Teacher:
         family = self._family(self.denoiser)
         return torch.cat([family.encode(prompts[i : i + batch]) for i in range(0, len(prompts), batch)])
 
-    def student(self, denoiser: Denoiser, schedules: Mapping[int, Schedule], guidance: Guidance) -> LoadedStudent:
-        """A network in training as serving would run it: the same plans, solvers and family, on plain torch."""
-        changed = {"schedules": dict(schedules), "guidance": guidance, "inputs": denoiser.inputs, "kind": "full"}
-        if denoiser.points > 1:
-            changed |= {"points": denoiser.points, "solver": "dx"}
+    def student(self, student: BaseDenoiser, schedules: Mapping[int, Schedule], guidance: Guidance) -> LoadedStudent:
+        """Networks in training as serving would run them: the same plans, solvers and family, on plain torch."""
+        changed = {"schedules": dict(schedules), "guidance": guidance, "inputs": student.inputs, "kind": "full"}
+        points = max(network.points for network in networks(student).values())
+        if points > 1:
+            changed |= {"points": points, "solver": "dx"}
         manifest = self.manifest.model_copy(update=changed)
-        return LoadedStudent(manifest, self._family(denoiser), denoiser.process, "eager", "fp32")
+        return LoadedStudent(manifest, self._family(student), student.process, "eager", "fp32")
 
     def null(self) -> Tensor:
         """[1, L, D]: the condition of no prompt, which guidance leads away from."""
         return self._family(self.denoiser).null()
 
-    def _family(self, denoiser: Denoiser) -> Family:
+    def _family(self, student: BaseDenoiser) -> Family:
         made = plugins.load("engines.families", self.manifest.family, "FAMILY")
-        networks = {"denoiser": _Module(denoiser.net)}
+        asked = {name: _Module(network.net) for name, network in networks(student).items()}
         family: Family = made(
-            _Module(self.encoder), networks, _Module(self.decoder), tokenizer=self.tokenizer, inputs=denoiser.inputs
+            _Module(self.encoder), asked, _Module(self.decoder), tokenizer=self.tokenizer, inputs=student.inputs
         )
         return family
 
@@ -146,19 +149,22 @@ def load(registry: Registry, version: str) -> Teacher:
 
     Raises:
         StudentNotFound, CorruptBlob, GraphMismatch: as the registry and the loader say.
+        NotBuilt: it has several networks.
     """
     manifest = registry.student(version)
+    if manifest.experts:
+        raise NotBuilt(f"{shown(version)} has further denoisers ({', '.join(manifest.experts)}): no teacher of one job")
     read = reader(registry, manifest)
     graphs = {role: spec(manifest, role, read) for role in ("encoder", "denoiser", "decoder")}
-    networks = {role: _network(registry, manifest, role, graph) for role, graph in graphs.items()}
+    parts = {role: _network(registry, manifest, role, graph) for role, graph in graphs.items()}
     family = plugins.load("engines.families", manifest.family, "FAMILY")
-    denoiser = Denoiser(networks["denoiser"], process.make(manifest.process), manifest.prediction, manifest.inputs)
+    denoiser = Denoiser(parts["denoiser"], process.make(manifest.process), manifest.prediction, manifest.inputs)
     denoiser.reads_instead = True
     return Teacher(
         manifest=manifest,
         denoiser=denoiser.requires_grad_(False).eval(),
-        decoder=networks["decoder"],
-        encoder=networks["encoder"],
+        decoder=parts["decoder"],
+        encoder=parts["encoder"],
         tokenizer=family.tokenizer(read, sorted(manifest.components["encoder"].files)),
         graph=graphs["denoiser"],
     )

@@ -9,7 +9,7 @@ from engines.artefact import make_student
 from engines.backends.base import Choice, Profile
 from engines.errors import Conflict, CorruptBlob, GoldenMismatch, GraphMismatch, StudentNotFound
 from engines.loader import Loader
-from engines.manifest import Component, Schedule, StudentManifest
+from engines.manifest import Component, Guidance, Schedule, StudentManifest
 from engines.registry.files import FilesRegistry
 from engines.slot import EngineSlot, Staging
 from engines.student import sample
@@ -46,11 +46,28 @@ def student(registry: FilesRegistry, scale: float = 1.02) -> str:
     return make_student(registry, base.version, "student", denoiser_weights=scaled, schedules=schedules)
 
 
-def with_denoiser(registry: FilesRegistry, version: str, blob: bytes) -> str:
+def experts(registry: FilesRegistry) -> str:
+    """A student of two networks."""
+    base = tiny_sd.teacher().manifest
+    weights = load(registry.read_blob(base.components["denoiser"].weights))
+    first, second = ({name: value * scale for name, value in weights.items()} for scale in (1.02, 0.97))
+    schedules = [Schedule(times=(1.0, 0.5, 0.0), nets=("denoiser", "denoiser_2"))]
+    return make_student(
+        registry,
+        base.version,
+        "pair",
+        denoiser_weights=first,
+        experts={"denoiser_2": second},
+        schedules=schedules,
+        guidance=Guidance(mode="baked", default=3.0, minimum=3.0, maximum=3.0),
+    )
+
+
+def with_denoiser(registry: FilesRegistry, version: str, blob: bytes, role: str = "denoiser") -> str:
     """The same student, golden samples and all, over other bytes."""
     manifest = registry.student(version)
-    part = Component(weights=registry.put_blob(blob), files=manifest.components["denoiser"].files)
-    data = manifest.model_dump() | {"components": manifest.components | {"denoiser": part}}
+    part = Component(weights=registry.put_blob(blob), files=manifest.components[role].files)
+    data = manifest.model_dump() | {"components": manifest.components | {role: part}}
     return registry.publish(StudentManifest.model_validate(data))
 
 
@@ -92,6 +109,34 @@ def test_components_with_the_same_weights_are_one_engine(
     assert one.encoder is two.encoder  # type: ignore[attr-defined]
     assert one.decoder is two.decoder  # type: ignore[attr-defined]
     assert one.denoisers["denoiser"] is not two.denoisers["denoiser"]  # type: ignore[attr-defined]
+
+
+def test_of_experts_on_a_known_graph_only_weights_are_set_and_each_has_its_engine_and_its_cost(
+    slot: EngineSlot, registry: FilesRegistry, teacher: str
+) -> None:
+    slot.stage([teacher]).run()
+    version = experts(registry)
+    seen = list(phases(slot.stage([version])))
+    assert seen.count("building") == 1
+    assert "warming" not in seen
+    pair = slot.family(version)
+    one, two = (pair.family.denoisers[net] for net in ("denoiser", "denoiser_2"))  # type: ignore[attr-defined]
+    assert one is not two
+    known = slot.cost.predict(slot.cost_key(slot.family(teacher), "denoiser"), 4)
+    assert [slot.cost.predict(slot.cost_key(pair, net), 4) for net in ("denoiser", "denoiser_2")] == [known, known]
+    slot.retire(version)
+    assert len(slot.loader._engines) == 3  # the teacher's
+
+
+def test_an_expert_with_another_s_weights_is_rejected_at_verifying(
+    slot: EngineSlot, registry: FilesRegistry, teacher: str
+) -> None:
+    slot.stage([teacher]).run()
+    version = experts(registry)
+    first = registry.read_blob(registry.student(version).components["denoiser"].weights)
+    with pytest.raises(GoldenMismatch):
+        slot.stage([with_denoiser(registry, version, first, role="denoiser_2")]).run()
+    assert slot.versions == {teacher}
 
 
 def test_what_serves_is_not_touched_before_the_switch(slot: EngineSlot, registry: FilesRegistry, teacher: str) -> None:

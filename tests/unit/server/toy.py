@@ -59,6 +59,7 @@ class ToyFamily:
         net: str = "denoiser",
     ) -> Tensor:
         self._called("denoise", len(x))
+        self.nets.append(net)
         self.weights.append(list(w))
         self.negatives.append(negative)
         assert s is not None
@@ -89,8 +90,10 @@ def manifest(
     guided: bool = False,
     guidance: Guidance | None = None,
     process: ProcessSpec = ProcessSpec(),  # noqa: B008 - frozen
+    nets: dict[int, tuple[str, ...]] | None = None,
 ) -> StudentManifest:
-    parts = {role: Component(weights=sha(role + weights), files={}) for role in ("denoiser",)}
+    asked = {"denoiser", *(net for named in (nets or {}).values() for net in named)}
+    parts = {role: Component(weights=sha(role + weights), files={}) for role in asked}
     parts |= {role: Component(weights=sha(role), files={}) for role in ("encoder", "decoder")}
     times = {k: (*(1 - i / k for i in range(k)), 0.0) for k in counts}
     return StudentManifest(
@@ -98,7 +101,7 @@ def manifest(
         family="sd",
         kind="full",
         components=parts,
-        schedules={k: Schedule(times=times[k], eta=eta) for k in counts},
+        schedules={k: Schedule(times=times[k], eta=eta, nets=(nets or {}).get(k)) for k in counts},
         solver=solver,
         process=process,
         inputs=frozenset({"w"} if guidance and guidance.mode == "embedded" else ()),
