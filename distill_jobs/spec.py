@@ -285,7 +285,8 @@ def _check_methods(spec: DistillJobSpec) -> None:
     known = _schemas.schemas()
     for position, stage in enumerate(spec.stages):
         where = f"method.{position}" if isinstance(spec.method, tuple) else "method"
-        check_settings(stage, spec.student.steps, inputs(spec), where, last=stage is spec.stages[-1])
+        last, experts = stage is spec.stages[-1], spec.student.experts or ()
+        check_settings(stage, spec.student.steps, inputs(spec), where, last=last, experts=experts)
         check_train(stage, spec.student.lora is not None, inputs(spec), where)
         for term in stage.terms:
             check_term(term, where)

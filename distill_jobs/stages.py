@@ -65,10 +65,16 @@ class MethodSpec(SearchSpec):
 
 
 def check_settings(
-    named: SearchSpec, counts: Sequence[int], reads: frozenset[str], where: str, *, last: bool = True
+    named: SearchSpec,
+    counts: Sequence[int],
+    reads: frozenset[str],
+    where: str,
+    *,
+    last: bool = True,
+    experts: Sequence[float] = (),
 ) -> None:
     """What a method's own schema says of its settings, and whether it makes students of these step counts, as a search
-    and the `last` stage must; `reads` are the student's inputs.
+    and the `last` stage must; `reads` are the student's inputs, `experts` the levels where its networks change.
 
     Raises:
         UnknownPlugin: no such method.
@@ -77,7 +83,7 @@ def check_settings(
     told = {"counts": list(counts), **named.fields}
     try:
         _schemas.check(named.name, told)
-        _schemas.check_counts(named.name, told, reads)
+        _schemas.check_counts(named.name, told, reads, experts)
     except InvalidRequest as error:
         own = (error.param or "method").replace("method", where, 1)
         raise type(error)(f"{where}: {error.message}", param=own) from error

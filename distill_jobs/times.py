@@ -3,7 +3,9 @@
 `on(process, u)` says where that signal-to-noise ratio is in the process' own time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -85,6 +87,19 @@ def between(process: Process, t: float, s: float, steps: int) -> tuple[float, ..
 def level_of(process: Process, t: Tensor) -> Tensor:
     """The noise level of the process' time: `on` backwards."""
     return RF().t_of_angle(process.angle(t))
+
+
+def phased(steps: int, splits: Sequence[float]) -> tuple[float, ...]:
+    """`steps` noise levels from 1, without the end, that hold all of the falling `splits`: each phase between two of
+    them has equally many, as far as that goes (the earlier ones first), equally spaced."""
+    edges = (1.0, *splits, 0.0)
+    each, over = divmod(steps, len(splits) + 1)
+    counts = [each + (i < over) for i in range(len(splits) + 1)]
+    return tuple(
+        high + (low - high) * k / count
+        for (high, low), count in zip(pairwise(edges), counts, strict=True)
+        for k in range(count)
+    )
 
 
 def uniform(steps: int) -> tuple[float, ...]:

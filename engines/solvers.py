@@ -303,13 +303,14 @@ def sample(
     noise: Tensor,
     times: Sequence[float],
     cond: Cond = None,
-    eta: float = 0.0,
+    eta: float | Sequence[float] = 0.0,
     w: Tensor | None = None,
     grad: int | None = None,
     generator: torch.Generator | None = None,
     draw: Draw | None = None,
 ) -> Tensor:
-    """A sample [B, ...] by jumps over `times` (K + 1, falling), equal to solver `ddim` with the same noise.
+    """A sample [B, ...] by jumps over `times` (K + 1, falling), equal to solver `ddim` with the same noise. `eta` is of
+    all steps, or of each.
 
     Without `grad` nothing is differentiated and all steps are taken. With `grad` = k, steps 0..k-1 run without
     gradients and the clean prediction of step k is returned with them (backward simulation): the graph holds exactly
@@ -317,12 +318,13 @@ def sample(
     """
     draw = draw or (lambda i: torch.randn(noise.shape, dtype=noise.dtype, device=noise.device, generator=generator))
     steps = list(pairwise(times))
+    etas = [eta] * len(steps) if isinstance(eta, float | int) else eta
     x = _begun(den.process, noise, times[0])
     with torch.no_grad():
         for i, (t, s) in enumerate(steps[:grad]):
-            target = (1 - eta) * s
+            target = (1 - etas[i]) * s
             x = den.jump(x, noise.new_full((len(x),), t), noise.new_full((len(x),), target), cond, w)
-            if eta > 0 and s > 0:
+            if etas[i] > 0 and s > 0:
                 x = renoise(den.process, x, draw(i), target, s)
     if grad is None:
         return x

@@ -18,6 +18,8 @@ TERMS_PATH = Path(__file__).parents[1] / "terms" / "schemas.json"
 LEADERBOARD = Path(__file__).with_name("leaderboard.json")
 PREPARED = ("pairs", "generate")
 """Settings that say how many rows a method has its teacher make before the first update; a method has one at most."""
+ONE_SPLIT = (0.5,)
+"""Where the phases of a method change for a student of one network, if nothing is said."""
 _TYPES: dict[str, tuple[type, ...]] = {
     "integer": (int,),
     "number": (int, float),
@@ -61,8 +63,9 @@ def check(name: str, settings: Mapping[str, Any]) -> None:
     _check("method", name, settings, schemas())
 
 
-def check_counts(name: str, settings: Mapping[str, Any], reads: frozenset[str]) -> None:
-    """Refuses settings that do not fit the step counts among them; `reads` are the student's inputs (of s and w).
+def check_counts(name: str, settings: Mapping[str, Any], reads: frozenset[str], experts: Sequence[float] = ()) -> None:
+    """Refuses settings that do not fit the step counts among them; `reads` are the student's inputs (of s and w),
+    `experts` the noise levels where its networks change.
 
     Raises:
         InvalidRequest: `param` is method.<setting>.
@@ -79,6 +82,9 @@ def check_counts(name: str, settings: Mapping[str, Any], reads: frozenset[str]) 
     for count, levels in told.get("grids", {}).items():
         if fault := grid_fault(count, levels):
             raise InvalidRequest(f"method setting grids: {fault}", param="method.grids")
+    for count in counts if "splits" in told else ():
+        if fault := phases_fault(count, told["grids"].get(str(count)), told["splits"] or experts or ONE_SPLIT):
+            raise InvalidRequest(f"{name}: {fault}", param="method.counts")
     for key in known["for_several_steps"]:
         if told.get(key) and max(counts) == 1:
             raise InvalidRequest(
@@ -93,6 +99,17 @@ def grid_fault(count: int | str, levels: Sequence[float]) -> str | None:
     if str(len(levels)) == str(count) and falls and all(0 < u <= 1 for u in levels):
         return None
     return f"grids[{count}] needs {count} falling levels in (0, 1], not {tuple(levels)}"
+
+
+def phases_fault(count: int, levels: Sequence[float] | None, splits: Sequence[float]) -> str | None:
+    """Why `count` steps, at these levels if given, cannot go through the phases that end at `splits`, or None."""
+    if any(low >= high for high, low in pairwise((1.0, *splits, 0.0))):
+        return f"splits must fall within (0, 1), not {tuple(splits)}"
+    if count <= len(splits):
+        return f"{len(splits) + 1} phases need at least a step each, and the counts hold {count}"
+    if levels is not None and not set(splits) <= set(levels):
+        return f"grids[{count}] must hold the levels where a phase ends, {tuple(splits)}, not {tuple(levels)}"
+    return None
 
 
 def check_term(name: str, settings: Mapping[str, Any]) -> None:

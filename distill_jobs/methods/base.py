@@ -136,10 +136,8 @@ class Method(ABC):
         """Backward simulation [B, ...]: the student's sampling down to a `rung`, and the clean prediction made there,
         the only evaluation that is differentiated."""
         schedule, rung = self.rung(batch)
-        eta = schedule.eta if isinstance(schedule.eta, float) else schedule.eta[0]
-        return sample(
-            self.cast.student, batch.noise, schedule.times, batch.cond, eta, grad=rung, draw=lambda _: batch.randn()
-        )
+        path, eta = schedule.times, schedule.eta
+        return sample(self.cast.student, batch.noise, path, batch.cond, eta, grad=rung, draw=lambda _: batch.randn())
 
     def after(self, iteration: int) -> None:  # noqa: B027 (most methods have no phases)
         """Called after each iteration: phase changes, which stand in `curriculum` so that checkpoints hold them."""
@@ -176,8 +174,8 @@ class FewStepMethod(Method):
     def panel(self, batch: Batch) -> dict[str, Tensor]:
         """What the student makes in its least count of steps."""
         schedule = self.schedules[min(self.schedules)]
-        eta = schedule.eta if isinstance(schedule.eta, float) else schedule.eta[0]
-        y = sample(self.cast.student, batch.noise, schedule.times, batch.cond, eta, draw=lambda _: batch.randn())
+        path, eta = schedule.times, schedule.eta
+        y = sample(self.cast.student, batch.noise, path, batch.cond, eta, draw=lambda _: batch.randn())
         return {"gen": y}
 
 

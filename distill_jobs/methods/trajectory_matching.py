@@ -8,6 +8,13 @@ it its own times. It must learn the score of x_tau though no clean picture is kn
 prediction whose score is that of the noising, -eps / b: z = (x_tau - sigma_tau^2 eps / b) / alpha_tau, in which the
 noise of x_s averages out. Its variance grows as 1 / b^2, which the weight takes back. At s = 0 all this is denoising.
 
+`phased_dmd`: sampling goes through phases, each with an expert of its own where the student has several
+(`distill_jobs.experts`). From a rung at t the student jumps to the end s of its phase, and is re-noised to the next
+rung while that is above s (eta 1). So all steps of a phase have one aim, the teacher's marginal at s. They are judged
+at x_s as above, at noise levels of their phase alone; the direction F - T is DMD's, at the clean prediction of the
+jump. The last phase, where s = 0, is DMD below the last split. The critic begins as the student's copy, so each expert
+has its own.
+
 `decoupled_dmd`: the guided gradient of DMD is a sum of two. Distribution matching (DM), F - T_c with the unguided
 teacher T_c, undoes what is wrong with the samples and is asked at every noise level. The augmentation by guidance (CA),
 with the guided teacher T_w as T_w - T_c = (w - 1)(T_c - T_0), drives the student; it is asked only where the picture is
@@ -16,12 +23,19 @@ unguided teacher leaves DM alone. `cdm` makes the student fit for any step count
 schedule, and unguided DM is asked also beside that trajectory, at the point which the student's own line from the rung
 has at another noise level.
 
-Source: TDM arXiv 2503.06674, the critic's target as in Phased DMD 2510.27684; decoupled 2511.22677 (hybrid schedule;
-the paper's time runs from noise to data, so its tau > t are the lower noise levels); CDM 2605.06376.
-Left out: TDM's importance weights (the target replaces them) and its input for the number of steps: of several counts
+Source: TDM arXiv 2503.06674; the critic's target of Phased DMD 2510.27684, whose velocity in rectified flow is
+-x_s / (1 - s) + eps [tau + (1 - tau) s^2 / (1 - s)^2] / b (this formula was read, the paper was not); decoupled
+2511.22677 (hybrid schedule; the paper's time runs from noise to data, so its tau > t are the lower noise levels); CDM
+2605.06376.
+Left out: phases trained one after the other, a third critic for high noise at x0, the terms for diversity and real data
+(phased); TDM's importance weights (the target replaces them) and its input for the number of steps: of several counts
 the critic learns the mixture; CDM's warm-up of the second term.
 Checked against: byliutao/cdm (range of noise levels), the closed form of Gaussian data (tests).
 """
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -29,10 +43,13 @@ from torch import Tensor
 
 from distill_jobs import times
 from distill_jobs.batches import Batch
+from distill_jobs.experts import Experts
 from distill_jobs.losses import over_rows, scale_of, toward
-from distill_jobs.methods.base import Count, Preset
+from distill_jobs.methods._schemas import ONE_SPLIT, phases_fault
+from distill_jobs.methods.base import Count, FewStepMethod, Preset
 from distill_jobs.methods.score_matching import CriticConfig, ScoreMatching, ScoreMatchingConfig, WithCritic
-from distill_jobs.roles import Cast, unguided
+from distill_jobs.roles import Cast, Role, unguided
+from engines.errors import InvalidRequest
 from engines.manifest import Schedule
 from engines.process import Process, over
 from engines.solvers import sample
@@ -44,27 +61,16 @@ class TDMConfig(CriticConfig):
     huber: float = Field(1e-3, gt=0, description="root mean square of F - T below which the distance is quadratic")
 
 
-class TDM(WithCritic):
-    Config = TDMConfig
+class Segments(WithCritic):
+    """States x_s of the student, judged at times from s on to the `top` of a segment."""
 
-    def loss(self, role: str, batch: Batch) -> dict[str, Tensor]:
-        schedule, rung = self.rung(batch)
-        x = sample(self.cast.student, batch.noise, schedule.times[: rung + 1], batch.cond)
-        t, s = (batch.noise.new_full((len(batch),), end) for end in schedule.times[rung : rung + 2])
-        if role == "fake":
-            with torch.no_grad():
-                x_s = self.cast.student.jump(x, t, s, batch.cond)
-            return {"dsm": self._fake_loss(x_s, s, t, batch)}
-        return {"tdm": self._student_loss(self.cast.student.jump(x, t, s, batch.cond), s, t, batch)}
-
-    def _student_loss(self, x_s: Tensor, s: Tensor, t: Tensor, batch: Batch) -> Tensor:
-        with torch.no_grad():
-            tau = self._within(s, t, batch)
-            keep, fresh = _kernel(self.process, s, tau)
-            x = over(keep, x_s) * x_s + over(fresh, x_s) * batch.randn()
-            gap = self.cast["fake"](x, tau, batch.cond)[0] - self.cast.teacher(x, tau, batch.cond)[0]
-            direction = gap / over((over_rows(gap.square()) + self.config.huber**2).sqrt(), gap)
-        return toward(x_s, direction)
+    @torch.no_grad()
+    def _judged(self, x_s: Tensor, s: Tensor, top: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(F, T), the clean predictions of critic and teacher for x_s as it is noised further."""
+        tau = self._within(s, top, batch)
+        keep, fresh = _kernel(self.process, s, tau)
+        x = over(keep, x_s) * x_s + over(fresh, x_s) * batch.randn()
+        return self.cast["fake"](x, tau, batch.cond)[0], self.cast.teacher(x, tau, batch.cond)[0]
 
     def _fake_loss(self, x_s: Tensor, s: Tensor, t: Tensor, batch: Batch) -> Tensor:
         """|F - z|^2 with the weight of flow matching times (b / sigma_tau)^2, free of divisions by b."""
@@ -87,10 +93,87 @@ class TDM(WithCritic):
         return times.on(self.process, low + (high - low) * batch.draw(times.Bent(times.Uniform(), c.tau_shift)))
 
 
+class TDM(Segments):
+    Config = TDMConfig
+
+    def loss(self, role: str, batch: Batch) -> dict[str, Tensor]:
+        schedule, rung = self.rung(batch)
+        x = sample(self.cast.student, batch.noise, schedule.times[: rung + 1], batch.cond)
+        t, s = (batch.noise.new_full((len(batch),), end) for end in schedule.times[rung : rung + 2])
+        if role == "fake":
+            with torch.no_grad():
+                x_s = self.cast.student.jump(x, t, s, batch.cond)
+            return {"dsm": self._fake_loss(x_s, s, t, batch)}
+        return {"tdm": self._student_loss(self.cast.student.jump(x, t, s, batch.cond), s, t, batch)}
+
+    def _student_loss(self, x_s: Tensor, s: Tensor, t: Tensor, batch: Batch) -> Tensor:
+        fake, real = self._judged(x_s, s, t, batch)
+        gap = fake - real
+        return toward(x_s, gap / over((over_rows(gap.square()) + self.config.huber**2).sqrt(), gap))
+
+
 def _kernel(process: Process, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """(k, b) [B] of x_t = k x_s + b eps: the noising from s on to t."""
     keep = process.alpha(t) / process.alpha(s)
     return keep, (process.sigma(t).square() - (keep * process.sigma(s)).square()).clamp_min(0).sqrt()
+
+
+class PhasedConfig(ScoreMatchingConfig):
+    counts: tuple[Count, ...] = Field((4,), min_length=1, description="step counts the student is made for")
+    floor: float = Field(1e-4, gt=0, description="least normaliser")
+    splits: tuple[float, ...] | None = Field(
+        None,
+        description="falling noise levels where a phase ends; if missing, where the student's experts change, or 0.5",
+    )
+
+
+class PhasedDMD(Segments):
+    Config = PhasedConfig
+
+    def __init__(self, cast: Cast, config: PhasedConfig) -> None:
+        own = cast.student.levels if isinstance(cast.student, Experts) else ()
+        self.splits = config.splits or own or ONE_SPLIT
+        for count in config.counts:
+            if fault := phases_fault(count, config.grids.get(count), self.splits):
+                raise InvalidRequest(f"phased_dmd: {fault}", param="method.counts")
+        super().__init__(cast, config)
+
+    @classmethod
+    def roles(cls, config: Any) -> dict[str, Role]:
+        roles = super().roles(config)
+        return roles | {"fake": replace(roles["fake"], init="student")}
+
+    @property
+    def schedules(self) -> dict[int, Schedule]:
+        found = self.scheduled({k: times.phased(k, self.splits) for k in self.config.counts})
+        return {k: one.model_copy(update={"eta": self._etas(one.times)}) for k, one in found.items()}
+
+    def loss(self, role: str, batch: Batch) -> dict[str, Tensor]:
+        schedule, rung = self.rung(batch)
+        path, draw = schedule.times[: rung + 1], (lambda _: batch.randn())
+        x = sample(self.cast.student, batch.noise, path, batch.cond, schedule.eta, draw=draw)
+        t, top, s = (batch.noise.new_full((len(batch),), at) for at in (path[-1], *self.phase(path[-1])))
+        if role == "fake":
+            with torch.no_grad():
+                x_s = self.cast.student.jump(x, t, s, batch.cond)
+            return {"dsm": self._fake_loss(x_s, s, top, batch)}
+        y, eps = self.cast.student(x, t, batch.cond, s)
+        fake, real = self._judged(self.process.mix(y, eps, s), s, top, batch)
+        return {"dmd": toward(y, (fake - real) / scale_of(y - real, self.config.floor))}
+
+    def phase(self, t: float) -> tuple[float, float]:
+        """The times where the phase of a rung at t begins and ends; a split is the first rung of the phase below it."""
+        edges = times.grid(self.process, (1.0, *self.splits))
+        place = sum(t <= split for split in edges[1:-1])
+        return edges[place], edges[place + 1]
+
+    def _etas(self, path: Sequence[float]) -> tuple[float, ...]:
+        """With which a step from t leads to the end of its phase before it is re-noised, by `eta` of the way there."""
+        ends = [self.phase(t)[1] for t in path[:-1]]
+        return tuple(self.config.eta * (1 - end / s) if s > 0 else 0.0 for end, s in zip(ends, path[1:], strict=True))
+
+    def panel(self, batch: Batch) -> dict[str, Tensor]:
+        return FewStepMethod.panel(self, batch)  # one jump of the first expert ends at x_s
 
 
 class DecoupledConfig(ScoreMatchingConfig):
@@ -177,6 +260,11 @@ class CDM(DecoupledDMD):
 
 PRESETS = {
     "tdm": Preset(TDM, "Matches the teacher's marginals along the student's deterministic path.", "2503.06674"),
+    "phased_dmd": Preset(
+        PhasedDMD,
+        "dmd in phases, judged where each phase of sampling ends; for students of several experts.",
+        "2510.27684",
+    ),
     "decoupled_dmd": Preset(
         DecoupledDMD, "dmd whose guidance and matching each have their own noise levels.", "2511.22677"
     ),

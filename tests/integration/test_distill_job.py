@@ -9,9 +9,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load
 
+from distill_jobs.experts import Experts, networks
+from distill_jobs.teachers import diffusers
+from engines import solvers
 from engines.grid import SCALES, Grid
 from engines.loader import load_student, load_weights
 from engines.manifest import Guidance, shown
+from engines.noise import noise
 from engines.student import sample
 from tests.distilling import DEPLOYMENT, LENIENT, Workshop, workshop
 from tests.eventually import eventually
@@ -178,6 +182,44 @@ def test_a_policy_is_served_by_a_graph_of_several_predictions(shop: Workshop) ->
     current = shop.registry.current(DEPLOYMENT)
     assert current is not None
     assert current.tiers["low"].student == result["student"]
+
+
+def test_a_student_of_two_experts_serves_what_its_trainer_samples(shop: Workshop) -> None:
+    method = {"name": "phased_dmd", "batch": 8, "fake_warmup": 2, "fake_updates": 1, "lr": 1e-2}
+    publish = {"deployment": DEPLOYMENT, "tiers": {"medium": 3}}
+    job = shop.submit(
+        method=method, publish=publish, student={"name": "tiny-experts", "steps": [2, 3], "experts": [0.5]}
+    )
+    with shop.workers(), shop.distiller():
+        shop.await_state(job.id, "succeeded")
+
+    result = shop.records.read(job.id, "result.json") or {}
+    manifest = shop.registry.student(result["student"])
+    assert [step.net for step in manifest.plan(3)] == ["denoiser", "denoiser", "denoiser_2"]
+    current = shop.registry.current(DEPLOYMENT)
+    assert current is not None
+    assert current.tiers["medium"].student == result["student"]
+
+    teacher = diffusers.load(shop.registry, manifest.base or "")
+    learnt = Experts([teacher.beginner(frozenset()) for _ in range(2)], (0.5,))
+    began = teacher.denoiser.state_dict()
+    for name, network in networks(learnt).items():
+        weights = load_weights(shop.registry, manifest.components[name])
+        assert any((value - began[f"net.{key}"]).abs().max() > 1e-3 for key, value in weights.items())
+        network.load_state_dict({f"net.{key}": value for key, value in weights.items()})
+    schedule, shape = manifest.schedules[3], teacher.shape
+    with torch.no_grad():
+        latents = solvers.sample(
+            learnt,
+            noise(7, 0, shape)[None],
+            schedule.times,
+            teacher.encode(["a red circle"]),
+            schedule.eta,
+            draw=lambda i: noise(7, i + 1, shape)[None],
+        )
+        expected = torch.from_numpy(teacher.pictures(latents))
+    served = sample(load_student(shop.registry, manifest), ["a red circle"], [7], 3, rounded=False)
+    assert (served - expected).abs().max() < 0.1  # of 255 levels
 
 
 def test_a_missed_gate_publishes_nothing_and_is_no_failure(shop: Workshop) -> None:

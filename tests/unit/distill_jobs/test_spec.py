@@ -143,6 +143,48 @@ def test_the_grid_of_weights_has_its_bits(said: str | None, bits: int | None) ->
     assert specs.parse(job(student={"name": "small", "steps": [1, 2], "quantise": said})).student.weight_bits == bits
 
 
+def experts(levels: Any = (0.6,), **more: Any) -> dict[str, Any]:
+    student = {key: value for key, value in more.items() if key in ("steps", "train", "quantise", "slim")}
+    rest = {key: value for key, value in more.items() if key not in student}
+    return job(student={"name": "small", "steps": [2, 4], "experts": levels} | student, **rest)
+
+
+def test_a_student_may_be_several_networks_whatever_its_method() -> None:
+    for method in ("kd", "dmd", "lsd", "phased_dmd"):
+        spec = specs.parse(experts([0.7, 0.3], steps=[3, 4], method={"name": method}))
+        assert specs.parse(spec.canonical()).student.experts == (0.7, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        (experts([0.3, 0.7]), "student", "falling noise levels"),
+        (experts([1.0]), "student.experts.0", "less than 1"),
+        (experts([]), "student.experts", "at least 1 item"),
+        (experts(train={"lora": {"rank": 4}}), "student", "train full"),
+        (experts(quantise="int8"), "student", "leave it out, or experts"),
+        (experts(method={"name": "phased_dmd"}, steps=[1, 4]), "method.counts", "2 phases need at least a step each"),
+        (
+            experts(method={"name": "phased_dmd", "grids": {"4": [1.0, 0.8, 0.5, 0.3]}}),
+            "method.counts",
+            r"must hold the levels where a phase ends, \(0.6,\)",
+        ),
+        (experts(method={"name": "gits"}), "student.experts", "gits trains no weights"),
+        (experts(method={"name": "pi_flow"}), "student.experts", "pi_flow trains one network that is a policy"),
+    ],
+)
+def test_experts_that_cannot_be_are_refused_when_submitted(body: dict[str, Any], param: str, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words) as refusal:
+        specs.parse(body)
+    assert refusal.value.param == param
+
+
+def test_experts_are_trained_by_one_process_yet() -> None:
+    body = job(student={"name": "a", "steps": [2], "experts": [0.5]}, train={"iterations": 1, "processes": 2})
+    with pytest.raises(NotBuilt, match="one process yet"):
+        specs.parse(body)
+
+
 def test_an_unknown_method_is_refused_with_those_there_are() -> None:
     with pytest.raises(UnknownPlugin, match="kd"):
         specs.parse(job(method={"name": "alchemy"}))

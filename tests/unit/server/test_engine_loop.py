@@ -114,6 +114,24 @@ def test_a_row_joins_those_that_are_under_way(bench: Bench) -> None:
     assert list(bench.sink.pictures) == [("late", 0), ("early", 0)]
 
 
+def test_rows_of_different_experts_share_no_call_and_each_step_asks_its_own(bench: Bench) -> None:
+    high, low = "denoiser", "denoiser_2"
+    nets = {1: (high,), 2: (high, low), 4: (high, high, low, low)}
+    family = toy.ToyFamily(slopes={high: 0.5, low: -0.3})
+    student = toy.student(family, nets=nets)
+    with bench.running():
+        bench.loop.submit([bench.ticket(student, f"r{k}", steps=k, seed=k) for k in nets])
+        eventually(lambda: len(bench.sink.pictures) == 3)
+    asked = {net: sum(rows for name, rows in family.nets if name == net) for net in (high, low)}
+    assert asked == {high: 1 + 1 + 2, low: 1 + 2}
+    assert (high, 3) in family.nets  # those of one expert do share a call
+    for k in nets:
+        alone = sample(student, ["a red circle"], [k], k)[0]
+        assert torch.equal(bench.sink.pictures[f"r{k}", 0], alone)
+        other = sample(toy.student(toy.ToyFamily(slopes={high: -0.3, low: 0.5}), nets=nets), ["a red circle"], [k], k)
+        assert not torch.equal(other[0], alone)
+
+
 def test_a_canceled_request_takes_no_further_step(bench: Bench) -> None:
     student = toy.student()
     bench.sink.on_step = lambda: bench.loop.drop(["gone"])

@@ -24,9 +24,14 @@ def sha(text: str) -> str:
 
 @dataclass
 class ToyFamily:
-    """pred = slope x + mean(cond) (1 + s); `calls` are the batches it saw. `fault` is raised by the next calls."""
+    """pred = slope x + mean(cond) (1 + s); `calls` are the batches it saw. `fault` is raised by the next calls.
+
+    A network in `slopes` has its own; `nets` are those that were asked, with the batch.
+    """
 
     slope: float = 0.5
+    slopes: dict[str, float] = field(default_factory=dict)
+    nets: list[tuple[str, int]] = field(default_factory=list)
     calls: list[tuple[str, int]] = field(default_factory=list)
     weights: list[list[float | None]] = field(default_factory=list)
     negatives: list[Tensor | None] = field(default_factory=list)
@@ -59,14 +64,14 @@ class ToyFamily:
         net: str = "denoiser",
     ) -> Tensor:
         self._called("denoise", len(x))
-        self.nets.append(net)
+        self.nets.append((net, len(x)))
         self.weights.append(list(w))
         self.negatives.append(negative)
         assert s is not None
         null = self._mean(torch.zeros_like(cond) if negative is None else negative, s)
         mean = self._mean(cond, s)
         scale = torch.tensor([1.0 if value is None else value for value in w]).view(-1, 1, 1, 1)
-        pred: Tensor = self.slope * x + null + scale * (mean - null)
+        pred: Tensor = self.slopes.get(net, self.slope) * x + null + scale * (mean - null)
         return pred
 
     def decode(self, latents: Tensor) -> Tensor:
