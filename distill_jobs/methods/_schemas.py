@@ -79,9 +79,8 @@ def check_counts(name: str, settings: Mapping[str, Any], reads: frozenset[str], 
             "so ask for one count or chain it after a method whose student does",
             param="method.counts",
         )
-    for count, levels in told.get("grids", {}).items():
-        if fault := grid_fault(count, levels):
-            raise InvalidRequest(f"method setting grids: {fault}", param="method.grids")
+    if fault := grids_fault(told.get("grids", {}), counts):
+        raise InvalidRequest(f"method setting grids: {fault}", param="method.grids")
     for count in counts if "splits" in told else ():
         if fault := phases_fault(count, told["grids"].get(str(count)), told["splits"] or experts or ONE_SPLIT):
             raise InvalidRequest(f"{name}: {fault}", param="method.counts")
@@ -93,12 +92,15 @@ def check_counts(name: str, settings: Mapping[str, Any], reads: frozenset[str], 
             )
 
 
-def grid_fault(count: int | str, levels: Sequence[float]) -> str | None:
-    """Why these noise levels are no grid of so many steps (in JSON a string), or None."""
-    falls = all(s < t for t, s in pairwise(levels))
-    if str(len(levels)) == str(count) and falls and all(0 < u <= 1 for u in levels):
-        return None
-    return f"grids[{count}] needs {count} falling levels in (0, 1], not {tuple(levels)}"
+def grids_fault(grids: Mapping[Any, Sequence[float]], counts: Sequence[int]) -> str | None:
+    """Why these noise levels by count (in JSON a string) are no grids of a student of `counts`, or None."""
+    for count, levels in grids.items():
+        if str(count) not in map(str, counts):
+            return f"grids[{count}] is of no use: the student's step counts are {list(counts)}"
+        falls = all(s < t for t, s in pairwise(levels))
+        if str(len(levels)) != str(count) or not falls or not all(0 < u <= 1 for u in levels):
+            return f"grids[{count}] needs {count} falling levels in (0, 1], not {tuple(levels)}"
+    return None
 
 
 def phases_fault(count: int, levels: Sequence[float] | None, splits: Sequence[float]) -> str | None:

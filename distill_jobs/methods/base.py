@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from distill_jobs import times
 from distill_jobs.batches import Batch, Rows, Source
 from distill_jobs.group import Group
-from distill_jobs.methods._schemas import grid_fault
+from distill_jobs.methods._schemas import grids_fault
 from distill_jobs.roles import Cast, Role
 from engines import plugins
 from engines.denoiser import BaseDenoiser
@@ -55,9 +55,8 @@ class FewStepConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _grids_fit(self) -> Self:
-        for count, levels in self.grids.items():
-            if fault := grid_fault(count, levels):
-                raise ValueError(fault)
+        if fault := grids_fault(self.grids, self.counts):
+            raise ValueError(fault)
         return self
 
     def levels(self, count: int, own: Mapping[int, tuple[float, ...]]) -> tuple[float, ...]:

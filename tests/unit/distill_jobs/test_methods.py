@@ -83,6 +83,11 @@ def test_a_grid_must_fall_within_its_count(levels: tuple[float, ...]) -> None:
         resolve("sid").config({"grids": {2: levels}})
 
 
+def test_a_grid_for_a_count_that_the_student_is_not_made_for_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match=r"grids\[3\] is of no use: the student's step counts are \[1, 2\]"):
+        resolve("sid").config({"counts": [1, 2], "grids": {3: (1.0, 0.6, 0.3)}})
+
+
 def test_own_rows_need_a_student_of_several_steps() -> None:
     with pytest.raises(InvalidRequest, match="own_share needs a count of at least 2"):
         resolve("kd").config({"counts": (1,), "own_share": 0.25})

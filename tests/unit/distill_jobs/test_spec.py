@@ -72,6 +72,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (job(method={"name": "kd", "teacher_solver": "dx"}), "method.teacher_solver"),
     (job(method={"name": "kd", "grids": {"2": [1.0, 1.0]}}), "method.grids"),
     (job(method={"name": "kd", "grids": {"two": [1.0, 0.5]}}), "method.grids"),
+    (job(method={"name": "kd", "grids": {"3": [1.0, 0.6, 0.3]}}), "method.grids"),
+    (job(method=[{"name": "kd", "counts": [3], "grids": {"2": [1.0, 0.5]}}, {"name": "kd"}]), "method.0.grids"),
     (job(method=[{"name": "kd", "counts": [0]}, {"name": "kd"}]), "method.0.counts"),
     (job(method={"name": "boot"}, student={"name": "small", "steps": [2]}), "method.counts"),
     (job(student={"name": "n" * 56}), "student.name"),

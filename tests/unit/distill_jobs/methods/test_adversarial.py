@@ -115,7 +115,8 @@ def test_the_discriminators_loss_is_least_at_the_log_ratio_of_the_densities(proc
 
 def player(run_of: str, process: Process, kind: Kind, *, settings: dict[str, Any] | None = None, **student: Any) -> Any:
     """The named method on closed-form data with grids that start where the prediction kind can."""
-    grids = {k: tuple(top(kind) * u for u in times.uniform(k)) for k in (1, 2, 4)}
+    counts = (settings or {}).get("counts", (1, 2, 4))
+    grids = {k: tuple(top(kind) * u for u in times.uniform(k)) for k in counts}
     config = resolve(run_of).config({"grids": grids, **(settings or {})})
     cast = Cast(teacher_of(process, kind), student=student_of(process, kind, **student), disc=nn.Identity())
     return resolve(run_of).method(cast, config)

@@ -393,7 +393,8 @@ def both_ways(
     **encoder: float,
 ) -> dict[str, dict[str, float]]:
     """The terms of both roles of `icd`, for exact flow maps that read s."""
-    grids = {k: tuple(top(kind) * u for u in times.uniform(k)) for k in (1, 4)}
+    counts = (settings or {}).get("counts", (4,))
+    grids = {k: tuple(top(kind) * u for u in times.uniform(k)) for k in counts}
     told = {"top": top(kind), "substeps": substeps, "grids": grids, "preserve": 1.0, **(settings or {})}
     config = resolve("icd").config(told)
     players = {"student": student_of(process, kind, **(decoder or {})), "encoder": student_of(process, kind, **encoder)}
