@@ -267,6 +267,10 @@ class Shifted(Process):
     def t_max(self) -> float:
         return self.process.t_max
 
+    @property
+    def sigma_data(self) -> float:
+        return self.process.sigma_data
+
     def network_time(self, t: Tensor) -> Tensor:
         return self.process.network_time(self._bend(t, self.mu))
 

@@ -137,6 +137,14 @@ def test_edm_s_v_is_that_of_the_variance_preserving_process_with_the_same_noise_
         torch.testing.assert_close(b, angle.cos())
 
 
+@every_process
+def test_bending_time_leaves_the_data_as_they_are(process: Process) -> None:
+    assert Shifted(process, 2.0).sigma_data == process.sigma_data
+    t = some_times(process)
+    sigma, signal = process.sigma(t), process.sigma_data * process.alpha(t)
+    torch.testing.assert_close(process.row("edm", t)[1], -signal / torch.hypot(sigma, signal))
+
+
 def test_ticks_round_the_network_s_time_down_and_let_derivatives_through() -> None:
     process = make(ProcessSpec(ticks=1000))
     t = torch.tensor([0.9379, 0.5], dtype=torch.float64, requires_grad=True)
