@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from distill_jobs import forgetting
+from distill_jobs.folders import FolderName
 from distill_jobs.methods import _schemas
 from distill_jobs.stages import (
     MethodSpec,
@@ -52,7 +53,7 @@ class DataSpec(_Frozen):
     """Where a job's data comes from; at most one of the three."""
 
     prompts: str | tuple[str, ...] | None = Field(None, description="a named source such as `shapes`, or the prompts")
-    images: Name | None = Field(
+    images: FolderName | None = Field(
         None,
         description="captioned pictures: a task's such as `shapes`, or a folder of the distiller's DISTILLER_DATA_DIR",
     )
@@ -98,7 +99,7 @@ class EvalSpec(_Frozen):
     small_samples: int = Field(256, ge=16, le=10_000, description="samples of an evaluation while training")
     metrics: tuple[Metric, ...] = ("fd", "alignment", "diversity", "grain", "latency")
     best_by: Literal["fd", "alignment", "diversity"] = "fd"
-    networks: tuple[Name, ...] = Field(
+    networks: tuple[FolderName, ...] = Field(
         (),
         max_length=8,
         description="feature networks besides the task's own, such as DINOv2: directories of transformers with "
@@ -143,7 +144,7 @@ class GateSpec(_Frozen):
         0.1, description="most that may be left of what the student forgets; judged where it forgets something"
     )
     latency_ms: Limits | None = None
-    networks: dict[Name, Limits] = Field({}, description="of fd_ratio in a network of eval.networks, by its name")
+    networks: dict[FolderName, Limits] = Field({}, description="of fd_ratio in a network of eval.networks, by its name")
 
     @property
     def limits(self) -> dict[str, Limits]:
@@ -206,9 +207,11 @@ class DistillJobSpec(_Frozen):
         if lost := sorted(set(self.gates.networks) - set(self.eval.networks)):
             raise ValueError(f"gates.networks names {', '.join(lost)}: eval.networks must too")
         for rule, limits in self.gates.limits.items():
-            self._counts_are_made(f"gates.{rule}", limits if isinstance(limits, dict) else ())
+            figure, _, network = rule.partition(".")
+            field = f"gates.networks.{network}" if network else f"gates.{figure}"
+            self._counts_are_made(field, limits if isinstance(limits, dict) else ())
             if isinstance(limits, dict) and (missing := sorted(set(self.student.steps) - set(limits))):
-                raise ValueError(f"gates.{rule} has no limit for {missing} steps, which the student is made for")
+                raise ValueError(f"{field} has no limit for {missing} steps, which the student is made for")
         return self
 
     def _counts_are_made(self, field: str, counts: Any) -> None:

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distill_jobs import folders
 from distill_jobs.data.prompts import PromptSource
 from distill_jobs.forgetting import Forget, holds, instead
 from distill_jobs.tasks import base as tasks
@@ -57,9 +58,9 @@ def captioned(name: str, folder: Path | None, size: tuple[int, int], *, count: i
     drawn = plugins.names(tasks.PACKAGE)
     if name in drawn:
         return _drawn(tasks.load(name), count, seed, size)
-    folders = sorted(path.parent.name for path in folder.glob(f"*/{METADATA}")) if folder else []
-    if folder is None or name not in folders:
-        known = ", ".join([*drawn, *folders])
+    own = folders.holding(METADATA, folder)
+    if folder is None or name not in own:
+        known = ", ".join([*drawn, *own])
         hint = "" if folder else "; folders need DISTILLER_DATA_DIR"
         raise InvalidRequest(f"data.images={name!r} is not here: choose from {known}{hint}", param="data.images")
     return _of_folder(folder / name, size)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from distill_jobs import folders
 from distill_jobs.evaluate.features import Floats
 from distill_jobs.evaluate.pixels import Pixels, levels
 from engines.errors import InvalidRequest
@@ -59,7 +60,7 @@ def folder_of(name: str, folder: Path | None) -> Path:
     Raises:
         InvalidRequest: there is none of this name, or it lacks weights as safetensors or a preprocessor's config.
     """
-    known = sorted(path.parent.name for path in folder.glob(f"*/{_CONFIG}")) if folder else []
+    known = folders.holding(_CONFIG, folder)
     if folder is None or name not in known:
         hint = f"choose from {', '.join(known)}" if known else "directories with a network need DISTILLER_DATA_DIR"
         raise InvalidRequest(f"{PARAM} names {name!r}, which is not here: {hint}", param=PARAM)

@@ -18,6 +18,7 @@ from distill_jobs.evaluate.questions import Questions, questions, real_set
 from distill_jobs.evaluate.reference import Reference, TeacherSample
 from distill_jobs.evaluate.sample import of
 from distill_jobs.forgetting import Forget
+from distill_jobs.spec import DataSpec, EvalSpec, GateSpec
 from engines.errors import InvalidRequest
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
@@ -275,6 +276,18 @@ def test_only_a_directory_of_the_distiller_s_own_is_a_network(data: Path, name: 
     with pytest.raises(InvalidRequest, match="is not here: choose from dino") as refusal:
         networks.load(name, data)
     assert refusal.value.param == "eval.networks"
+
+
+def test_every_directory_that_is_offered_can_be_named(tmp_path: Path) -> None:
+    for name in ("DINOv2-small", "dino v2", ".hidden", "clip.b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").touch()
+    with pytest.raises(InvalidRequest, match=r"choose from DINOv2-small, clip\.b$"):
+        networks.folder_of("missing", tmp_path)
+    asked = EvalSpec(networks=("DINOv2-small", "clip.b"))
+    gates = GateSpec(networks=dict.fromkeys(asked.networks, 1.5))
+    assert {"fd_ratio.DINOv2-small", "fd_ratio.clip.b"} < gates.limits.keys()
+    assert DataSpec(images="DINOv2-small").images == "DINOv2-small"
 
 
 def test_without_a_data_directory_there_are_no_networks() -> None:

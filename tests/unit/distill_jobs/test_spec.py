@@ -120,7 +120,11 @@ def test_a_wrong_field_is_refused_by_its_name(body: dict[str, Any], param: str) 
         (job(gates={"networks": {"dinov2": 1.5}}), r"gates.networks names dinov2: eval.networks must too"),
         (
             job(eval={"networks": ["dinov2"]}, gates={"networks": {"dinov2": {"1": 1.5}}}),
-            r"gates.fd_ratio.dinov2 has no limit for \[2\] steps",
+            r"gates\.networks\.dinov2 has no limit for \[2\] steps",
+        ),
+        (
+            job(eval={"networks": ["clip.b"]}, gates={"networks": {"clip.b": {"1": 1.5, "2": 1.5, "4": 1.5}}}),
+            r"gates\.networks\.clip\.b asks for \[4\] steps",
         ),
         (job(method=[{"name": "kd", "share": 0.7}, {"name": "sid", "share": 0.7}]), "shares"),
         (job(method=[]), "empty list"),
