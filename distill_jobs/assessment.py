@@ -97,7 +97,8 @@ def answers_digest(manifest: StudentManifest) -> str:
 
 
 class Assessor:
-    """Loads versions on one engine and asks them. `check` is called between batches and may raise to stop the work.
+    """Loads versions on one engine and asks them. `check` is called between batches and between the resamples of an
+    interval; it may raise to stop the work.
 
     `answers` is where teachers' answers are kept, beside those that a task ships; `data` is where further feature
     networks are.
@@ -225,7 +226,7 @@ class Assessor:
         return {k: kept[k] for k in counts if k in kept}
 
     def teacher_metrics(self, n: int, reference: Reference) -> Metrics:
-        return teacher_metrics(n, SEED, reference)
+        return teacher_metrics(n, SEED, reference, self._check)
 
     def speeds(
         self, version: str, teacher: TeacherAs, counts: Sequence[int], *, guidance: float | None = None
@@ -259,7 +260,7 @@ class Assessor:
         return sheet(rows, captions)
 
     def _asked(self, ask: Sampler, n: int, steps: int, reference: Reference) -> Metrics:
-        return evaluate(ask, n=n, seed=SEED, steps=steps, reference=reference, progress=self._looked)
+        return evaluate(ask, n=n, seed=SEED, steps=steps, reference=reference, progress=self._looked, check=self._check)
 
     def _timed(self, runs: dict[str, Callable[[int], Pixels]]) -> dict[str, Speed]:
         singles: dict[str, list[float]] = {name: [] for name in runs}

@@ -16,6 +16,8 @@ import numpy.typing as npt
 
 Doubles = npt.NDArray[np.float64]
 AnyFloats = npt.NDArray[np.floating]
+Check = Callable[[], None]
+"""Called between pieces of work; it may raise to stop them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +51,15 @@ def distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def bootstrap(
-    statistic: Callable[[Doubles], float], groups: npt.NDArray[np.int64], *, rounds: int = 100, seed: int = 0
+    statistic: Callable[[Doubles], float],
+    groups: npt.NDArray[np.int64],
+    *,
+    rounds: int = 100,
+    seed: int = 0,
+    check: Check = lambda: None,
 ) -> Interval:
-    """95 % interval of `statistic(weights)` by resampling whole groups of rows (the pictures of one caption).
+    """95 % interval of `statistic(weights)` by resampling whole groups of rows (the pictures of one caption); `check`
+    is called before each resample.
 
     A resampled set repeats pictures, which moves a Fréchet distance up by about one floor. The interval is therefore
     the spread round the mean of the resampled values, put round the value itself.
@@ -60,19 +68,35 @@ def bootstrap(
     num_groups = int(groups.max()) + 1
     plain = statistic(np.ones(len(groups)))
     draws = rng.multinomial(num_groups, np.full(num_groups, 1 / num_groups), size=rounds)
-    values = np.array([statistic(draw[groups].astype(np.float64)) for draw in draws])
+    values = np.zeros(rounds)
+    for i, draw in enumerate(draws):
+        check()
+        values[i] = statistic(draw[groups].astype(np.float64))
     low, high = np.quantile(values - values.mean(), (0.025, 0.975))
     return Interval(max(0.0, plain + float(low)), plain + float(high))
 
 
-def interval(features: AnyFloats, target: Gaussian, groups: npt.NDArray[np.int64], *, rounds: int = 100) -> Interval:
+def interval(
+    features: AnyFloats,
+    target: Gaussian,
+    groups: npt.NDArray[np.int64],
+    *,
+    rounds: int = 100,
+    check: Check = lambda: None,
+) -> Interval:
     """Bootstrap interval of the distance of `features` to a fixed target."""
     rows, root = np.asarray(features, dtype=np.float64), _root(target.covariance)
-    return bootstrap(lambda weights: _distance(fit(rows, weights), target, root), groups, rounds=rounds)
+    return bootstrap(lambda weights: _distance(fit(rows, weights), target, root), groups, rounds=rounds, check=check)
 
 
 def ratio_interval(
-    features: AnyFloats, others: AnyFloats, target: Gaussian, groups: npt.NDArray[np.int64], *, rounds: int = 100
+    features: AnyFloats,
+    others: AnyFloats,
+    target: Gaussian,
+    groups: npt.NDArray[np.int64],
+    *,
+    rounds: int = 100,
+    check: Check = lambda: None,
 ) -> Interval:
     """Bootstrap interval of one set's distance over another's, where row i of both answers the same question."""
     a, b, root = np.asarray(features, dtype=np.float64), np.asarray(others, dtype=np.float64), _root(target.covariance)
@@ -80,7 +104,7 @@ def ratio_interval(
     def ratio(weights: Doubles) -> float:
         return _distance(fit(a, weights), target, root) / _distance(fit(b, weights), target, root)
 
-    return bootstrap(ratio, groups, rounds=rounds)
+    return bootstrap(ratio, groups, rounds=rounds, check=check)
 
 
 def _distance(a: Gaussian, b: Gaussian, root_b: Doubles) -> float:

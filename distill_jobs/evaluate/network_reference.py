@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from distill_jobs.evaluate import frechet
 from distill_jobs.evaluate.density_coverage import density_coverage
 from distill_jobs.evaluate.features import Floats
-from distill_jobs.evaluate.frechet import Gaussian
+from distill_jobs.evaluate.frechet import Check, Gaussian
 from distill_jobs.evaluate.networks import DirectoryNetwork
 from distill_jobs.evaluate.precision_recall import precision_recall
 from distill_jobs.evaluate.questions import Questions, real_set
@@ -59,17 +59,19 @@ class NetworkReference:
     def name(self) -> str:
         return self.network.name
 
-    def figures(self, seen: Floats, asked: Questions, rounds: int, *, compared: bool) -> NetworkFigures:
+    def figures(
+        self, seen: Floats, asked: Questions, rounds: int, *, compared: bool, check: Check = lambda: None
+    ) -> NetworkFigures:
         """Of features [N, D] of the answers to `asked`, and if `compared` over those of the teacher's. `rounds` are the
-        bootstrap's: 0 leaves out the intervals."""
+        bootstrap's, with a `check` before each: 0 leaves out the intervals."""
         teacher = self.teacher[asked.rows]
         own, theirs, ends, ratio_ends = self._distance(seen), None, None, None
         if rounds:
-            ends = frechet.interval(seen, self.real, asked.groups, rounds=rounds)
+            ends = frechet.interval(seen, self.real, asked.groups, rounds=rounds, check=check)
         if compared:
             theirs = self._distance(teacher)
         if compared and rounds:
-            ratio_ends = frechet.ratio_interval(seen, teacher, self.real, asked.groups, rounds=rounds)
+            ratio_ends = frechet.ratio_interval(seen, teacher, self.real, asked.groups, rounds=rounds, check=check)
         return NetworkFigures(
             digest=self.network.digest,
             fd=own,
@@ -95,7 +97,7 @@ def network_reference(
     teacher: str,
     answers: Callable[[], Floats],
     real_pictures: int = REAL_PICTURES,
-    check: Callable[[], None] = lambda: None,
+    check: Check = lambda: None,
 ) -> NetworkReference:
     """The reference for the judged questions `asked`, whose real pictures, `size` x `size`, show nothing of `without`.
     What was seen before is read from `folder`, under the name `teacher` what `answers` found."""

@@ -17,6 +17,7 @@ from distill_jobs.evaluate import alignment, diversity, frechet, grain
 from distill_jobs.evaluate.density_coverage import density_coverage
 from distill_jobs.evaluate.features import Floats
 from distill_jobs.evaluate.forgotten import forgotten
+from distill_jobs.evaluate.frechet import Check
 from distill_jobs.evaluate.network_reference import NetworkFigures
 from distill_jobs.evaluate.networks import DirectoryNetwork
 from distill_jobs.evaluate.pixels import Pixels
@@ -82,8 +83,10 @@ def evaluate(
     batch: int = BATCH,
     rounds: int = ROUNDS,
     progress: Progress | None = None,
+    check: Check = lambda: None,
 ) -> Metrics:
     """Asks `sampler` for n pictures and measures them; `rounds` 0 leaves out the intervals and what nobody gates by.
+    `check` is called before each round of theirs.
 
     Raises:
         Diverged: the sampler made values that are no numbers.
@@ -91,10 +94,18 @@ def evaluate(
     asked = questions(n, seed, reference.task)
     tally = Tally(reference.network, [other.network for other in reference.others])
     seen = _ask(sampler, asked, asked.seeds, steps, tally, batch=batch, progress=progress)
-    return measure(seen, asked, steps=steps, reference=reference, rounds=rounds)
+    return measure(seen, asked, steps=steps, reference=reference, rounds=rounds, check=check)
 
 
-def measure(seen: Sample, asked: Questions, *, steps: int, reference: Reference, rounds: int = ROUNDS) -> Metrics:
+def measure(
+    seen: Sample,
+    asked: Questions,
+    *,
+    steps: int,
+    reference: Reference,
+    rounds: int = ROUNDS,
+    check: Check = lambda: None,
+) -> Metrics:
     """Figures of what was seen in the answers to `asked`. Where something is to be forgotten: of the answers to
     other prompts, and beside them what is left of it in those that name it."""
     kept = reference.kept(asked)
@@ -104,25 +115,28 @@ def measure(seen: Sample, asked: Questions, *, steps: int, reference: Reference,
         "alignment_forgotten": left.concept,
         "alignment_instead": left.instead,
         "networks": {
-            other.name: other.figures(part.others[other.name], kept, rounds, compared=reference.teacher is not None)
+            other.name: other.figures(
+                part.others[other.name], kept, rounds, compared=reference.teacher is not None, check=check
+            )
             for other in reference.others
         },
     }
-    own = _measure_alone(part, kept, steps, reference, rounds).model_copy(update=beside)
+    own = _measure_alone(part, kept, steps, reference, rounds, check).model_copy(update=beside)
     if reference.teacher is None:
         return own
     theirs = _part(reference.teacher, kept)
-    return own.model_copy(update=_compared(own, part, theirs, kept, reference, rounds))
+    return own.model_copy(update=_compared(own, part, theirs, kept, reference, rounds, check))
 
 
-def teacher_metrics(n: int, seed: int, reference: Reference) -> Metrics:
+def teacher_metrics(n: int, seed: int, reference: Reference, check: Check = lambda: None) -> Metrics:
     """The figures of the reference's own teacher at n, without ratios."""
     if reference.teacher is None:
         raise InvalidRequest("the reference has no teacher; load it with a teacher's features")
     asked = questions(n, seed, reference.task)
     others = {other.name: other.teacher[asked.rows] for other in reference.others}
     theirs = replace(_part(reference.teacher, asked), others=others)
-    return measure(theirs, asked, steps=reference.teacher.steps, reference=reference.with_teacher(None))
+    alone = reference.with_teacher(None)
+    return measure(theirs, asked, steps=reference.teacher.steps, reference=alone, check=check)
 
 
 def teacher_reference(
@@ -198,10 +212,12 @@ def _shifted(progress: Progress | None, before: int, total: int) -> Progress | N
     return None if progress is None else lambda done, _: progress(before + done, total)
 
 
-def _measure_alone(seen: Sample, asked: Questions, steps: int, reference: Reference, rounds: int) -> Metrics:
+def _measure_alone(
+    seen: Sample, asked: Questions, steps: int, reference: Reference, rounds: int, check: Check
+) -> Metrics:
     real = reference.baseline(asked)
     trained = ~asked.heldout
-    ends = frechet.interval(seen.features, reference.real, asked.groups, rounds=rounds) if rounds else None
+    ends = frechet.interval(seen.features, reference.real, asked.groups, rounds=rounds, check=check) if rounds else None
     return Metrics(
         n=asked.n,
         seed=asked.seed,
@@ -216,30 +232,33 @@ def _measure_alone(seen: Sample, asked: Questions, steps: int, reference: Refere
         grain=seen.grain,
         saturation=seen.saturation,
         clipped=seen.clipped,
-        **(_beside(seen, asked, reference, rounds) if rounds else {}),
+        **(_beside(seen, asked, reference, rounds, check) if rounds else {}),
     )
 
 
-def _beside(seen: Sample, asked: Questions, reference: Reference, rounds: int) -> dict[str, Any]:
+def _beside(seen: Sample, asked: Questions, reference: Reference, rounds: int, check: Check) -> dict[str, Any]:
     """The fields that no gate reads."""
     real = reference.real_rows(asked)
     found = precision_recall(seen.features, real), density_coverage(seen.features, real)
     named = {name: value for figures in found for name, value in asdict(figures).items()}
-    return named | {"fd_at": at_sizes(seen.features, asked, reference.real, rounds=rounds)}
+    return named | {"fd_at": at_sizes(seen.features, asked, reference.real, rounds=rounds, check=check)}
 
 
 def _compared(
-    own: Metrics, seen: Sample, theirs_seen: Sample, asked: Questions, reference: Reference, rounds: int
+    own: Metrics,
+    seen: Sample,
+    theirs_seen: Sample,
+    asked: Questions,
+    reference: Reference,
+    rounds: int,
+    check: Check,
 ) -> dict[str, Any]:
     """The fields that need a teacher."""
     teacher = reference.teacher
     assert teacher is not None
-    theirs = _measure_alone(theirs_seen, asked, teacher.steps, reference, rounds=0)
-    ends = (
-        frechet.ratio_interval(seen.features, theirs_seen.features, reference.real, asked.groups, rounds=rounds)
-        if rounds
-        else None
-    )
+    theirs = _measure_alone(theirs_seen, asked, teacher.steps, reference, 0, check)
+    both = seen.features, theirs_seen.features
+    ends = frechet.ratio_interval(*both, reference.real, asked.groups, rounds=rounds, check=check) if rounds else None
     return {
         # the teacher's other sample is kept as one Gaussian, of all prompts
         "fd_to_teacher": None if reference.forget else frechet.distance(frechet.fit(seen.features), teacher.other),

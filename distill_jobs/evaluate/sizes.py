@@ -11,7 +11,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict
 
 from distill_jobs.evaluate import frechet
-from distill_jobs.evaluate.frechet import AnyFloats, Gaussian
+from distill_jobs.evaluate.frechet import AnyFloats, Check, Gaussian
 from distill_jobs.evaluate.questions import Questions
 
 SIZES = (500, 1000, 2000, 5000)
@@ -27,13 +27,15 @@ class Sized(BaseModel):
     fd_ci: tuple[float, float]
 
 
-def at_sizes(features: AnyFloats, asked: Questions, real: Gaussian, *, rounds: int) -> tuple[Sized, ...]:
+def at_sizes(
+    features: AnyFloats, asked: Questions, real: Gaussian, *, rounds: int, check: Check = lambda: None
+) -> tuple[Sized, ...]:
     """At every count of `SIZES` below all N rows of features [N, D], which answer `asked`."""
     found = []
     for n in SIZES:
         if n < len(features):
             part = features[:n]
-            ends = frechet.interval(part, real, asked.groups[:n], rounds=rounds)
+            ends = frechet.interval(part, real, asked.groups[:n], rounds=rounds, check=check)
             fd = frechet.distance(frechet.fit(part), real)
             found.append(Sized(n=n, fd=fd, fd_ci=(ends.low, ends.high)))
     return tuple(found)

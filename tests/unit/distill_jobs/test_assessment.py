@@ -27,12 +27,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("assessment")
 
 
+class Stopped(Exception):
+    """What stops an assessor's work."""
+
+
 def at(folder: Path, *, n: int = N, guidance: float = 3.0, forget: Forgets = ()) -> dict[int, Metrics]:
     """The tiny teacher at 1, 4 and 9 steps, asked by an assessor that knows only what is in `folder`."""
     tiny = tiny_sd.teacher()
-    made = Quick(
-        tiny.registry, choice=Choice("eager", "fp32"), cache=folder / "engines", answers=folder / "answers"
-    )  # fmt: skip
+    made = Quick(tiny.registry, choice=Choice("eager", "fp32"), cache=folder / "engines", answers=folder / "answers")
     return made.teacher_at(TeacherAs.of(tiny.manifest, steps=4, guidance=guidance), n, (1, 4, 9), forget)
 
 
@@ -57,3 +59,21 @@ def test_figures_of_other_questions_and_of_another_guidance_are_not_taken(folder
     assert at(folder, n=N // 2)[4].n == N // 2
     assert at(folder, guidance=1.0)[4].fd != plain[4].fd
     assert at(folder) == plain
+
+
+def test_the_intervals_of_every_figure_can_be_stopped(folder: Path) -> None:
+    """Pictures are few, and so are their batches: by the fortieth time it is asked, resampling is all that is left."""
+    tiny, asked = tiny_sd.teacher(), [0]
+
+    def check() -> None:
+        asked[0] += 1
+        if asked[0] % 40 == 0:
+            raise Stopped
+
+    choice, cache = Choice("eager", "fp32"), folder / "engines"
+    made = Quick(tiny.registry, choice=choice, cache=cache, answers=folder / "answers", check=check)
+    reference = made.reference(TeacherAs.of(tiny.manifest, steps=4, guidance=3.0), N)
+    with pytest.raises(Stopped):
+        made.teacher_metrics(N, reference)
+    with pytest.raises(Stopped):
+        made.metrics(tiny.version, N, reference, (1,))

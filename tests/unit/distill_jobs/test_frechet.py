@@ -97,3 +97,22 @@ def test_a_ratio_of_answers_to_the_same_questions_has_no_width_where_they_are_eq
     assert (found.low, found.high) == pytest.approx((1, 1))
     worse = frechet.ratio_interval(rows + 0.6, rows, target, np.arange(300))
     assert worse.low > 2
+
+
+def test_a_bootstrap_can_be_stopped_before_every_resample() -> None:
+    rows, target, asked = normal(60, 1), frechet.fit(normal(60, 2)), [0]
+
+    def check() -> None:
+        asked[0] += 1
+        if asked[0] == 4:
+            raise InterruptedError
+
+    judged = [0]
+
+    def statistic(weights: np.ndarray) -> float:
+        judged[0] += 1
+        return frechet.distance(frechet.fit(rows, weights), target)
+
+    with pytest.raises(InterruptedError):
+        frechet.bootstrap(statistic, np.arange(60), check=check)
+    assert judged == [1 + 3]  # the rows as they are, and three resamples

@@ -204,6 +204,9 @@ def test_an_evaluation_reports_every_network_beside_the_embedded_one(
     theirs = report.teacher_metrics(N, 0, both).networks["dino"]
     assert theirs.fd_ratio is None
     assert found.networks["dino"].fd_ratio == pytest.approx(other.fd / theirs.fd)
+    resamples: list[None] = []
+    report.evaluate(sampler, n=N, seed=0, steps=4, reference=both, rounds=2, check=lambda: resamples.append(None))
+    assert len(resamples) == 2 * 4  # of the distance and of its ratio, in each network
 
 
 def test_figures_with_other_networks_or_under_other_names_are_told_apart(looked: NetworkReference) -> None:

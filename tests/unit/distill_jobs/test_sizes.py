@@ -14,7 +14,9 @@ STANDARD = Gaussian(np.zeros(3), np.eye(3))
 
 def test_each_count_is_the_distance_of_the_first_rows() -> None:
     rows, asked = np.random.default_rng(0).normal(0.5, size=(1200, 3)), questions(1200)
-    found = at_sizes(rows, asked, STANDARD, rounds=20)
+    resamples: list[None] = []
+    found = at_sizes(rows, asked, STANDARD, rounds=20, check=lambda: resamples.append(None))
+    assert len(resamples) == 2 * 20
     assert [one.n for one in found] == [500, 1000]
     for one in found:
         assert one.fd == frechet.distance(frechet.fit(rows[: one.n]), STANDARD)
