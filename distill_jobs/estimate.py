@@ -17,7 +17,7 @@ from distill_jobs import spec as specs
 from distill_jobs.jobs import JobState
 from distill_jobs.methods import _schemas
 from distill_jobs.needs import Needs
-from distill_jobs.records import PROGRESS, RESULT, JobRecords
+from distill_jobs.records import PROGRESS, RESULT, TRAINER, JobRecords
 from distill_jobs.stages import MethodSpec
 from distill_jobs.student_spec import LoraSpec
 from engines.errors import StudentNotFound
@@ -45,7 +45,7 @@ def estimate(spec: specs.DistillJobSpec, records: JobRecords, sees: Callable[[st
     """Raises `StudentNotFound` for a teacher that is not there."""
     teacher = records.registry.student(teacher_version(spec, records.registry))
     counted = weights_bytes(spec, _shapes(teacher, records.registry))
-    earlier = _equal(spec, records, sees)
+    earlier = _equal(spec, teacher.version, records, sees)
     speed = None if earlier is None else earlier.iterations / earlier.needs.train_seconds
     source = "no equal job has ended here yet" if earlier is None else f"measured by {earlier.job_id}"
     told = "weights, gradients, moments and averages in fp32; a lower bound without activations and runtime"
@@ -152,8 +152,11 @@ class _Earlier:
     iterations: int
 
 
-def _equal(spec: specs.DistillJobSpec, records: JobRecords, sees: Callable[[str], bool]) -> _Earlier | None:
-    """The newest ended job that trains the same networks by the same methods, for however long."""
+def _equal(
+    spec: specs.DistillJobSpec, teacher: str, records: JobRecords, sees: Callable[[str], bool]
+) -> _Earlier | None:
+    """The newest ended job that trains the same networks by the same methods, for however long: from this version of a
+    teacher, whatever either job calls it, for what a deployment serves changes."""
     for job in records.all():
         if job.state is not JobState.SUCCEEDED or not sees(job.owner):
             continue
@@ -161,7 +164,9 @@ def _equal(spec: specs.DistillJobSpec, records: JobRecords, sees: Callable[[str]
             said = specs.DistillJobSpec.model_validate(job.spec)
         except ValidationError:  # what an earlier release allowed is equal to nothing of now
             continue
-        if _costs(said) == _costs(spec) and (found := _ended(job.id, records)):
+        told = records.read(job.id, TRAINER) or {}
+        same = _costs(said) == _costs(spec) and told.get("teacher") == teacher
+        if same and (found := _ended(job.id, records)):
             return found
     return None
 
@@ -173,10 +178,9 @@ def _ended(job_id: str, records: JobRecords) -> _Earlier | None:
 
 
 def _costs(spec: specs.DistillJobSpec) -> tuple[Any, ...]:
-    """What memory and the cost of an iteration follow from."""
+    """What memory and the cost of an iteration follow from, besides the teacher."""
     budget = {"iterations", "max_minutes", "seed", "lr", "checkpoint_every", "checkpoint_every_s"}
     return (
-        spec.teacher.id,
         spec.student.model_dump(exclude={"name"}),
         [stage.model_dump() for stage in spec.stages],
         spec.train.model_dump(exclude=budget),

@@ -28,6 +28,7 @@ EVENTS = "events.jsonl"
 PLAN = "plan.json"
 PROGRESS = "progress.json"
 RESULT = "result.json"
+TRAINER = "trainer.json"  # what a trainer is told, the version of its teacher among it
 _RETRIES = 8
 
 

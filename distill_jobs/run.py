@@ -23,7 +23,7 @@ from distill_jobs.jobs import DistillJob, JobState
 from distill_jobs.keeper import TrainerKeeper
 from distill_jobs.metrics import DistillMetrics
 from distill_jobs.preparation import SCHEDULE
-from distill_jobs.records import RESULT, JobRecords, utc_now
+from distill_jobs.records import RESULT, TRAINER, JobRecords, utc_now
 from distill_jobs.settings import DistillerSettings
 from distill_jobs.small_evaluation import learnt
 from distill_jobs.spec import SCHEDULE_ENDING, DistillJobSpec, PublishSpec
@@ -134,7 +134,7 @@ class JobRun:
             "features": str(features),
             "data": str(self.around.settings.data_dir.resolve()) if self.around.settings.data_dir else None,
         }
-        preparation.write(self.folder / "trainer.json", told)
+        preparation.write(self.folder / TRAINER, told)
         self.keeper.run("prepare", lambda: (self.folder / SCHEDULE).exists())
         found = preparation.schedules(json.loads((self.folder / SCHEDULE).read_bytes()))
         version = artefact.make_student(
@@ -291,7 +291,7 @@ class JobRun:
         return said
 
     def _teacher(self) -> TeacherAs:
-        told = self.records.read(self.job.id, "trainer.json")  # a deployment may have moved on since the job began
+        told = self.records.read(self.job.id, TRAINER)  # a deployment may have moved on since the job began
         version = told["teacher"] if told else teacher_version(self.spec, self.registry)
         asked = self.spec.teacher
         return TeacherAs.of(self.registry.student(version), steps=asked.steps, guidance=asked.guidance)

@@ -40,7 +40,7 @@ from distill_jobs.plan import Plan
 from distill_jobs.preparation import SCHEDULE
 from distill_jobs.progress import Hooks, Wish
 from distill_jobs.quantised import on_grid, quantise
-from distill_jobs.records import PLAN
+from distill_jobs.records import PLAN, TRAINER
 from distill_jobs.small_evaluation import SmallEvaluation, learnt
 from distill_jobs.spec import DistillJobSpec, inputs
 from distill_jobs.teachers import diffusers
@@ -62,7 +62,7 @@ class TrainerRun:
 
     def __init__(self, folder: Path, fence: int, poll: Callable[[], Wish | None], group: Group) -> None:
         self._began_s = time.monotonic()
-        told = json.loads((folder / "trainer.json").read_bytes())
+        told = json.loads((folder / TRAINER).read_bytes())
         self.folder, self.fence, self.poll, self.group = folder, fence, poll, group
         self.spec = spec_of(folder)
         registry = open_registry(told["registry"])

@@ -22,7 +22,7 @@ from distill_jobs.queue import JobQueue, connect
 from distill_jobs.records import JobRecords
 from engines.errors import AuthenticationFailed, FewstepError
 from engines.manifest import Component, Schedule, StudentManifest
-from engines.registry.base import Revision, TierTarget
+from engines.registry.base import Registry, Revision, TierTarget
 from engines.registry.files import FilesRegistry
 from tests.redis_server import RedisServer
 
@@ -80,14 +80,20 @@ def http(queue: JobQueue) -> Iterator[TestClient]:
         yield client
 
 
-def deploy_teacher(registry: FilesRegistry) -> str:
+def teacher_of(queue: JobQueue) -> str:
+    revision = queue.records.registry.current("shapes")
+    assert revision is not None
+    return revision.tiers["high"].student
+
+
+def deploy_teacher(registry: Registry, *, number: int = 1, steps: int = 2) -> str:
     part = Component(weights=registry.put_blob(save(WEIGHTS)), files={})
     manifest = StudentManifest(
         name="shapes",
         family="sd",
         kind="teacher",
         components={"encoder": part, "denoiser": part, "decoder": part},
-        schedules={2: Schedule(times=(1.0, 0.5, 0.0))},
+        schedules={steps: Schedule(times=tuple(1 - i / steps for i in range(steps + 1)))},
         resolutions=((64, 64),),
         latent_channels=4,
         downscale=8,
@@ -96,10 +102,10 @@ def deploy_teacher(registry: FilesRegistry) -> str:
     registry.commit(
         Revision(
             deployment="shapes",
-            number=1,
-            tiers={"high": TierTarget(student=version, steps=2)},
+            number=number,
+            tiers={"high": TierTarget(student=version, steps=steps)},
             default_tier="high",
-            allowed={version: [2]},
+            allowed={version: [steps]},
             created_at="2026-01-01T00:00:00Z",
         )
     )
@@ -229,6 +235,7 @@ def test_an_estimate_is_what_an_equal_job_needed(http: TestClient, queue: JobQue
     job = records.claim(http.post(JOBS, json=SPEC).json()["id"], "distiller")
     records.write(job.id, "progress.json", {"step": 50})
     records.write(job.id, "result.json", {"measured": {"memory_bytes": 7_000_000, "train_seconds": 5.0}})
+    records.write(job.id, "trainer.json", {"teacher": teacher_of(queue)})
     longer = {**SPEC, "student": {**SPEC["student"], "name": "other"}, "train": {"iterations": 300}}
     assert http.post(ESTIMATE, json=longer).json()["train_seconds"] is None  # it has not ended
     for state in list(JobState)[1:3] + list(JobState)[4:8]:
@@ -239,6 +246,25 @@ def test_an_estimate_is_what_an_equal_job_needed(http: TestClient, queue: JobQue
     for unlike in ({"method": {"name": "sid"}}, {"train": {"iterations": 300, "batch": 8}}):
         assert http.post(ESTIMATE, json={**SPEC, **unlike}).json()["train_seconds"] is None
     assert http.post(ESTIMATE, json=longer, headers={"authorization": "you"}).json()["train_seconds"] is None
+
+
+def test_an_equal_job_has_the_same_teacher_under_whatever_name(http: TestClient, queue: JobQueue) -> None:
+    records, first = queue.records, teacher_of(queue)
+    job = records.claim(http.post(JOBS, json=SPEC).json()["id"], "distiller")
+    records.write(job.id, "progress.json", {"step": 50})
+    records.write(job.id, "result.json", {"measured": {"memory_bytes": 7_000_000, "train_seconds": 5.0}})
+    records.write(job.id, "trainer.json", {"teacher": first})
+    for state in list(JobState)[1:3] + list(JobState)[4:8]:
+        records.move(job.id, state, fence=job.fence)
+    deploy_teacher(records.registry, number=2, steps=4)
+
+    def seconds(**teacher: Any) -> Any:
+        return http.post(ESTIMATE, json={**SPEC, "teacher": teacher}).json()["train_seconds"]
+
+    assert seconds(id="shapes") is None
+    assert seconds(id="shapes", revision=2) is None
+    assert seconds(id="shapes", revision=1) == 10.0
+    assert seconds(id=first) == 10.0
 
 
 def test_a_job_of_an_earlier_release_is_no_equal_and_no_obstacle(http: TestClient, queue: JobQueue) -> None:
