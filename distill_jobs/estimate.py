@@ -97,9 +97,9 @@ def weights_bytes(spec: specs.DistillJobSpec, shapes: Shapes) -> int:
     lora, processes = spec.student.lora, spec.train.processes
     network = sum(math.prod(shape) for shape in shapes.values())
     player = network if lora is None else _adapter_weights(shapes, lora)
-    more = network * len(spec.student.experts or ())  # of the student's further networks, at least
+    more = network * len(spec.student.experts or ())  # the student's further networks; a critic may have them too
     averages = (len(spec.train.ema) + 1) * (player + more) if spec.trains else 0
-    trained = _FLOATS_IN_TRAINING * more + max(_stage_floats(stage, player, shapes) for stage in spec.stages)
+    trained = (_FLOATS_IN_TRAINING + 1) * more + max(_stage_floats(stage, player, shapes) for stage in spec.stages)
     spread = 1 if spec.train.shard else processes  # each process holds the teacher, and the rest unless it is spread
     return _BYTES_PER_FLOAT * (network * processes + (trained + averages) * spread)
 

@@ -115,8 +115,9 @@ def check_network(
 
 
 def _check_experts(stages: Sequence[MethodSpec], processes: int) -> None:
-    if policy := [stage.name for stage in stages if stage.points > 1]:
-        message = f"student.experts: {policy[0]} trains one network that is a policy: leave experts out"
+    known = _schemas.schemas()
+    if lone := [stage.name for stage in stages if stage.points > 1 or known[stage.name]["file"] == "slimming"]:
+        message = f"student.experts: {lone[0]} trains one network alone: leave experts out"
         raise InvalidRequest(message, param="student.experts")
     if processes > 1:  # whose rows may be of other experts than those of another
         raise NotBuilt("student.experts are trained by one process yet: say train.processes=1", param="train.processes")

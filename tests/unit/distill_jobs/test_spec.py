@@ -176,7 +176,8 @@ def test_a_student_may_be_several_networks_whatever_its_method() -> None:
             r"must hold the levels where a phase ends, \(0.6,\)",
         ),
         (experts(method={"name": "gits"}), "student.experts", "gits trains no weights"),
-        (experts(method={"name": "pi_flow"}), "student.experts", "pi_flow trains one network that is a policy"),
+        (experts(method={"name": "pi_flow"}), "student.experts", "pi_flow trains one network alone"),
+        (experts(method=[{"name": "koala"}, {"name": "kd"}]), "student.experts", "koala trains one network alone"),
     ],
 )
 def test_experts_that_cannot_be_are_refused_when_submitted(body: dict[str, Any], param: str, words: str) -> None:
