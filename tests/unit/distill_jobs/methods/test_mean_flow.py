@@ -6,17 +6,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill_jobs.batches import TensorSource
+from distill_jobs.batches import Batch, TensorSource
 from distill_jobs.methods import mean_flow
 from distill_jobs.methods.base import Workspace, resolve
-from distill_jobs.methods.mean_flow import MeanVelocity, Shortcut, weighted
+from distill_jobs.methods.mean_flow import MeanVelocity, Shortcut, TraFlow, TwinFlow, weighted
 from distill_jobs.roles import Cast
 from distill_jobs.stage import Stage, StageRun
 from engines.denoiser import Denoiser
 from engines.errors import InvalidRequest
 from engines.manifest import Kind
 from engines.process import RF, Process
-from tests.unit.distill_jobs.closed_form import MEAN, SHAPE, STD, GaussianNet, batch_of, data_of, student_of, teacher_of
+from tests.unit.distill_jobs.closed_form import (
+    MEAN,
+    PROCESSES,
+    SHAPE,
+    STD,
+    GaussianNet,
+    batch_of,
+    data_of,
+    student_of,
+    teacher_of,
+)
 from tests.unit.distill_jobs.oracle import (
     OFF,
     TRUTH,
@@ -138,6 +148,218 @@ def test_jumps_that_are_joined_wrongly_fail_the_oracle(name: str, wrong: str, mo
     assert loss_of(name, RF(), "flow") > 1e-6
 
 
+# a network that is its own critic ------------------------------------------------------------------------------------
+
+TOLD = {name: process for name, process in PROCESSES.items() if name != "edm"}
+every_told = pytest.mark.parametrize("process", TOLD.values(), ids=TOLD)
+
+
+class Twin(torch.nn.Module):
+    """Its jumps, its field at t and its field at -t, each the closed form of a distribution of its own."""
+
+    def __init__(self, process: Process, kind: Kind, **data: tuple[float, float]) -> None:
+        super().__init__()
+        for part in ("jumps", "field", "fake"):
+            self.add_module(part, GaussianNet(process, kind, *data.get(part, (TRUTH, STD))))
+
+    def forward(self, x: Tensor, t: Tensor, cond: Any, s: Tensor, w: Any) -> Tensor:
+        negative, same = bool((t < 0).all()), bool((s == t).all())
+        assert negative or bool((t >= 0).all())
+        assert same or not negative
+        part = self.get_submodule("fake" if negative else "field" if same else "jumps")
+        pred: Tensor = part(x, t.abs(), cond, s.abs(), w)
+        return pred
+
+
+def twin_of(process: Process, kind: Kind, **told: Any) -> Any:
+    data = {name: told.pop(name) for name in ("jumps", "field", "fake") if name in told}
+    teacher, method = (told.pop(name, None) for name in ("teacher", "method"))
+    student = Denoiser(Twin(process, kind, **data), process, kind, inputs={"s"})
+    grids = {1: (top(kind),)}
+    config = resolve("twin_flow").config({"counts": (1,), "top": top(kind), "grids": grids, **told})
+    return (method or TwinFlow)(Cast(teacher or teacher_of(process, kind), student=student), config)
+
+
+def twin_gradients(one: Any, term: str, seeds: int = 4) -> dict[str, tuple[float, float]]:
+    """d term / d (mean, log std) of each part that has any."""
+    with one.cast.only("student"):
+        for seed in range(seeds):
+            one.loss("student", batch_of(256, seed, x=data_of(256)))[term].backward()
+    found = {}
+    for name, part in one.cast.student.net.named_children():
+        if part.shift.grad is not None:
+            found[name] = (float(part.shift.grad) / seeds, float(part.log_std.grad) / seeds)
+    return found
+
+
+def twin_loss(process: Process, kind: Kind, **told: Any) -> float:
+    return float(twin_of(process, kind, **told).loss("student", batch_of(x=data_of()))["mean_velocity"])
+
+
+@every_kind
+@every_told
+def test_the_jumps_of_twin_flow_are_the_true_flow_maps_alone(process: Process, kind: Kind) -> None:
+    assert twin_loss(process, kind, delta=1e-3) < 1e-4
+    for wrong in ((TRUTH + OFF, STD), (TRUTH, 1.2 * STD)):
+        assert twin_loss(process, kind, delta=1e-3, jumps=wrong, diagonal=0.0) > 2e-3
+        assert twin_loss(process, kind, delta=1e-3, field=wrong) > 2e-3
+
+
+def test_what_is_left_of_its_jumps_is_the_error_of_the_velocitys_step() -> None:
+    coarse, fine = (twin_loss(RF(), "flow", delta=delta, power=0.0) for delta in (0.01, 0.005))
+    assert fine < coarse / 3.5
+
+
+def test_the_other_guidance_convention_fails_twin_flow() -> None:
+    assert twin_loss(RF(), "flow", teacher=other_guidance(RF(), "flow")) > 0.05
+
+
+@every_kind
+@every_told
+def test_its_samples_are_at_rest_where_both_fields_are_one(process: Process, kind: Kind) -> None:
+    found = twin_gradients(twin_of(process, kind), "twin")
+    assert found == {"jumps": pytest.approx((0, 0), abs=1e-9)}
+
+
+@every_kind
+@every_told
+@pytest.mark.parametrize("side", [-1, 1])
+def test_its_samples_are_moved_to_the_field_of_the_teacher(process: Process, kind: Kind, side: int) -> None:
+    mean, std = (TRUTH + side * 0.5, STD), (TRUTH, STD * (1.5 if side > 0 else 0.6))
+    by_mean, _ = twin_gradients(twin_of(process, kind, jumps=mean, fake=mean), "twin")["jumps"]
+    _, by_std = twin_gradients(twin_of(process, kind, jumps=std, fake=std), "twin")["jumps"]
+    assert side * by_mean > 0.05
+    assert side * by_std > 0.005
+
+
+class Exchanged(TwinFlow):
+    """The two fields change places."""
+
+    def matching(self, y: Tensor, batch: Batch) -> Tensor:
+        self.student, self.twin = self.twin, self.student
+        found = super().matching(y, batch)
+        self.student, self.twin = self.twin, self.student
+        return found
+
+
+def test_fields_that_are_exchanged_fail_the_oracle() -> None:
+    off = (TRUTH + 0.5, STD)
+    assert twin_gradients(twin_of(RF(), "flow", jumps=off, fake=off, method=Exchanged), "twin")["jumps"][0] < -0.05
+
+
+@every_kind
+@every_told
+def test_the_field_at_negative_times_is_that_of_its_samples(process: Process, kind: Kind) -> None:
+    """Its loss moves nothing else, and points it to what the jumps make now, not to the teacher's."""
+    made = (TRUTH - 0.6, STD)
+    at, above, below = (
+        twin_gradients(twin_of(process, kind, jumps=made, fake=(made[0] + off, STD), power=0.0), "fake", 8)
+        for off in (0.0, 0.3, -0.3)
+    )
+    assert at.keys() == {"fake"}
+    assert below["fake"][0] < -0.1
+    assert above["fake"][0] > 0.1
+    assert abs(at["fake"][0]) < 0.5 * min(above["fake"][0], -below["fake"][0])
+
+
+def test_the_twin_gradient_in_numbers() -> None:
+    """Fields of one answer each: v(t) - v(-t) is (x - 1) / t - (x - 3) / t = 2 / t, cut at the limit."""
+
+    class Answers(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.made = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+        def forward(self, x: Tensor, t: Tensor, cond: Any, s: Tensor, w: Any) -> Tensor:
+            same = bool((s == t).all())
+            return (3.0 if bool((t < 0).all()) else 1.0) + 0 * x if same else self.made + 0 * x
+
+    for limit in (0.5, 1.5):
+        student = Denoiser(Answers(), RF(), "x0", inputs={"s"})
+        config = resolve("twin_flow").config({"counts": (1,), "limit": limit, "twin": 0.5})
+        one = TwinFlow(Cast(teacher_of(RF(), "x0"), student=student), config)  # type: ignore[arg-type]
+        with one.cast.only("student"):
+            one.loss("student", batch_of(x=data_of()))["twin"].backward()
+        assert isinstance(student.net, Answers)
+        assert student.net.made.grad is not None
+        assert student.net.made.grad.item() == pytest.approx(0.5 * limit)
+
+
+def test_a_process_whose_times_are_negative_already_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="negative times: those of this process are so already"):
+        twin_of(PROCESSES["edm"], "flow")
+
+
+def test_twin_flow_learns_the_teachers_distribution_with_one_network() -> None:
+    teacher = Denoiser(GaussianNet(RF(), "flow").float(), RF(), "flow")
+    start = {part: (0.8, 1.0) for part in ("jumps", "field", "fake")}
+    student = Denoiser(Twin(RF(), "flow", **start).float(), RF(), "flow", inputs={"s"})
+    run = StageRun(0, Stage("twin_flow", 150, {"lr": 3e-2, "batch": 64, "generate": 256}), teacher, student, ema=(0.9,))
+    source = TensorSource(torch.ones(256), SHAPE)
+    run.method.prepare(source, Workspace())
+    while not run.done:
+        run.iterate(source)
+    final = run.averages[0].weights
+    for part in ("jumps", "field", "fake"):
+        assert final[f"net.{part}.shift"].item() == pytest.approx(0, abs=0.06)
+        assert final[f"net.{part}.log_std"].exp().item() == pytest.approx(STD, abs=0.06)
+
+
+# three targets -------------------------------------------------------------------------------------------------------
+
+
+def outputs(process: Process, kind: Kind, steps: int, *, method: Any = TraFlow, **how: Any) -> dict[str, float]:
+    teacher = how.pop("teacher", None) or teacher_of(process, kind)
+    config = resolve("traflow").config({"top": top(kind), "steps": steps, **how.pop("settings", {})})
+    one = method(Cast(teacher, student=student_of(process, kind, **how)), config)
+    return {name: float(value) for name, value in one.loss("student", batch_of(x=data_of())).items()}
+
+
+@every_kind
+@every_process
+def test_the_targets_of_traflow_are_met_at_the_true_flow_map_only(process: Process, kind: Kind) -> None:
+    right = outputs(process, kind, 24)
+    assert right["mean_velocity"] < 1e-9
+    assert right["output"] < 1e-4
+    for wrong in ({"shift": TRUTH + OFF}, {"std": 1.2 * STD}):
+        assert all(value > 2e-3 for value in outputs(process, kind, 24, **wrong).values())
+
+
+def test_the_output_alone_says_whose_jumps_they_are() -> None:
+    """Where no row stands still, a flow map of other data agrees with itself."""
+    found = outputs(RF(), "flow", 24, settings={"diagonal": 0.0}, shift=TRUTH + 0.5)
+    assert found["mean_velocity"] < 1e-9
+    assert found["output"] > 0.05
+
+
+def test_the_output_with_the_other_guidance_convention_fails_the_oracle() -> None:
+    assert outputs(RF(), "flow", 24, teacher=other_guidance(RF(), "flow"))["output"] > 0.05
+
+
+class Upwards(TraFlow):
+    """The teacher's path leads to more noise, of which half is then taken for its output."""
+
+    def output(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        return super().output(x + t.reshape(-1, 1, 1, 1) * self.tutor.velocity(x, t, cond), t, cond)
+
+
+def test_an_output_at_the_wrong_end_fails_the_oracle() -> None:
+    assert outputs(RF(), "flow", 24, method=Upwards)["output"] > 0.05
+
+
+def test_what_is_left_of_the_output_is_the_error_of_the_teachers_steps() -> None:
+    """The last of them is of first order, once: its error falls with the square of the steps, and is squared here."""
+    coarse, fine = (outputs(RF(), "flow", steps, settings={"power": 0.0})["output"] for steps in (8, 16))
+    assert fine < coarse / 10
+
+
+def test_the_output_in_numbers() -> None:
+    """Student 3, teacher 1, whatever they are asked: the velocities to 0 are (x - 3) / t and (x - 1) / t."""
+    student, teacher = Denoiser(Constant(3.0), RF(), "x0", inputs={"s"}), Denoiser(Constant(1.0), RF(), "x0")
+    method = method_of("traflow", student, teacher, power=0.0, first_share=1.0, output=0.5)
+    assert float(method.loss("student", batch_of(x=data_of()))["output"]) == pytest.approx(0.5 * 4)
+
+
 # numbers -------------------------------------------------------------------------------------------------------------
 
 
@@ -182,6 +404,14 @@ def test_the_identities_in_numbers() -> None:
     assert error_of("imean_flow") == pytest.approx((-2 / T, -1 / T))
     for name in ("psd", "shortcut"):  # a network of one end is consistent
         assert error_of(name) == pytest.approx((0, -1 / T), abs=1e-12)
+
+
+def test_the_jumps_of_twin_flow_in_numbers() -> None:
+    """A step d on v and two jumps from there on, over d; the value is cut at the limit, the gradient is not."""
+    d = 0.01
+    right = -2 / T + 2 * (T - d - S) / (T * (T - d))
+    assert error_of("twin_flow", limit=10.0) == pytest.approx((right, -1 / T))
+    assert error_of("twin_flow", limit=0.5) == pytest.approx((-0.5, -1 / T))
 
 
 def test_the_warm_up_of_ayf_begins_with_the_velocity() -> None:
