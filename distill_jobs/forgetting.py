@@ -89,6 +89,22 @@ def check_heard(prompts: Iterable[str], rules: Sequence[Forget]) -> None:
         )
 
 
+def unmeasured(rules: Iterable[Forget], words: Sequence[Sequence[str]]) -> str | None:
+    """Says which concepts are no word for a class of an attribute, whose `words` by class are given, so that nothing
+    could tell what is left of them; None if there are none."""
+    lost = [rule.concept for rule in rules if all(class_of(attribute, rule.concept) is None for attribute in words)]
+    if not lost:
+        return None
+    known = ", ".join(dict.fromkeys(word for attribute in words for word in attribute))
+    return f"what is left of {', '.join(map(repr, lost))} cannot be measured, only of one of these each: {known}"
+
+
+def class_of(words: Sequence[str], phrase: str) -> int | None:
+    """Which of an attribute's words the phrase is, in any case and spacing."""
+    said = " ".join(phrase.lower().split())
+    return words.index(said) if said in words else None
+
+
 def _words(phrase: str) -> re.Pattern[str]:
     between = r"\s+".join(map(re.escape, phrase.split()))
     return re.compile(rf"(?<!\w){between}(?!\w)", re.IGNORECASE)

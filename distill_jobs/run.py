@@ -18,6 +18,7 @@ from distill_jobs.assessment import Assessor, TeacherAs, as_json
 from distill_jobs.estimate import teacher_version
 from distill_jobs.evaluate import networks
 from distill_jobs.experts import FIRST
+from distill_jobs.forgetting import unmeasured
 from distill_jobs.gate import Verdict, judge
 from distill_jobs.jobs import DistillJob, JobState
 from distill_jobs.keeper import TrainerKeeper
@@ -96,6 +97,7 @@ class JobRun:
         self._refuse_unknown_networks()
         if "schedule" not in self.result:
             self._enter(JobState.PREPARING)
+            self._refuse_unmeasured_concepts()
             self._prepare()
         self._enter(JobState.RUNNING)
         if self.spec.trains:
@@ -119,6 +121,16 @@ class JobRun:
     def _refuse_unknown_networks(self) -> None:
         for name in self.spec.eval.networks:
             networks.folder_of(name, self.around.settings.data_dir)
+
+    def _refuse_unmeasured_concepts(self) -> None:
+        """No student could pass a gate for what nobody measures; without that gate the job says so and goes on."""
+        forgets = self.spec.student.forgets
+        if not forgets or (said := unmeasured(forgets, self._teacher().task.words)) is None:
+            return
+        if self.spec.gates.alignment_forgotten is not None:
+            message = f"student.forget: {said}; or set gates.alignment_forgotten to null, and it is not judged"
+            raise InvalidRequest(message, param="student.forget")
+        self.records.event(self.job.id, "note", message=f"student.forget: {said}")
 
     # parts -------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distill_jobs.evaluate.questions import Questions
-from distill_jobs.forgetting import Forget
+from distill_jobs.forgetting import Forget, class_of
 from distill_jobs.tasks.base import Task
 
 Ints = npt.NDArray[np.int64]
@@ -44,15 +44,10 @@ def _mentions(task: Task, rule: Forget) -> list[tuple[int, int, int | None]]:
     """(column, class of the concept, class of the replacement) of each attribute that the concept is a word for."""
     found = []
     for column, words in enumerate(task.words):
-        old, new = _class(words, rule.concept), _class(words, rule.instead)
+        old, new = class_of(words, rule.concept), class_of(words, rule.instead)
         if old is not None:
             found.append((column, old, new))
     return found
-
-
-def _class(words: Sequence[str], phrase: str) -> int | None:
-    said = " ".join(phrase.lower().split())
-    return words.index(said) if said in words else None
 
 
 def _mean(parts: Sequence[npt.NDArray[np.bool_]]) -> float | None:

@@ -20,6 +20,7 @@ from engines.registry.base import Registry
 from engines.registry.files import FilesRegistry
 from engines.registry.memory import MemoryRegistry
 from tests.redis_server import RedisServer
+from tests.unit.distill_jobs.test_api import deploy_teacher
 
 SPEC: dict[str, Any] = {
     "teacher": {"id": "nobody@" + "0" * 64},
@@ -88,6 +89,30 @@ def test_settings_that_contradict_are_refused_before_any_work(server: RedisServe
     term = {"name": "diversity", "start": 0.5, "anchor": 0.6}
     _, error = run(made, {**SPEC, "method": {"name": "kd", "terms": [term]}})
     assert "anchor 0.6 must lie below start 0.5" in error["message"]
+
+
+def test_concepts_that_nobody_could_measure_are_refused_before_any_work_unless_no_gate_asks(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    registry = FilesRegistry(str(tmp_path))
+    teacher, made = deploy_teacher(registry), service(server, registry, tmp_path)
+
+    def told(*concepts: str, **more: Any) -> tuple[str, list[str]]:
+        forget = [{"concept": concept} for concept in concepts]
+        run(made, {**SPEC, "teacher": {"id": teacher}, "student": {**SPEC["student"], "forget": forget}, **more})
+        job = made.records.all()[0]
+        assert job.state is JobState.FAILED  # this teacher's weights are none
+        notes = [event["message"] for event in made.records.events(job.id) if event["event"] == "note"]
+        return job.log[-1].error["message"], notes  # type: ignore[index]
+
+    error, _ = told("Blue", "red  ring", "a cat")
+    assert "what is left of 'red  ring', 'a cat' cannot be measured, only of one of these each: white, grey" in error
+    assert "set gates.alignment_forgotten to null" in error
+    error, notes = told("Blue", "a cat", gates={"alignment_forgotten": None})
+    assert "cannot be measured" not in error
+    assert [note for note in notes if "what is left of 'a cat' cannot be measured" in note]
+    error, notes = told("Blue", "GREY over  black")
+    assert "cannot be measured" not in " ".join([error, *notes])
 
 
 def test_an_error_of_ours_fails_the_job_and_not_the_service(server: RedisServer, tmp_path: Path) -> None:
