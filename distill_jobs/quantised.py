@@ -1,5 +1,9 @@
 """Training with weights on a grid: rounded in every forward pass, so that rounding them for good loses nothing.
 
+That is exact where passes compute in fp32. In bf16 they read every weight with eight significant bits, for which four
+bits times a scale of four are few enough and eight bits are not: of normal weights on eight bits a fifth are then read
+beside their grid, by .4 % of themselves and less than half a step at most.
+
 Gradients pass as if nothing had been rounded (the straight-through estimator). Optimisers, averages and checkpoints
 hold the weights as they are, under the names that they always have; whoever asks the network, trainer or evaluation,
 sees it on the grid.
@@ -24,7 +28,7 @@ from engines.grid import Bits, rounded, scales_of
 
 
 def straight_through(weight: Tensor, bits: int) -> Tensor:
-    """The weight on its grid, to the last bit; its gradient is the weight's own."""
+    """The weight, in fp32, on its grid to the last bit; its gradient is the weight's own."""
     return rounded(weight, scales_of(weight, bits)) + (weight - weight.detach())
 
 

@@ -61,6 +61,22 @@ def test_layers_of_blocks_round_and_the_first_and_last_do_not(bits: int) -> None
     assert not torch.equal(asked(blocks_student()), asked(quantised))
 
 
+@pytest.mark.parametrize(("bits", "beside"), [(4, 0.0), (8, 0.22)])
+def test_a_pass_in_bf16_reads_four_bits_exactly_and_eight_within_half_a_step(bits: Bits, beside: float) -> None:
+    block = nn.ModuleList([nn.Linear(256, 256, bias=False)])
+    nn.init.normal_(block[0].weight, std=0.05, generator=torch.Generator().manual_seed(0))
+    block.requires_grad_(False)
+    layer = quantise(Denoiser(nn.ModuleDict({"blocks": block}), RF(), "flow"), bits).net.blocks[0]  # type: ignore
+    scales = scales_of(layer.weight, bits)
+    grid = rounded(layer.weight, scales)
+    assert torch.equal(layer(torch.eye(256)).T, grid)
+    with torch.autocast("cpu", torch.bfloat16):
+        read = layer(torch.eye(256)).T.float()
+    assert float((read != grid).float().mean()) == pytest.approx(beside, abs=0.02)
+    assert float((read - grid).abs().sub(grid.abs() / 256).max()) <= 0
+    assert torch.equal(rounded(read, scales), grid)
+
+
 def test_gradients_are_those_of_the_rounded_network_in_every_layer() -> None:
     plain, quantised = blocks_student(), quantise(blocks_student(), 4)
     plain.load_state_dict(on_grid(quantised, quantised.state_dict()).weights)
