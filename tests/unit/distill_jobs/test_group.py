@@ -20,7 +20,9 @@ from engines.denoiser import Denoiser
 from engines.errors import InvalidRequest
 from engines.process import RF
 from tests.unit.distill_jobs.tiny import SHAPE, STAGES, tiny_source, tiny_student, tiny_teacher
-from tests.unit.distill_jobs.together import CASES, chain, start, trained, tried
+from tests.unit.distill_jobs.together import CASES, ENDS_WITHIN_S, chain, start, trained, tried
+
+pytestmark = pytest.mark.timeout(ENDS_WITHIN_S + 60)
 
 TOLERANCE = 1e-5
 

@@ -26,6 +26,7 @@ from distill_jobs.trainer import Result, TrainConfig, Trainer
 from tests.unit.distill_jobs.tiny import STAGES, blocks_student, tiny_source, tiny_student, tiny_teacher
 
 ITERATIONS = 4
+ENDS_WITHIN_S = 600.0  # a wait for an end: on two cores with eight others at work it takes minutes
 GRID = "weights on a grid"
 CASES: dict[str, Stage] = {
     "regression": Stage("kd", ITERATIONS, STAGES["kd"]),
@@ -117,11 +118,12 @@ def start(size: int, folder: Path) -> None:
     ]
     try:
         for process in all_of_it:
-            _, said = process.communicate(timeout=100)
+            _, said = process.communicate(timeout=ENDS_WITHIN_S)
             assert process.returncode == 0, said
     finally:
         for process in all_of_it:
             process.kill()
+            process.communicate()
 
 
 def main(folder: Path) -> None:
