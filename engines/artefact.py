@@ -327,7 +327,7 @@ def _refuse_more(index: Mapping[str, Any], known: Sequence[str]) -> None:
     ]
     if more:
         raise NotBuilt(
-            f"{index['_class_name']} has further denoisers ({', '.join(more)}): one alone can be served here"
+            f"{index['_class_name']} has further denoisers ({', '.join(more)}): only a pipeline of one is imported yet"
         )
 
 

@@ -153,7 +153,7 @@ def load(registry: Registry, version: str) -> Teacher:
     """
     manifest = registry.student(version)
     if manifest.experts:
-        raise NotBuilt(f"{shown(version)} has further denoisers ({', '.join(manifest.experts)}): no teacher of one job")
+        raise NotBuilt(f"{shown(version)} has further denoisers ({', '.join(manifest.experts)}): a teacher has one")
     read = reader(registry, manifest)
     graphs = {role: spec(manifest, role, read) for role in ("encoder", "denoiser", "decoder")}
     parts = {role: _network(registry, manifest, role, graph) for role, graph in graphs.items()}

@@ -116,12 +116,17 @@ def test_mutants_of_the_gradient_fail_the_oracle() -> None:
 def test_each_expert_is_judged_where_its_phase_ends_and_at_noise_levels_of_its_phase() -> None:
     asked: list[Tensor] = []
     cast = Cast(teacher_of(RF(), "flow"), student=pair(student_of, RF(), "flow"), fake=pair(fake_of, RF(), "flow"))
-    cast.teacher.register_forward_hook(lambda _, given, __: asked.append(given[1]))
+    for judge in (cast.teacher, cast["fake"]):
+        judge.register_forward_hook(lambda _, given, __: asked.append(given[1]))
     for at, (low, high) in enumerate([(SPLIT, 0.98), (0.02, SPLIT)]):
         one = in_phase(at)(cast, resolve("phased_dmd").config({}))
-        one.loss("student", batch_of(512))
-        assert low - 1e-6 < asked[-1].min() < low + 0.02
-        assert high - 0.02 < asked[-1].max() < high + 1e-6
+        asked.clear()
+        for role in ("student", "fake"):
+            one.loss(role, batch_of(512))
+        assert len(asked) == 3  # both judges of the student, and the critic as it learns
+        for t in asked:
+            assert low - 1e-6 < t.min() < low + 0.02
+            assert high - 0.02 < t.max() < high + 1e-6
 
 
 # the critic ----------------------------------------------------------------------------------------------------------
