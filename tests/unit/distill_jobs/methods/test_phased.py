@@ -129,6 +129,17 @@ def test_each_expert_is_judged_where_its_phase_ends_and_at_noise_levels_of_its_p
             assert high - 0.02 < t.max() < high + 1e-6
 
 
+@pytest.mark.parametrize("role", ["student", "fake"])
+def test_a_rung_is_reached_as_sampling_reaches_it_by_jumps_to_the_ends_of_phases(role: str) -> None:
+    told: list[float] = []
+    cast = Cast(teacher_of(RF(), "flow"), student=pair(student_of, RF(), "flow"), fake=pair(fake_of, RF(), "flow"))
+    cast.student.register_forward_hook(lambda _, given, __: told.append(float(given[3][0])))
+    for at, ends in enumerate([[SPLIT, SPLIT], [SPLIT, SPLIT, 0.0, 0.0]]):
+        told.clear()
+        in_phase(at)(cast, resolve("phased_dmd").config({})).loss(role, batch_of(8))
+        assert told == pytest.approx(ends)
+
+
 # the critic ----------------------------------------------------------------------------------------------------------
 
 
