@@ -14,7 +14,7 @@ RECIPE = Recipe(
     latent_channels=8,
     autoencoder=(16, 16, 48, 64),
     width=96,
-    chunks=12,
+    chunks=24,
     autoencoder_plan=Plan(updates=1_300, batch=32, matrix_lr=0.02, adam_lr=2e-3, ema=0.995),
-    denoiser_plan=Plan(updates=4_500, batch=64, matrix_lr=0.02, adam_lr=2e-3, ema=0.998),
+    denoiser_plan=Plan(updates=10_000, batch=64, matrix_lr=0.02, adam_lr=2e-3, ema=0.998),
 )
