@@ -115,7 +115,7 @@ def test_the_discriminators_loss_is_least_at_the_log_ratio_of_the_densities(proc
 
 def player(run_of: str, process: Process, kind: Kind, *, settings: dict[str, Any] | None = None, **student: Any) -> Any:
     """The named method on closed-form data with grids that start where the prediction kind can."""
-    counts = (settings or {}).get("counts", (1, 2, 4))
+    counts = resolve(run_of).config(settings or {}).counts  # type: ignore[attr-defined]
     grids = {k: tuple(top(kind) * u for u in times.uniform(k)) for k in counts}
     config = resolve(run_of).config({"grids": grids, **(settings or {})})
     cast = Cast(teacher_of(process, kind), student=student_of(process, kind, **student), disc=nn.Identity())
