@@ -19,6 +19,7 @@ Made = Mapping[str, Any]
 """What `bench.distill_entry` wrote for one method and seed: figures by step count, or `failed`."""
 TEACHER = "teacher"
 COUNTS = ("1", "2", "4")
+_UNKNOWN = "No reason has been found yet."
 
 _HEAD = """# Distillation methods
 
@@ -29,8 +30,10 @@ is as good as the teacher, lower is better). In the screening every method gets 
 default settings and nothing tuned for this teacher. `evaluations` are those really used; alignment, diversity and
 grain are ratios to the teacher's, averaged over step counts. *experimental*: with this budget its students are, over
 their step counts together, no better than the teacher itself at the same counts, so there is no reason yet to take it.
-Methods for some of the counts only come after those for all three, because four steps alone are easier. The figures
-are of one seed: neighbours would change places with another, and the 95 % intervals in `bench/distill.json` overlap.
+Where guidance is paid for with distance, as for the digits, a student that has taken over only a part of it is nearer
+to real pictures than its teacher is: read its alignment beside its distance. Methods for some of the counts only come
+after those for all three, because four steps alone are easier. The figures are of one seed: neighbours would change
+places with another, and the 95 % intervals in `bench/distill.json` overlap.
 Seconds are of one thread beside other work; evaluations compare better.
 """
 
@@ -143,7 +146,7 @@ def readme(tasks: Mapping[str, Mapping[str, Any]]) -> str:
             parts += [f"\n## {name}: final, the best with several seeds\n", table(task["final"], task["teacher"])]
         marked = [one for one in ranked(task["screening"]) if one.get("figures") and experimental(one, task["teacher"])]
         if marked:
-            parts += [f"\n## {name}: experimental\n", *(f"- `{one['preset']}`: {_why(one)}" for one in marked)]
+            parts += [f"\n## {name}: experimental\n", *(f"- `{one['preset']}`: {_why(name, one)}" for one in marked)]
         if failed := [f"- `{one['preset']}`: {one['failed']}" for one in made if "failed" in one]:
             parts += [f"\n## {name}: failed\n", *failed]
         parts.append("")
@@ -219,9 +222,9 @@ def _ratios(one: Made) -> list[str]:
     return [f"{one['figures'][k]['fd_ratio']:.2f}" if k in one["figures"] else "–" for k in COUNTS]
 
 
-def _why(one: Made) -> str:
+def _why(task: str, one: Made) -> str:
     updates = f"{one['iterations']} updates in this budget"
-    return f"{updates}, ratios {' / '.join(_ratios(one))}. {WHY.get(one['preset'], 'No reason has been found yet.')}"
+    return f"{updates}, ratios {' / '.join(_ratios(one))}. {WHY[task].get(one['preset'], _UNKNOWN)}"
 
 
 def _image(task: str) -> str:
