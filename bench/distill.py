@@ -121,9 +121,11 @@ def measured(task: str, ledger: Ledger) -> dict[str, Any] | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Rank the distillation methods on the embedded teachers.")
-    parser.add_argument("--tasks", nargs="+", default=[base.DEFAULT], choices=plugins.names(base.PACKAGE))
+    known = plugins.names(base.PACKAGE)
+    first = sorted(known, key=lambda name: (name != base.DEFAULT, name))
+    parser.add_argument("--tasks", nargs="+", default=first, choices=known, help="all by default")
     parser.add_argument("--presets", nargs="+", default=trained(), help="those to screen; all by default")
-    parser.add_argument("--evaluations", type=int, default=250_000, help="network rows of each in the screening")
+    parser.add_argument("--evaluations", type=int, default=100_000, help="network rows of each in the screening")
     parser.add_argument("--final", type=int, default=0, help="network rows of the best in the final; 0 leaves it out")
     parser.add_argument("--seeds", type=int, default=3, help="of the final")
     parser.add_argument("--n", type=int, default=2000, help="pictures of each evaluation")

@@ -7,7 +7,7 @@ from typing import Any
 
 _COLOURS = {"1": "#d55e00", "2": "#e69f00", "4": "#0072b2"}  # told apart by the colour-blind
 _LEFT, _WIDTH, _RIGHT, _TOP, _LINE, _BOTTOM = 190, 540, 30, 46, 17, 30
-_TICKS = (0.8, 1, 1.2, 1.5, 2, 3, 5, 10)
+_TICKS = (0.5, 0.7, 1, 1.2, 1.5, 2, 3, 5, 10)
 
 
 def chart(rows: Sequence[tuple[str, Mapping[str, Any]]], title: str) -> str:
