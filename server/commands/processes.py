@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from engines.errors import RevisionConflict
 from engines.registry.base import open_registry
 from server import logs
 from server.settings import GatewaySettings, WorkerSettings, load
@@ -111,4 +112,5 @@ def seed(
     from distill_jobs.tasks import base as tasks
     from distill_jobs.teachers.publish import publish
 
-    publish(registry, name, task=tasks.load(task))
+    with contextlib.suppress(RevisionConflict):  # another one was first with the same
+        publish(registry, name, task=tasks.load(task))
