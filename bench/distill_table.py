@@ -224,7 +224,7 @@ def _ratios(one: Made) -> list[str]:
 
 def _why(task: str, one: Made) -> str:
     updates = f"{one['iterations']} updates in this budget"
-    return f"{updates}, ratios {' / '.join(_ratios(one))}. {WHY[task].get(one['preset'], _UNKNOWN)}"
+    return f"{updates}, ratios {' / '.join(_ratios(one))}. {WHY.get(task, {}).get(one['preset'], _UNKNOWN)}"
 
 
 def _image(task: str) -> str:

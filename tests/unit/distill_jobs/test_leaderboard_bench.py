@@ -93,6 +93,14 @@ def test_the_page_names_failures_and_recommends_the_best_of_each_situation() -> 
     assert "`sid` *experimental*" in page
 
 
+def test_a_mark_is_explained_by_what_was_seen_on_its_own_task_and_a_new_task_has_no_reasons_yet() -> None:
+    marked = made("esd", {"1": 6.0, "2": 2.0, "4": 2.0})
+    tasks = {name: {"teacher": TEACHER, "screening": [marked], "final": []} for name in ("shapes", "digits", "new")}
+    lines = [line for line in table.readme(tasks).splitlines() if line.startswith("- `esd`")]
+    reasons = [WHY["shapes"]["esd"], WHY["digits"]["esd"], "No reason has been found yet."]
+    assert [line.endswith(reason) for line, reason in zip(lines, reasons, strict=True)] == [True] * 3
+
+
 def test_the_picture_has_a_dot_for_every_figure_that_stands_the_further_left_the_better_it_is() -> None:
     picture = ElementTree.fromstring(table.drawn([FAILED, WORSE, GOOD, BAD], TEACHER, "shapes"))
     svg = "{http://www.w3.org/2000/svg}"
