@@ -14,17 +14,12 @@ _RESTART_RETRY_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What stands before a request. `waiting_s` is engine time of the queue at its class and above."""
+    """What stands before a request. `wait_s`: when an engine will be free for it; `service_s`: what it takes alone."""
 
     num_workers: int
-    waiting_s: float
+    wait_s: float
     service_s: float
     worker_seen_s_ago: float = 0.0
-
-    @property
-    def wait_s(self) -> float:
-        """When an engine is free for this request: the queue is shared by all workers of the deployment."""
-        return self.waiting_s / max(1, self.num_workers)
 
 
 @dataclass(frozen=True, slots=True)

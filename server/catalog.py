@@ -20,6 +20,8 @@ from server.leases import WorkerLease
 from server.messages import CLASSES, RequestClass
 
 _logger = logging.getLogger(__name__)
+Expect = Callable[[str, TierTarget], router.Expected | None]
+"""What a request at a target of a deployment takes."""
 _MAX_CHOICES = 4096  # remembered routings; a few kinds of request make up nearly all
 
 
@@ -41,7 +43,7 @@ class View:
     deployments: dict[str, Deployment] = field(default_factory=dict)
     workers: dict[str, WorkerLease] = field(default_factory=dict)
     queues: dict[str, QueueState] = field(default_factory=dict)
-    choices: dict[router.Wanted, router.Choice] = field(default_factory=dict)
+    choices: dict[router.Wanted, tuple[router.Choice, ...]] = field(default_factory=dict)
     evaluations: dict[tuple[str, int, float | None], int] = field(default_factory=dict)
     published_s: dict[tuple[str, str], float] = field(default_factory=dict)  # by us since this look
 
@@ -119,22 +121,22 @@ class Catalog:
             raise InvalidRequest(f"'model' is needed: choose from {', '.join(names)}", param="model")
         return names[0]
 
-    def choose(self, wanted: router.Wanted) -> router.Choice:
+    def choices(self, wanted: router.Wanted, expect: Expect) -> tuple[router.Choice, ...]:
         """`router.resolve` on the present view, remembered where it does not depend on measurements."""
         view = self.view
-        choice = view.choices.get(wanted)
-        if choice is None:
-            choice = self._choose(wanted)
+        choices = view.choices.get(wanted)
+        if choices is None:
+            choices = self._resolve(wanted, expect)
             if wanted.max_latency_ms is None and len(view.choices) < _MAX_CHOICES:
-                view.choices[wanted] = choice
-        return choice
+                view.choices[wanted] = choices
+        return choices
 
-    def evaluations(self, choice: router.Choice, guidance: float | None) -> int:
+    def evaluations(self, deployment: str, target: TierTarget, guidance: float | None) -> int:
         """Network rows of one picture."""
-        known, key = self.view.evaluations, (choice.version, choice.steps, guidance)
+        known, key = self.view.evaluations, (target.student, target.steps, guidance)
         if key not in known:
-            manifest = self.view.deployments[choice.deployment].manifests[choice.version]
-            known[key] = leases.num_evaluations(manifest, choice.steps, guidance)
+            manifest = self.view.deployments[deployment].manifests[target.student]
+            known[key] = leases.num_evaluations(manifest, target.steps, guidance)
         return known[key]
 
     def num_workers(self, deployment: str) -> int:
@@ -144,14 +146,12 @@ class Catalog:
         """Since a live worker of this deployment was seen; since the start where none ever was."""
         return self._clock_s() - self._worker_seen.get(deployment, self._started_s)
 
-    def latency_ms(self, target: TierTarget, deployment: str) -> float | None:
-        """Predicted engine time of one picture on an idle worker."""
-        manifest = self.view.deployments[deployment].manifests[target.student]
-        seconds = leases.alone_s(self.costs(target.student), leases.num_evaluations(manifest, target.steps))
-        return None if seconds is None else seconds * 1000
-
     def costs(self, version: str) -> list[leases.VersionCost]:
         return [lease.costs[version] for lease in self.view.workers.values() if version in lease.costs]
+
+    def wait_s(self, deployment: str, request_class: RequestClass) -> float:
+        """When an engine is free for a request of this class: its workers share what is queued."""
+        return self.waiting_s(deployment, request_class) / max(1, self.num_workers(deployment))
 
     def waiting_s(self, deployment: str, request_class: RequestClass) -> float:
         """Engine time of what is queued in this class and those above it."""
@@ -168,7 +168,7 @@ class Catalog:
 
     # --- looking ---------------------------------------------------------------------------------
 
-    def _choose(self, wanted: router.Wanted) -> router.Choice:
+    def _resolve(self, wanted: router.Wanted, expect: Expect) -> tuple[router.Choice, ...]:
         name, at, digest = wanted.model.partition("@")
         deployment = self._serving(name, digest) if at else self.deployment(name)
         revisions = [revision for revision in (deployment.current, deployment.previous) if revision is not None]
@@ -176,7 +176,7 @@ class Catalog:
             wanted,
             revisions,
             deployment.manifests,
-            latency_ms=lambda target: self.latency_ms(target, deployment.name),
+            expect=lambda target: expect(deployment.name, target),
         )
 
     def _serving(self, name: str, digest: str) -> Deployment:

@@ -1,4 +1,4 @@
-"""The gateway: authorise → resolve version and plan → admit → publish → await. HTTP is in `dialects/`.
+"""The gateway: authorise → decide (version, plan, admission) → publish → await. HTTP is in `dialects/`.
 
 A request is pinned to one version before it is queued, so that no swap can split it. Every accepted
 request is answered: where no worker ends it in time, the gateway does.
@@ -11,22 +11,20 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import replace
 from typing import Any
 
-from engines.errors import DeadlineExceeded, FewstepError, Gone, NotFound, Unavailable
+from engines.errors import DeadlineExceeded, Gone, NotFound, Unavailable
 from engines.manifest import shown
 from engines.registry.base import Registry
-from server import admission, leases
 from server.auth import Keys, Principal, Scope
 from server.brokers.base import Broker, Emitted, StaleVersion, Status
 from server.catalog import Catalog, View
+from server.dispatcher import Dispatcher
 from server.idempotency import Idempotency, remember
-from server.intent import Answer, Intent, Ticket
+from server.intent import Answer, Decision, Intent, Ticket
 from server.latencies import Latencies
-from server.messages import CLASSES, GenerateRequest, GenerateResult, class_of
+from server.messages import CLASSES, GenerateRequest, GenerateResult
 from server.metrics import Metrics, quality
-from server.router import Choice, Wanted
 from server.settings import GatewaySettings
 from server.signing import Signer
 
@@ -52,12 +50,12 @@ class Gateway:
     ) -> None:
         self.settings, self.broker, self.registry, self.metrics = settings, broker, registry, metrics
         self.catalog = Catalog(broker, registry, poll_s=settings.poll_s, clock_s=clock_s, changed=self._looked)
-        self.latencies = Latencies()
+        self.latencies = Latencies(clock_s)
+        self._dispatcher = Dispatcher(settings, self.catalog, self.latencies, metrics, clock_s)
         self.keys = Keys(settings.keys)
         secret = settings.url_secret.get_secret_value().encode() if settings.url_secret else os.urandom(32)
         self.signer = Signer(secret, settings.base_url, settings.url_ttl_s, now_s=now_s)
         self.draining = False
-        self._limits = admission.Limits(settings.max_wait_s, settings.worker_grace_s)
         self._clock_s, self._now_s = clock_s, now_s
         self._background: set[asyncio.Task[Any]] = set()
 
@@ -102,8 +100,8 @@ class Gateway:
                 status = await self.broker.status(request_id)
                 if status is not None:
                     return Ticket(request_id, status.deployment, timeout_ms / 1000, started_s, None)
-        choice = await self._publish(intent, principal, request_id, timeout_ms)
-        return Ticket(request_id, choice.deployment, timeout_ms / 1000, started_s, choice)
+        decision = await self._publish(intent, principal, request_id, timeout_ms)
+        return Ticket(request_id, decision.choice.deployment, timeout_ms / 1000, started_s, decision)
 
     async def answer(self, ticket: Ticket) -> Answer:
         """Waits for the end of a request.
@@ -168,11 +166,11 @@ class Gateway:
 
     # --- inside ----------------------------------------------------------------------------------
 
-    async def _publish(self, intent: Intent, principal: Principal, request_id: str, timeout_ms: int) -> Choice:
+    async def _publish(self, intent: Intent, principal: Principal, request_id: str, timeout_ms: int) -> Decision:
         seed = intent.seed if intent.seed is not None else secrets.randbelow(_MAX_SEED)
         for _ in range(_ATTEMPTS):
-            choice = self._choose(intent.wanted)
-            cost_s = self._admit(intent, choice, timeout_ms / 1000)
+            decision = self._dispatcher.decide(intent, timeout_ms / 1000)
+            choice = decision.choice
             request = GenerateRequest(
                 id=request_id,
                 model=choice.deployment,
@@ -196,41 +194,19 @@ class Gateway:
                 owner=principal.owner,
                 created_at=self._now_s(),
                 traceparent=intent.traceparent,
-                cost_s=cost_s,
+                cost_s=decision.cost_s,
+                downgraded_from=choice.downgraded_from,
             )
             try:
                 await self.broker.publish(request)
             except StaleVersion:
                 await self.catalog.refresh()
                 continue
-            self.catalog.published(choice.deployment, request.request_class, cost_s)
+            self.catalog.published(choice.deployment, request.request_class, decision.cost_s)
             if choice.downgraded_from is not None:
-                self.metrics.tier_downgraded.labels(choice.downgraded_from, choice.tier).inc()
-            return choice
+                self.metrics.tier_downgraded.labels(choice.downgraded_from.tier, choice.tier).inc()
+            return decision
         raise Unavailable(f"{intent.wanted.model} is being replaced just now: try again in a second", retry_after_s=1.0)
-
-    def _choose(self, wanted: Wanted) -> Choice:
-        if not wanted.model:
-            wanted = replace(wanted, model=self.catalog.default_model())
-        return self.catalog.choose(wanted)
-
-    def _admit(self, intent: Intent, choice: Choice, budget_s: float) -> float:
-        """The predicted engine seconds of all rows of a request that may join."""
-        catalog = self.catalog
-        evaluations = catalog.evaluations(choice, intent.wanted.guidance)
-        costs = catalog.costs(choice.version)
-        load = admission.Load(
-            num_workers=catalog.num_workers(choice.deployment),
-            waiting_s=catalog.waiting_s(choice.deployment, class_of(intent.priority)),
-            service_s=leases.alone_s(costs, evaluations) or 0.0,
-            worker_seen_s_ago=catalog.worker_seen_s_ago(choice.deployment),
-        )
-        try:
-            admission.admit(load, self._limits, budget_s=budget_s)
-        except FewstepError as error:
-            self.metrics.shed.labels(error.code).inc()
-            raise
-        return intent.n * leases.queued_s(costs, evaluations)
 
     async def _give_up(self, ticket: Ticket) -> GenerateResult:
         """Ends a request that nobody ended in time, and says how it ended."""
@@ -248,12 +224,14 @@ class Gateway:
         self.metrics.requests.labels(ticket.model, result.tier, result.status).inc()
         if result.status == "expired":
             self.metrics.deadline_missed.labels(ticket.model).inc()
-        if result.status == "succeeded" and ticket.choice is not None:
+        if result.status == "succeeded" and ticket.decision is not None:
             self.metrics.request_seconds.labels(ticket.model, result.tier).observe(seconds)
-            self.latencies.add(ticket.model, result.tier, seconds * 1000)
+            if ticket.decision.work is not None:
+                self.latencies.add(ticket.decision.work, ticket.decision.wait_s, seconds * 1000)
 
     def _looked(self, before: View, now: View) -> None:
         """Sets the gauges that belong to what is deployed, and removes those of what no longer is."""
+        self._dispatcher.look()
         for name, queue in now.queues.items():
             for request_class in CLASSES:
                 self.metrics.waiting.labels(name, request_class).set(queue.waiting.get(request_class, 0))
@@ -263,6 +241,7 @@ class Gateway:
                 continue
             for version in (set(earlier.manifests) if earlier else set()) - set(deployment.manifests):
                 self.metrics.forget_version(name, shown(version))
+                self.latencies.forget(name, version)
             self._spawn(self._show_quality(name, list(deployment.manifests)))
 
     async def _show_quality(self, deployment: str, versions: list[str]) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from server.latencies import Work
 from server.messages import GenerateResult
 from server.router import Choice, Wanted
 
@@ -28,14 +29,31 @@ class Intent:
 
 
 @dataclass(frozen=True, slots=True)
+class Decision:
+    """What was chosen for an admitted request, and what was predicted of it: engine seconds and wait.
+
+    `work` is None where it is of several pictures, which take longer than one.
+    """
+
+    choice: Choice
+    cost_s: float
+    wait_s: float
+    work: Work | None
+
+
+@dataclass(frozen=True, slots=True)
 class Ticket:
-    """An accepted request. `choice` is None for a repeat under an idempotency key."""
+    """An accepted request. `decision` is None for a repeat under an idempotency key."""
 
     id: str
     model: str
     budget_s: float
     started_s: float
-    choice: Choice | None
+    decision: Decision | None
+
+    @property
+    def choice(self) -> Choice | None:
+        return self.decision.choice if self.decision else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,13 @@ def class_of(priority: int) -> RequestClass:
     return "low" if priority <= LOW_UNTIL else "normal"
 
 
+class TierSteps(msgspec.Struct, frozen=True, kw_only=True):
+    """A tier and its number of steps."""
+
+    tier: str
+    steps: int
+
+
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One admitted request: its version and steps are chosen, its seed is drawn.
 
@@ -57,6 +64,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     created_at: float = 0.0  # Unix seconds of the gateway, for people only
     traceparent: str | None = None
     cost_s: float = 0.0  # predicted engine seconds of all rows; sums to the predicted queue wait
+    downgraded_from: TierSteps | None = None  # what would have served it with less load, or with more time
 
     @property
     def request_class(self) -> RequestClass:
@@ -107,6 +115,7 @@ class GenerateResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ignored_words: list[str] = []
     text_tokens: int = 0
     num_images: int = 0
+    downgraded_from: TierSteps | None = None
 
 
 class StepEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

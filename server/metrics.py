@@ -63,6 +63,7 @@ class Metrics:
         self.shed = counter("shed_total", "Requests refused before they were queued", "reason")
         self.deadline_missed = counter("deadline_missed_total", "Requests that ran out of time", "model")
         self.tier_downgraded = counter("tier_downgraded_total", "Requests served below the default tier", "from", "to")
+        self.degraded = gauge("degraded", "Rungs below the default tier that auto serves at", "model", "class")
         self.swap_seconds = histogram("swap_seconds", "One phase of a swap", SWAP_BUCKETS_S, "model", "phase")
         self.swap_stall_seconds = histogram(
             "swap_stall_seconds", "Longest time in a swap with a live row waiting and no step", STAGE_BUCKETS_S, "model"

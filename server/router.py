@@ -1,20 +1,31 @@
-"""Which version, tier and number of steps serves a request: pure, from a deployment's revisions and measured costs.
+"""Which version, tier and number of steps serves a request: pure, from a deployment's revisions and what is expected.
 
 Precedence: `name@digest` > tier > steps > max_latency_ms. What has precedence decides; what stands
 below it must agree, or the request is refused and both fields are named. Nothing is guessed: a count
 that the student was not made for, or that its gate did not pass, is refused with those that are allowed.
+Tier `auto` leaves the tier to the load: it gets a ladder of choices, the default tier's first.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from engines.errors import ContradictoryFields, InvalidRequest, InvalidSize, ModelNotFound, StepsNotAllowed
+from engines.errors import (
+    ContradictoryFields,
+    InvalidRequest,
+    InvalidSize,
+    ModelNotFound,
+    Overloaded,
+    StepsNotAllowed,
+)
 from engines.manifest import StudentManifest, shown
 from engines.registry.base import Revision, TierTarget
 from server.leases import num_evaluations
+from server.messages import TierSteps
 
 MIN_DIGITS = 12
+AUTO = "auto"
 UNTIERED = "custom"  # the tier of a version that no tier names
+_SAVES = 1 / 3  # of network rows: what a rung of the ladder at least saves over the one above
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +53,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What the request is pinned to. `downgraded_from` is the default tier where the latency asked for forbade it."""
+    """What the request is pinned to. `downgraded_from` is the default tier where latency or load forbade it."""
 
     deployment: str
     version: str
@@ -50,45 +61,120 @@ class Choice:
     steps: int
     width: int
     height: int
-    downgraded_from: str | None = None
+    downgraded_from: TierSteps | None = None
 
 
-Latency = Callable[[TierTarget], float | None]
-"""Predicted milliseconds of one request at a target, None where nothing was measured yet."""
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What one request at a target takes: predicted on an idle worker, and expected at the present load."""
+
+    alone_ms: float
+    now_ms: float
+
+
+Expect = Callable[[TierTarget], Expected | None]
+"""None where nothing was measured yet."""
 
 
 def resolve(
-    wanted: Wanted, revisions: Sequence[Revision], manifests: Mapping[str, StudentManifest], *, latency_ms: Latency
-) -> Choice:
-    """The one version, tier and count that serves `wanted`.
+    wanted: Wanted, revisions: Sequence[Revision], manifests: Mapping[str, StudentManifest], *, expect: Expect
+) -> tuple[Choice, ...]:
+    """The version, tier and count that serves `wanted`; for tier `auto` also what may serve it under load, best first.
 
     `revisions` are the current revision of the deployment and, second, the previous one, which serves
     only those who name its version.
 
     Raises:
-        InvalidRequest, ContradictoryFields, StepsNotAllowed, InvalidSize, ModelNotFound: see each message.
+        InvalidRequest, ContradictoryFields, StepsNotAllowed, InvalidSize, ModelNotFound, Overloaded: see each message.
     """
     revision, pinned = _revision(wanted, revisions)
-    candidates = _candidates(revision, pinned, manifests)
-    tier, target = _target(wanted, revision, pinned, candidates, latency_ms)
-    manifest = manifests[target.student]
-    manifest.plan(target.steps, wanted.guidance)
-    if wanted.max_latency_ms is not None and (wanted.tier is not None or wanted.steps is not None):
-        _check_latency(wanted, target, latency_ms)
-    width, height = _size(wanted, manifest)
-    default = (
-        revision.default_tier if wanted.max_latency_ms is not None and not wanted.tier and not wanted.steps else None
-    )
-    lower = default in candidates and list(candidates).index(tier) < list(candidates).index(default)
-    return Choice(
-        revision.deployment,
-        target.student,
-        tier,
-        target.steps,
-        width,
-        height,
-        downgraded_from=default if lower else None,
-    )
+    menu = _Menu(wanted, revision, pinned, manifests)
+    if wanted.steps is not None or wanted.tier not in (None, AUTO):
+        tier, target = _named(menu)
+        _check_latency(wanted, target, expect)
+        return (menu.choice(tier, target),)
+    default = menu.default()
+    if wanted.max_latency_ms is not None:
+        return (menu.choice(*_by_latency(menu, wanted.max_latency_ms, expect), instead_of=default),)
+    rungs = menu.rungs(default) if wanted.tier == AUTO else [default]
+    return tuple(menu.choice(*rung, instead_of=default) for rung in rungs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Menu:
+    """What a revision has for a request. `pinned` is the version that it named, if it named one."""
+
+    wanted: Wanted
+    revision: Revision
+    pinned: str | None
+    manifests: Mapping[str, StudentManifest]
+
+    def tiers(self) -> dict[str, TierTarget]:
+        """The tiers in question, cheapest first."""
+        found = [
+            (tier, target) for tier, target in self.revision.tiers.items() if self.pinned in (None, target.student)
+        ]
+        return dict(sorted(found, key=lambda item: (self.rows(item[1]), item[0])))
+
+    def default(self) -> tuple[str, TierTarget]:
+        """What serves where the request does not say."""
+        tiers = self.tiers()
+        if not tiers:  # pinned to a version that no tier names: its best is what it was made for
+            version = self.pinned or ""
+            return UNTIERED, TierTarget(student=version, steps=max(self.revision.allowed[version]))
+        tier = self.revision.default_tier if self.revision.default_tier in tiers else list(tiers)[-1]
+        return tier, tiers[tier]
+
+    def targets(self) -> list[tuple[str, TierTarget]]:
+        """What may serve a request that leaves the count open, cheapest first.
+
+        Each tier's own count, and the smaller ones that its student passed at, as the cheapest tier of that student. A
+        teacher takes no fewer steps than its tier says: it can, and blurs.
+        """
+        tiers = self.tiers()
+        found = {target: tier for tier, target in reversed(tiers.items())}
+        for tier, target in tiers.items():
+            if self.manifests[target.student].kind != "teacher":
+                most = max(other.steps for other in tiers.values() if other.student == target.student)
+                for steps in self.revision.allowed[target.student]:
+                    if steps < most:
+                        found.setdefault(TierTarget(student=target.student, steps=steps), tier)
+        return sorted(((tier, target) for target, tier in found.items()), key=lambda one: (self.rows(one[1]), one[0]))
+
+    def rungs(self, top: tuple[str, TierTarget]) -> list[tuple[str, TierTarget]]:
+        """`top`, then what serves instead of it under more and more load: each saves a third of the rows or more."""
+        rungs = [top]
+        for tier, target in reversed(self.targets()):
+            if self.rows(target) <= (1 - _SAVES) * self.rows(rungs[-1][1]) and self.serves(target):
+                rungs.append((tier, target))
+        return rungs
+
+    def rows(self, target: TierTarget) -> int:
+        return num_evaluations(self.manifests[target.student], target.steps)
+
+    def serves(self, target: TierTarget) -> bool:
+        """Whether its student was made for the guidance and size that the request wants."""
+        try:
+            self.choice(UNTIERED, target)
+        except InvalidRequest:
+            return False
+        return True
+
+    def choice(self, tier: str, target: TierTarget, *, instead_of: tuple[str, TierTarget] | None = None) -> Choice:
+        """Raises what is wrong with the guidance or size that the request wants."""
+        manifest = self.manifests[target.student]
+        manifest.plan(target.steps, self.wanted.guidance)
+        width, height = _size(self.wanted, manifest)
+        above = instead_of if instead_of and self.rows(target) < self.rows(instead_of[1]) else None
+        return Choice(
+            self.revision.deployment,
+            target.student,
+            tier,
+            target.steps,
+            width,
+            height,
+            downgraded_from=TierSteps(tier=above[0], steps=above[1].steps) if above else None,
+        )
 
 
 def find_version(revision: Revision, name: str, digest: str) -> str | None:
@@ -117,30 +203,12 @@ def _revision(wanted: Wanted, revisions: Sequence[Revision]) -> tuple[Revision, 
     )
 
 
-def _candidates(
-    revision: Revision, pinned: str | None, manifests: Mapping[str, StudentManifest]
-) -> dict[str, TierTarget]:
-    """The tiers in question, cheapest first."""
-    tiers = {name: target for name, target in revision.tiers.items() if pinned is None or target.student == pinned}
-    return dict(
-        sorted(tiers.items(), key=lambda item: (num_evaluations(manifests[item[1].student], item[1].steps), item[0]))
-    )
-
-
-def _target(
-    wanted: Wanted, revision: Revision, pinned: str | None, candidates: dict[str, TierTarget], latency_ms: Latency
-) -> tuple[str, TierTarget]:
-    if wanted.tier is not None:
-        return wanted.tier, _by_tier(wanted, revision, pinned)
-    if wanted.steps is not None:
-        return _by_steps(wanted, wanted.steps, revision, pinned, candidates)
-    if not candidates:  # pinned to a version that no tier names: its best is what it was made for
-        steps = max(revision.allowed[pinned or ""])
-        return UNTIERED, TierTarget(student=pinned or "", steps=steps)
-    if wanted.max_latency_ms is not None:
-        return _by_latency(wanted, wanted.max_latency_ms, candidates, latency_ms)
-    tier = revision.default_tier if revision.default_tier in candidates else list(candidates)[-1]
-    return tier, candidates[tier]
+def _named(menu: _Menu) -> tuple[str, TierTarget]:
+    """What the tier or the count that a request names stands for."""
+    wanted = menu.wanted
+    if wanted.tier not in (None, AUTO):
+        return wanted.tier or "", _by_tier(wanted, menu.revision, menu.pinned)
+    return _by_steps(wanted, wanted.steps or 0, menu.revision, menu.pinned, menu.tiers())
 
 
 def _by_tier(wanted: Wanted, revision: Revision, pinned: str | None) -> TierTarget:
@@ -183,36 +251,52 @@ def _by_steps(
     )
 
 
-def _by_latency(
-    wanted: Wanted, max_latency_ms: int, candidates: dict[str, TierTarget], latency_ms: Latency
-) -> tuple[str, TierTarget]:
-    """The best tier predicted to be in time; the cheapest where nothing is measured yet."""
-    measured = {tier: latency_ms(target) for tier, target in candidates.items()}
-    fitting = [tier for tier, ms in measured.items() if ms is not None and ms <= max_latency_ms]
+def _by_latency(menu: _Menu, limit_ms: int, expect: Expect) -> tuple[str, TierTarget]:
+    """The best target that is expected to be in time; the cheapest where nothing is measured yet."""
+    wanted = menu.wanted
+    targets = menu.targets() or [menu.default()]
+    targets = [one for one in targets if menu.serves(one[1])] or targets[:1]
+    expected = [expect(target) for _, target in targets]
+    fitting = [i for i, one in enumerate(expected) if one is not None and one.now_ms <= limit_ms]
     if fitting:
-        return fitting[-1], candidates[fitting[-1]]
-    cheapest = next(iter(candidates))
-    least = measured[cheapest]
+        return targets[fitting[-1]]
+    tier, _ = targets[0]
+    least = expected[0]
     if least is None:
-        return cheapest, candidates[cheapest]
-    raise InvalidRequest(
-        f"{wanted.names.latency}={max_latency_ms} is too little for {wanted.model}: its fastest tier, {cheapest}, "
-        f"takes about {least:.0f} ms",
-        param=wanted.names.latency,
-    )
+        return targets[0]
+    if least.alone_ms > limit_ms:
+        raise InvalidRequest(
+            f"{wanted.names.latency}={limit_ms} is too little for {wanted.model}: its fastest tier, {tier}, "
+            f"takes about {least.alone_ms:.0f} ms",
+            param=wanted.names.latency,
+        )
+    raise _too_slow_now(wanted, f"the fastest tier of {wanted.model}, {tier},", least, limit_ms)
 
 
-def _check_latency(wanted: Wanted, target: TierTarget, latency_ms: Latency) -> None:
-    predicted = latency_ms(target)
-    limit = wanted.max_latency_ms
-    if predicted is None or limit is None or predicted <= limit:
+def _check_latency(wanted: Wanted, target: TierTarget, expect: Expect) -> None:
+    """That what the request names keeps the latency that it names too."""
+    limit_ms = wanted.max_latency_ms
+    expected = None if limit_ms is None else expect(target)
+    if limit_ms is None or expected is None or max(expected.alone_ms, expected.now_ms) <= limit_ms:
         return
     names = wanted.names
-    field, value = (names.tier, wanted.tier) if wanted.tier is not None else (names.steps, wanted.steps)
-    raise ContradictoryFields(
-        f"{field}={value} and {names.latency}={limit} contradict each other: {target.steps} steps take about "
-        f"{predicted:.0f} ms; leave one of the two out",
-        param=names.latency,
+    field, value = (names.steps, wanted.steps) if wanted.tier in (None, AUTO) else (names.tier, wanted.tier)
+    if expected.alone_ms > limit_ms:
+        raise ContradictoryFields(
+            f"{field}={value} and {names.latency}={limit_ms} contradict each other: {target.steps} steps take about "
+            f"{expected.alone_ms:.0f} ms; leave one of the two out",
+            param=names.latency,
+        )
+    raise _too_slow_now(wanted, f"{field}={value}", expected, limit_ms)
+
+
+def _too_slow_now(wanted: Wanted, what: str, expected: Expected, limit_ms: int) -> Overloaded:
+    over_s = (expected.now_ms - limit_ms) / 1000
+    return Overloaded(
+        f"at the present load {what} takes about {expected.now_ms:.0f} ms and {wanted.names.latency}={limit_ms}: "
+        f"try again in {over_s:.1f} s, or allow more",
+        param=wanted.names.latency,
+        retry_after_s=over_s,
     )
 
 

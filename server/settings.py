@@ -47,6 +47,12 @@ class GatewaySettings(BaseSettings):
     result_ttl_s: float = Field(600, gt=0, description="how long answers are kept after their end")
     drain_s: float = Field(0.5, ge=0, description="how long a stopping gateway answers 503 before it stops listening")
     max_wait_s: float = Field(60, gt=0, description="a longer predicted wait is refused with 429")
+    degrade_wait_s: float = Field(
+        1.0,
+        gt=0,
+        description="tier auto takes fewer steps while the predicted wait is longer, ever fewer as it doubles",
+    )
+    degrade_hold_s: float = Field(5.0, gt=0, description="and one rung more again when it was low for so long")
     worker_grace_s: float = Field(15, ge=0, description="accept this long after the last live worker was seen")
     poll_s: float = Field(0.5, gt=0, description="how often registry and workers are read")
     log_level: LogLevel = "info"

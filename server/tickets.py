@@ -81,6 +81,7 @@ class Ticket:
             ignored_words=list(prompt.ignored_words) if prompt else [],
             text_tokens=prompt.tokens if prompt else 0,
             num_images=request.n,
+            downgraded_from=request.downgraded_from,
         )
 
     def failure(self, body: ErrorBody, *, worker: str, now_s: float) -> GenerateResult:

@@ -100,6 +100,7 @@ class Painter:
             ignored_words=[word for word in request.prompt.split() if word == "xyzzy"],
             text_tokens=len(request.prompt.split()),
             num_images=request.n,
+            downgraded_from=request.downgraded_from,
         )
         await self.broker.finish(claim, result, images)
 

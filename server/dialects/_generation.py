@@ -8,8 +8,8 @@ from engines.manifest import shown
 from server import http_errors
 from server.brokers.base import Status
 from server.http_errors import ErrorInfo
-from server.intent import Answer
-from server.messages import GenerateResult, Timing
+from server.intent import Answer, Ticket
+from server.messages import GenerateResult, TierSteps, Timing
 from server.signing import Signer
 
 
@@ -49,6 +49,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     timing: GenerationTiming | None = None
     images: list[GenerationImage] = []
     ignored_words: list[str] = []
+    downgraded_from: TierSteps | None = None
 
 
 def in_progress(status: Status) -> Generation:
@@ -91,6 +92,7 @@ def finished(signer: Signer, answer: Answer, *, store: bool, model: str, status:
         timing=_timing(result.timing),
         images=_images(signer, answer, store=store),
         ignored_words=result.ignored_words,
+        downgraded_from=result.downgraded_from,
     )
 
 
@@ -113,7 +115,18 @@ def headers_of(result: GenerateResult) -> dict[str, str]:
         "x-tier": result.tier,
         "x-backend": result.backend,
         "server-timing": spent,
+        **_downgraded(result.downgraded_from),
     }
+
+
+def headers_of_queued(ticket: Ticket) -> dict[str, str]:
+    """What is known of a generation whose answer is still to come."""
+    return {"x-generation-id": ticket.id, **_downgraded(ticket.choice.downgraded_from if ticket.choice else None)}
+
+
+def _downgraded(above: TierSteps | None) -> dict[str, str]:
+    """What would have served it with less load or more time, as RFC 8941 writes an item: `medium;steps=4`."""
+    return {"x-downgraded-from": f"{above.tier};steps={above.steps}"} if above else {}
 
 
 def rfc3339(ms: int | None) -> str | None:

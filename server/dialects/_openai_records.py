@@ -8,6 +8,7 @@ from msgspec import Meta
 from engines.manifest import shown
 from server.dialects._native_request import MAX_PROMPT_CHARS
 from server.intent import Answer, ImageFormat
+from server.messages import TierSteps
 
 
 class ImageGenerationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -71,6 +72,7 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True):
     decode_ms: float
     image_ms: float
     ignored_words: list[str]
+    downgraded_from: TierSteps | None = None
 
 
 class ImagesResponse(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,4 +115,5 @@ def provenance(answer: Answer) -> Provenance:
         decode_ms=round(timing.decode_ms, 3),
         image_ms=round(timing.image_ms, 3),
         ignored_words=result.ignored_words,
+        downgraded_from=result.downgraded_from,
     )

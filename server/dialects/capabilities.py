@@ -7,10 +7,12 @@ from starlette.responses import Response
 
 from engines.manifest import shown
 from engines.registry.base import TierTarget
+from server import leases
 from server.catalog import Deployment
 from server.dialects import base
 from server.dialects._native_request import MAX_PROMPT_CHARS
 from server.gateway import Gateway
+from server.latencies import Work
 
 
 class GuidanceRange(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,7 +84,7 @@ def _capability(gateway: Gateway, deployment: Deployment) -> Capability:
         sizes=[f"{width}x{height}" for width, height in manifest.resolutions],
         output_formats=list(base.MIME),
         default_tier=revision.default_tier,
-        tiers={tier: _tier(gateway, deployment, tier, target) for tier, target in revision.tiers.items()},
+        tiers={tier: _tier(gateway, deployment, target) for tier, target in revision.tiers.items()},
         workers=gateway.catalog.num_workers(deployment.name),
         limits=LimitRecord(
             n=10,
@@ -93,9 +95,11 @@ def _capability(gateway: Gateway, deployment: Deployment) -> Capability:
     )
 
 
-def _tier(gateway: Gateway, deployment: Deployment, tier: str, target: TierTarget) -> TierCapability:
-    guidance = deployment.manifests[target.student].guidance
-    seen = gateway.latencies.quantiles(deployment.name, tier)
+def _tier(gateway: Gateway, deployment: Deployment, target: TierTarget) -> TierCapability:
+    manifest, catalog = deployment.manifests[target.student], gateway.catalog
+    guidance, rows = manifest.guidance, catalog.evaluations(deployment.name, target, None)
+    alone_s = leases.alone_s(catalog.costs(target.student), rows)
+    seen = gateway.latencies.quantiles(Work(deployment.name, target.student, rows, manifest.resolutions[0]))
     return TierCapability(
         model_version=shown(target.student),
         steps=target.steps,
@@ -103,7 +107,7 @@ def _tier(gateway: Gateway, deployment: Deployment, tier: str, target: TierTarge
         guidance=GuidanceRange(
             mode=guidance.mode, default=guidance.default, minimum=guidance.minimum, maximum=guidance.maximum
         ),
-        alone_ms=gateway.catalog.latency_ms(target, deployment.name),
+        alone_ms=None if alone_s is None else 1000 * alone_s,
         p50_ms=seen.p50_ms if seen else None,
         p95_ms=seen.p95_ms if seen else None,
     )

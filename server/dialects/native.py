@@ -16,7 +16,7 @@ from server import idempotency
 from server.auth import Principal
 from server.brokers.base import Emitted, Status
 from server.dialects import base
-from server.dialects._generation import Generation, failed, finished, headers_of, in_progress
+from server.dialects._generation import Generation, failed, finished, headers_of, headers_of_queued, in_progress
 from server.dialects._native_request import (
     GenerationRequest,
     Preference,
@@ -110,7 +110,8 @@ class _Endpoints:
         if body.stream or prefer != _NOW:
             gateway.expire_later(ticket)
         if body.stream:
-            return self._stream(ticket.id, cancels(body, default=key is None), store=body.store)
+            told = headers_of_queued(ticket)
+            return self._stream(ticket.id, cancels(body, default=key is None), store=body.store, headers=told)
         if prefer.later or (prefer.wait_s is not None and not await gateway.wait(ticket, prefer.wait_s)):
             return await self._later(ticket, principal, prefer)
         cancel = cancels(body, default=key is None and prefer.wait_s is None)
@@ -155,7 +156,8 @@ class _Endpoints:
             raise InvalidRequest(
                 f"Last-Event-ID is a number that came with an event, not {last!r}", param="Last-Event-ID"
             )
-        return self._stream(status.id, cancel=False, store=True, after=int(last))
+        headers = {"x-generation-id": status.id}
+        return self._stream(status.id, cancel=False, store=True, headers=headers, after=int(last))
 
     # --- inside ----------------------------------------------------------------------------------
 
@@ -173,19 +175,22 @@ class _Endpoints:
     async def _later(self, ticket: Ticket, principal: Principal, prefer: Preference) -> Response:
         body = await self._shown(await self._gateway.status(ticket.id, principal))
         applied = "respond-async" if prefer.later else f"wait={prefer.wait_s}"
-        headers = {"location": f"/v1/generations/{ticket.id}", "preference-applied": applied}
+        headers = headers_of_queued(ticket) | {
+            "location": f"/v1/generations/{ticket.id}",
+            "preference-applied": applied,
+        }
         return base.respond(body, 202, headers)
 
-    def _stream(self, request_id: str, cancel: bool, *, store: bool, after: int = 0) -> Response:
+    def _stream(
+        self, request_id: str, cancel: bool, *, store: bool, headers: dict[str, str], after: int = 0
+    ) -> Response:
         gateway = self._gateway
 
         def gone() -> None:
             if cancel:
                 gateway.cancel_soon(request_id)
 
-        return base.EventStream(
-            self._follow(request_id, after, store=store), gone=gone, headers={"x-generation-id": request_id}
-        )
+        return base.EventStream(self._follow(request_id, after, store=store), gone=gone, headers=headers)
 
     async def _follow(self, request_id: str, after: int, *, store: bool) -> AsyncIterator[Event]:
         number = after

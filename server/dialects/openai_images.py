@@ -1,7 +1,8 @@
 """OpenAI's images API, so that its SDKs and what is built on them work unchanged.
 
-`quality` is honoured: it is the tier. Fields that OpenAI defines and we have no use for (`moderation`,
-`style`, `user`, `background` other than transparent) are accepted; unknown ones are refused by name.
+`quality` is honoured: it is the tier; left out it is `auto`, as OpenAI defines. Fields that OpenAI defines and we
+have no use for (`moderation`, `style`, `user`, `background` other than transparent) are accepted; unknown ones are
+refused by name.
 """
 
 import time
@@ -15,7 +16,7 @@ from starlette.responses import Response
 from engines.errors import FewstepError, InvalidRequest, InvalidSize, NotBuilt
 from server import idempotency
 from server.dialects import base
-from server.dialects._generation import content_path, headers_of
+from server.dialects._generation import content_path, headers_of, headers_of_queued
 from server.dialects._openai_records import (
     ImageData,
     ImageEvent,
@@ -28,10 +29,10 @@ from server.dialects._openai_records import (
 from server.dialects.base import Event
 from server.gateway import Gateway
 from server.intent import Answer, Intent, Ticket
-from server.router import Names, Wanted
+from server.router import AUTO, Names, Wanted
 
 _NAMES = Names(tier="quality", steps="num_inference_steps")
-_TIERS = {"standard": "medium", "hd": "high", "auto": None}
+_TIERS = {"standard": "medium", "hd": "high"}
 
 
 _decoder = msgspec.json.Decoder(ImageGenerationRequest)
@@ -77,7 +78,7 @@ class _Endpoints:
 
         if body.stream:
             gateway.expire_later(ticket)
-            return base.EventStream(self._follow(ticket, intent), gone=gone, headers={"x-generation-id": ticket.id})
+            return base.EventStream(self._follow(ticket, intent), gone=gone, headers=headers_of_queued(ticket))
         async with base.Watched(request, gone if key is None else None):
             answer = await gateway.answer(ticket)
         made = self._made(answer, ticket, intent, as_url=body.response_format == "url")
@@ -180,7 +181,7 @@ def _intent(body: ImageGenerationRequest, traceparent: str | None) -> Intent:
     return Intent(
         wanted=Wanted(
             model=body.model or "",
-            tier=_TIERS.get(body.quality, body.quality) if body.quality else None,
+            tier=_TIERS.get(body.quality, body.quality) if body.quality else AUTO,
             steps=body.num_inference_steps,
             max_latency_ms=body.max_latency_ms,
             guidance=body.guidance_scale,

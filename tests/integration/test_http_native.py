@@ -171,7 +171,7 @@ def test_what_nobody_foresaw_is_a_500_with_our_body(stack: GatewayStack, monkeyp
     def broken(*_: object) -> None:
         raise ZeroDivisionError("/secret")
 
-    monkeypatch.setattr(stack.app.state.gateway.catalog, "choose", broken)
+    monkeypatch.setattr(stack.app.state.gateway.catalog, "choices", broken)
     response = stack.client.post(PATH, json={"prompt": "x"})
     assert (response.status_code, error(response)["code"]) == (500, "internal_error")
     assert "secret" not in response.text
@@ -367,3 +367,16 @@ def test_a_gateway_that_stops_refuses_what_is_new(stack: GatewayStack) -> None:
         assert stack.client.get("/readyz").status_code == 503
     finally:
         stack.app.state.gateway.draining = False
+
+
+def test_tier_auto_gives_way_to_load_and_no_word_means_the_default_tier() -> None:
+    registry = MemoryRegistry()
+    publish(registry, TEACHER, STUDENT)
+    with running(NOW, registry=registry, poll_s=60.0) as stack:
+        stack.app.state.gateway.catalog.view.published_s[("shapes", "normal")] = 5.0
+        told = stack.client.post(PATH, json={"prompt": "x", "tier": "auto"})
+        assert (told.json()["tier"], told.json()["downgraded_from"]) == ("low", {"tier": "medium", "steps": 4})
+        assert told.headers["x-downgraded-from"] == "medium;steps=4"
+        later = stack.client.post(PATH, json={"prompt": "x", "tier": "auto"}, headers={"prefer": "respond-async"})
+        assert later.headers["x-downgraded-from"] == "medium;steps=4"
+        assert stack.client.post(PATH, json={"prompt": "x"}).json()["downgraded_from"] is None

@@ -53,6 +53,7 @@ def test_the_answer_has_openai_s_shape_and_what_made_it(stack: GatewayStack) -> 
             "decode_ms": 0.5,
             "image_ms": 0.25,
             "ignored_words": [],
+            "downgraded_from": None,
         },
     }
 
@@ -118,3 +119,37 @@ def test_a_repeat_under_its_key_is_the_same_answer(stack: GatewayStack) -> None:
     one, two = (stack.client.post(PATH, json={"prompt": "x"}, headers=headers).json() for _ in range(2))
     assert one["x_fewstep"]["seeds"] == two["x_fewstep"]["seeds"]
     assert (one["data"], one["size"], one["usage"]) == (two["data"], two["size"], two["usage"])
+
+
+def queue(stack: GatewayStack, seconds: float) -> None:
+    """Shows the gateway a queue that long until its next look."""
+    stack.app.state.gateway.catalog.view.published_s[("shapes", "normal")] = seconds
+
+
+def test_auto_gives_way_to_load_and_says_so_where_a_named_quality_does_not() -> None:
+    registry = MemoryRegistry()
+    publish(registry, TEACHER, STUDENT)
+    with running(NOW, registry=registry, poll_s=60.0) as stack:
+        queue(stack, 1.5)
+        for quality in ("auto", None):
+            response = stack.client.post(PATH, json={"prompt": "x", "quality": quality})
+            made = response.json()
+            assert (made["quality"], made["x_fewstep"]["steps"]) == ("low", 2)
+            assert made["x_fewstep"]["downgraded_from"] == {"tier": "medium", "steps": 4}
+            assert response.headers["x-downgraded-from"] == "medium;steps=4"
+        assert stack.metric("fewstep_tier_downgraded_total", **{"from": "medium", "to": "low"}) == 2
+        assert stack.metric("fewstep_degraded", model="shapes", **{"class": "normal"}) == 1
+        named = stack.client.post(PATH, json={"prompt": "x", "quality": "medium"})
+        assert (named.json()["x_fewstep"]["steps"], "x-downgraded-from" in named.headers) == (4, False)
+        assert stack.metric("fewstep_tier_downgraded_total", **{"from": "medium", "to": "low"}) == 2
+
+
+def test_a_stream_says_at_its_head_that_it_was_downgraded() -> None:
+    registry = MemoryRegistry()
+    publish(registry, TEACHER, STUDENT)
+    with running(NOW, registry=registry, poll_s=60.0) as stack:
+        queue(stack, 5.0)
+        response = stack.client.post(PATH, json={"prompt": "x", "stream": True})
+        assert response.headers["x-downgraded-from"] == "medium;steps=4"
+        completed = json.loads(response.text.split("data: ")[1].split("\n")[0])
+        assert completed["x_fewstep"]["downgraded_from"] == {"tier": "medium", "steps": 4}

@@ -10,10 +10,6 @@ def test_an_idle_queue_admits_at_once() -> None:
     assert admit(Load(1, 0.0, 0.02), LIMITS, budget_s=1.0) == 0.0
 
 
-def test_workers_share_the_queue() -> None:
-    assert admit(Load(4, 8.0, 0.1), LIMITS, budget_s=5.0) == 2.0
-
-
 def test_a_request_that_would_miss_its_own_deadline_is_refused_with_the_time_after_which_it_would_not() -> None:
     with pytest.raises(Overloaded) as caught:
         admit(Load(1, 4.0, 0.5), LIMITS, budget_s=2.0)

@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 
 from engines.errors import DeadlineExceeded, Gone, InvalidRequest, NotFound, Overloaded, Unavailable
+from engines.manifest import StudentManifest
+from engines.registry.base import Revision
 from engines.registry.memory import MemoryRegistry
 from server import leases, metrics
 from server.auth import Principal
@@ -20,6 +22,7 @@ from tests.gateway_stack import COST
 from tests.unit.server.manifests import manifest, publish, revision
 
 OLD, NEW = manifest("shapes-fast", 1, 4, mark=1), manifest("shapes-fast", 1, 4, mark=2)
+FIRST = revision(1, {"medium": (OLD, 4)})
 WEB = Principal("web", frozenset({"generate"}))
 INTENT = Intent(Wanted("shapes"), "a red circle")
 
@@ -49,10 +52,16 @@ class Picky(MemoryBroker):
 class Stand:
     """A gateway whose catalog looks only when told to."""
 
-    def __init__(self, refusals: int = 0, **settings: object) -> None:
+    def __init__(
+        self,
+        refusals: int = 0,
+        students: tuple[StudentManifest, ...] = (OLD, NEW),
+        current: Revision = FIRST,
+        **settings: object,
+    ) -> None:
         self.registry = MemoryRegistry()
-        publish(self.registry, OLD, NEW)
-        self.registry.commit(revision(1, {"medium": (OLD, 4)}))
+        publish(self.registry, *students)
+        self.registry.commit(current)
         self.server, self.clock = MemoryServer(), Clock()
         self.broker = Picky(self.server, refusals)
         self.worker = MemoryBroker(self.server, "worker-1")

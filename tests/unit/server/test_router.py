@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 
 from engines.errors import (
@@ -6,11 +8,13 @@ from engines.errors import (
     InvalidRequest,
     InvalidSize,
     ModelNotFound,
+    Overloaded,
     StepsNotAllowed,
 )
 from engines.manifest import Guidance
 from engines.registry.base import Revision, TierTarget
-from server.router import UNTIERED, Choice, Names, Wanted, resolve
+from server.messages import TierSteps
+from server.router import AUTO, UNTIERED, Choice, Expected, Names, Wanted, resolve
 from tests.unit.server.manifests import CFG, manifest, revision
 
 TEACHER = manifest("shapes", 32, mark=1, guidance=CFG)
@@ -24,21 +28,37 @@ BEFORE = revision(1, {"medium": (OLD, 4), "high": (TEACHER, 32)})
 MEASURED_MS = {1: 3.0, 4: 10.0, 32: 150.0}
 
 
-def unmeasured(_: TierTarget) -> float | None:
+def unmeasured(_: TierTarget) -> Expected | None:
     return None
 
 
-def measured(target: TierTarget) -> float | None:
-    return MEASURED_MS.get(target.steps)
+def measured(target: TierTarget) -> Expected | None:
+    return busy(target, slower=1.0)
 
 
-def choose(wanted: Wanted, latency=unmeasured, revisions: tuple[Revision, ...] = (NOW, BEFORE)) -> Choice:  # type: ignore[no-untyped-def]
-    return resolve(wanted, revisions, MANIFESTS, latency_ms=latency)
+def busy(target: TierTarget, slower: float = 10.0) -> Expected | None:
+    """At a load at which everything takes ten times as long as on an idle worker."""
+    ms = MEASURED_MS.get(target.steps)
+    return None if ms is None else Expected(ms, slower * ms)
 
 
-def refused(kind: type[FewstepError], wanted: Wanted, latency=unmeasured) -> str:  # type: ignore[no-untyped-def]
+Expect = Callable[[TierTarget], Expected | None]
+
+
+def choices(
+    wanted: Wanted, expect: Expect = unmeasured, revisions: tuple[Revision, ...] = (NOW, BEFORE)
+) -> tuple[Choice, ...]:
+    return resolve(wanted, revisions, MANIFESTS, expect=expect)
+
+
+def choose(wanted: Wanted, expect: Expect = unmeasured, revisions: tuple[Revision, ...] = (NOW, BEFORE)) -> Choice:
+    (choice,) = choices(wanted, expect, revisions)
+    return choice
+
+
+def refused(kind: type[FewstepError], wanted: Wanted, expect: Expect = unmeasured) -> str:
     with pytest.raises(kind) as caught:
-        choose(wanted, latency)
+        choose(wanted, expect)
     return caught.value.message
 
 
@@ -132,11 +152,35 @@ def test_a_version_no_tier_names_serves_in_the_counts_it_passed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit_ms", "tier", "downgraded"), [(5, "low", "medium"), (20, "medium", None), (500, "high", None)]
+    ("limit_ms", "tier", "downgraded"),
+    [(5, "low", TierSteps(tier="medium", steps=4)), (20, "medium", None), (500, "high", None)],
 )
-def test_a_latency_limit_gets_the_best_tier_that_keeps_it(limit_ms: int, tier: str, downgraded: str | None) -> None:
+def test_a_latency_limit_gets_the_best_tier_that_keeps_it(
+    limit_ms: int, tier: str, downgraded: TierSteps | None
+) -> None:
     choice = choose(Wanted("shapes", max_latency_ms=limit_ms), measured)
     assert (choice.tier, choice.downgraded_from) == (tier, downgraded)
+
+
+def test_a_latency_limit_is_kept_at_the_present_load() -> None:
+    assert choose(Wanted("shapes", max_latency_ms=120), busy).steps == 4
+    assert choose(Wanted("shapes", max_latency_ms=99), busy).steps == 1
+
+
+def test_a_latency_limit_may_get_a_count_between_two_tiers() -> None:
+    def expect(target: TierTarget) -> Expected:
+        return Expected(target.steps, 10.0 * target.steps)
+
+    choice = choose(Wanted("shapes", max_latency_ms=25), expect)
+    assert (choice.version, choice.steps, choice.tier) == (STUDENT.version, 2, "low")
+
+
+def test_a_latency_limit_that_only_the_load_forbids_is_to_come_back() -> None:
+    with pytest.raises(Overloaded) as caught:
+        choose(Wanted("shapes", max_latency_ms=20), busy)
+    assert caught.value.retry_after_s == pytest.approx(0.010)
+    with pytest.raises(Overloaded, match="tier=medium takes about 100 ms"):
+        choose(Wanted("shapes", tier="medium", max_latency_ms=20), busy)
 
 
 def test_a_latency_limit_below_the_fastest_tier_is_refused_with_what_that_takes() -> None:
@@ -164,3 +208,49 @@ def test_a_size_that_is_made_is_kept_and_another_is_refused_with_those_there_are
 def test_guidance_outside_what_the_student_was_made_for_is_refused() -> None:
     assert "2.0..2.0" in refused(InvalidRequest, Wanted("shapes", guidance=3.0))
     assert choose(Wanted("shapes", tier="high", guidance=3.0)).steps == 32
+
+
+def test_auto_is_the_default_tier_and_then_ever_fewer_steps() -> None:
+    ladder = choices(Wanted("shapes", tier=AUTO))
+    assert [(choice.tier, choice.steps) for choice in ladder] == [("medium", 4), ("low", 2), ("low", 1)]
+    assert {choice.version for choice in ladder} == {STUDENT.version}
+    above = TierSteps(tier="medium", steps=4)
+    assert [choice.downgraded_from for choice in ladder] == [None, above, above]
+
+
+def test_auto_goes_from_the_teacher_to_its_students() -> None:
+    taught = NOW.model_copy(update={"default_tier": "high"})
+    assert [choice.steps for choice in choices(Wanted("shapes", tier=AUTO), revisions=(taught,))] == [32, 4, 2, 1]
+
+
+def test_a_teacher_takes_no_fewer_steps_than_its_tier_says() -> None:
+    blurring = manifest("shapes", 2, 4, 32, mark=1, guidance=CFG).model_copy(update={"kind": "teacher"})
+    alone = revision(1, {"high": (blurring, 32)}, default="high")
+    wanted = Wanted("shapes", tier=AUTO)
+    assert [choice.steps for choice in resolve(wanted, [alone], {blurring.version: blurring}, expect=unmeasured)] == [
+        32
+    ]
+
+
+def test_a_rung_saves_a_third_of_the_rows_or_is_none() -> None:
+    many = manifest("many", 1, 2, 3, 4, 5, 6, 7, 8, mark=1)
+    one = revision(1, {"medium": (many, 8)})
+    ladder = resolve(Wanted("shapes", tier=AUTO), [one], {many.version: many}, expect=unmeasured)
+    assert [choice.steps for choice in ladder] == [8, 5, 3, 2, 1]
+
+
+def test_auto_leaves_out_what_cannot_honour_guidance_or_size() -> None:
+    taught = NOW.model_copy(update={"default_tier": "high"})
+    ladder = choices(Wanted("shapes", tier=AUTO, guidance=3.0), revisions=(taught,))
+    assert [choice.steps for choice in ladder] == [32]
+
+
+@pytest.mark.parametrize("tier", [None, AUTO])
+def test_who_names_steps_gets_them_and_no_ladder(tier: str | None) -> None:
+    assert choose(Wanted("shapes", tier=tier, steps=2)).steps == 2
+    assert choose(Wanted("shapes")).downgraded_from is None
+
+
+def test_auto_of_a_named_version_stays_with_it() -> None:
+    ladder = choices(Wanted(f"shapes-fast@{OLD.digest}", tier=AUTO))
+    assert [(choice.version, choice.steps) for choice in ladder] == [(OLD.version, 4), (OLD.version, 1)]

@@ -1,0 +1,118 @@
+"""What a gateway decides of a request before it is queued: what serves it, and whether it may join.
+
+The rules are pure and elsewhere (`router`, `admission`, `degrader`); here they are asked with what the catalog and the
+latest answers say of the present load. `auto` goes down its ladder before anything is refused.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+from engines.errors import Overloaded, Unavailable
+from engines.registry.base import TierTarget
+from server import admission, leases
+from server.catalog import Catalog
+from server.degrader import Degrader, Thresholds
+from server.intent import Decision, Intent
+from server.latencies import Latencies, Work
+from server.messages import RequestClass, class_of
+from server.metrics import Metrics
+from server.router import Choice, Expected
+from server.settings import GatewaySettings
+
+
+class Dispatcher:
+    """`decide` for each request, `look` whenever the catalog has looked."""
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        catalog: Catalog,
+        latencies: Latencies,
+        metrics: Metrics,
+        clock_s: Callable[[], float],
+    ) -> None:
+        self._catalog, self._latencies, self._metrics, self._clock_s = catalog, latencies, metrics, clock_s
+        self._limits = admission.Limits(settings.max_wait_s, settings.worker_grace_s)
+        self._thresholds = Thresholds(settings.degrade_wait_s, settings.degrade_hold_s)
+        self._degraders: dict[tuple[str, RequestClass], Degrader] = {}
+
+    def decide(self, intent: Intent, budget_s: float) -> Decision:
+        """
+        Raises:
+            InvalidRequest and below: it cannot be served as asked.
+            Overloaded, Unavailable: not now.
+        """
+        if not intent.wanted.model:
+            intent = replace(intent, wanted=replace(intent.wanted, model=self._catalog.default_model()))
+        try:
+            ladder = self._catalog.choices(intent.wanted, partial(self._expect, intent))
+            return self._admit(intent, self._rungs(intent, ladder), budget_s)
+        except (Overloaded, Unavailable) as error:
+            self._metrics.shed.labels(error.code).inc()
+            raise
+
+    def look(self) -> None:
+        """Shows every ladder the present load, so that it is climbed again when nobody asks."""
+        for deployment, request_class in self._degraders:
+            self._look(deployment, request_class)
+
+    def _rungs(self, intent: Intent, ladder: Sequence[Choice]) -> Sequence[Choice]:
+        """What may still serve at this load, best first."""
+        if len(ladder) == 1:
+            return ladder
+        key = ladder[0].deployment, class_of(intent.priority)
+        degrader = self._degraders.setdefault(key, Degrader(self._thresholds))
+        degrader.depth = max(degrader.depth, len(ladder) - 1)
+        return ladder[min(self._look(*key), len(ladder) - 1) :]
+
+    def _look(self, deployment: str, request_class: RequestClass) -> int:
+        rung = self._degraders[deployment, request_class].look(
+            self._catalog.wait_s(deployment, request_class), self._clock_s()
+        )
+        self._metrics.degraded.labels(deployment, request_class).set(rung)
+        return rung
+
+    def _admit(self, intent: Intent, rungs: Sequence[Choice], budget_s: float) -> Decision:
+        """The first of these choices that may join; a cheaper one leaves more of its time for waiting."""
+        *better, last = rungs
+        for choice in better:
+            try:
+                return self._decision(intent, choice, budget_s)
+            except Overloaded:
+                continue
+        return self._decision(intent, last, budget_s)
+
+    def _decision(self, intent: Intent, choice: Choice, budget_s: float) -> Decision:
+        """Of a choice that may join; raises what `admission.admit` does."""
+        catalog, target = self._catalog, TierTarget(student=choice.version, steps=choice.steps)
+        rows = catalog.evaluations(choice.deployment, target, intent.wanted.guidance)
+        costs = catalog.costs(choice.version)
+        load = admission.Load(
+            num_workers=catalog.num_workers(choice.deployment),
+            wait_s=catalog.wait_s(choice.deployment, class_of(intent.priority)),
+            service_s=leases.alone_s(costs, rows) or 0.0,
+            worker_seen_s_ago=catalog.worker_seen_s_ago(choice.deployment),
+        )
+        admission.admit(load, self._limits, budget_s=budget_s)
+        size = choice.width, choice.height
+        return Decision(
+            choice,
+            cost_s=intent.n * leases.queued_s(costs, rows),
+            wait_s=load.wait_s,
+            work=Work(choice.deployment, choice.version, rows, size) if intent.n == 1 else None,
+        )
+
+    def _expect(self, intent: Intent, deployment: str, target: TierTarget) -> Expected | None:
+        """By what such requests took of late at a load like this; by costs and predicted wait where too few did."""
+        catalog, wanted = self._catalog, intent.wanted
+        rows, costs = catalog.evaluations(deployment, target, wanted.guidance), catalog.costs(target.student)
+        alone_s = leases.alone_s(costs, rows)
+        if alone_s is None:
+            return None
+        more_s = (intent.n - 1) * leases.queued_s(costs, rows)
+        wait_s = catalog.wait_s(deployment, class_of(intent.priority))
+        size = wanted.size or catalog.deployment(deployment).manifests[target.student].resolutions[0]
+        p95_ms = self._latencies.p95_ms(Work(deployment, target.student, rows, size), wait_s)
+        now_ms = 1000 * (wait_s + alone_s) if p95_ms is None else p95_ms
+        return Expected(alone_ms=1000 * (alone_s + more_s), now_ms=now_ms + 1000 * more_s)

@@ -1,0 +1,134 @@
+"""What a gateway decides under load, from a catalog that looks only when told to."""
+
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+
+import pytest
+
+from engines.errors import Overloaded
+from server import leases
+from server.dispatcher import Dispatcher
+from server.intent import Decision, Intent
+from server.latencies import Latencies, Work
+from server.messages import TierSteps
+from server.metrics import make
+from server.router import AUTO, Wanted
+from server.settings import GatewaySettings
+from tests.gateway_stack import COST
+from tests.unit.server.manifests import manifest, revision
+from tests.unit.server.test_gateway import Stand
+
+STUDENT = manifest("shapes-fast", 1, 2, 4, mark=1)
+NOW = revision(1, {"low": (STUDENT, 1), "medium": (STUDENT, 4)})
+AUTO_INTENT = Intent(Wanted("shapes", tier=AUTO), "x")
+DEFAULT = TierSteps(tier="medium", steps=4)
+
+
+class Desk:
+    """A dispatcher over one worker; `wait` sets what is queued before the next request."""
+
+    def __init__(self, stand: Stand, **settings: float) -> None:
+        self.catalog, self.clock = stand.gateway.catalog, stand.clock
+        self.latencies, self.metrics = Latencies(self.clock), make()
+        chosen = stand.gateway.settings.model_copy(update=settings)
+        self.dispatcher = Dispatcher(chosen, self.catalog, self.latencies, self.metrics, self.clock)
+
+    def wait(self, seconds: float, request_class: str = "normal") -> None:
+        self.catalog.view.published_s[("shapes", request_class)] = seconds
+
+    def decide(self, intent: Intent = AUTO_INTENT, budget_s: float = 60.0) -> Decision:
+        return self.dispatcher.decide(intent, budget_s)
+
+
+@pytest.fixture
+async def desk() -> AsyncIterator[Callable[..., Desk]]:
+    stand = Stand(students=(STUDENT,), current=NOW)
+    lease = leases.WorkerLease(deployments={"shapes": [STUDENT.version]}, costs={STUDENT.version: COST})
+    await stand.worker.renew_lease(leases.write(lease))
+    await stand.gateway.start()
+    yield lambda **settings: Desk(stand, **settings)
+    await stand.gateway.stop()
+
+
+def steps(desk: Desk, **wanted: object) -> int:
+    return desk.decide(replace(AUTO_INTENT, wanted=Wanted("shapes", **wanted))).choice.steps  # type: ignore[arg-type]
+
+
+async def test_auto_takes_fewer_steps_the_longer_the_queue_and_says_instead_of_what(desk: Callable[..., Desk]) -> None:
+    here = desk()
+    found = []
+    for wait_s in (0.0, 0.9, 1.0, 2.0):
+        here.wait(wait_s)
+        choice = here.decide().choice
+        found.append((choice.tier, choice.steps, choice.downgraded_from))
+    assert found == [("medium", 4, None), ("medium", 4, None), ("low", 2, DEFAULT), ("low", 1, DEFAULT)]
+
+
+async def test_who_names_tier_or_steps_gets_them_under_any_load(desk: Callable[..., Desk]) -> None:
+    here = desk()
+    here.wait(30.0)
+    assert steps(here, tier="medium") == 4
+    assert steps(here, steps=4) == 4
+    assert steps(here, steps=4, tier=AUTO) == 4
+    assert steps(here) == 4
+    assert steps(here, tier=AUTO) == 1
+
+
+async def test_auto_comes_back_when_nobody_asks(desk: Callable[..., Desk]) -> None:
+    here = desk()
+    labels = {"model": "shapes", "class": "normal"}
+    here.wait(1.0)
+    assert here.decide().choice.steps == 2
+    assert here.metrics.registry.get_sample_value("fewstep_degraded", labels) == 1
+    here.wait(0.0)
+    for _ in range(6):
+        here.clock.now_s += 1.0
+        here.dispatcher.look()
+    assert here.metrics.registry.get_sample_value("fewstep_degraded", labels) == 0
+    assert here.decide().choice.steps == 4
+
+
+async def test_a_class_is_degraded_by_what_stands_before_it_alone(desk: Callable[..., Desk]) -> None:
+    here = desk()
+    here.wait(30.0, "low")
+    assert here.decide().choice.steps == 4
+    assert here.decide(replace(AUTO_INTENT, priority=-10)).choice.steps == 1
+
+
+async def test_auto_takes_what_leaves_it_time_to_wait_before_it_is_refused(desk: Callable[..., Desk]) -> None:
+    """Alone, four steps take 22 ms, two 12 ms and one 7 ms; 20 ms are queued."""
+    here = desk()
+    here.wait(0.020)
+    assert [here.decide(budget_s=budget_s).choice.steps for budget_s in (0.043, 0.033, 0.028)] == [4, 2, 1]
+    with pytest.raises(Overloaded):
+        here.decide(replace(AUTO_INTENT, wanted=Wanted("shapes", tier="medium")), budget_s=0.033)
+    with pytest.raises(Overloaded) as caught:
+        here.decide(budget_s=0.020)
+    assert caught.value.retry_after_s == pytest.approx(0.007)
+    assert here.metrics.registry.get_sample_value("fewstep_shed_total", {"reason": "overloaded"}) == 2
+
+
+async def test_a_latency_limit_reads_what_was_measured_at_such_a_load(desk: Callable[..., Desk]) -> None:
+    here = desk()
+    work = here.decide(replace(AUTO_INTENT, wanted=Wanted("shapes", steps=4))).work
+    assert work == Work("shapes", STUDENT.version, 4, (32, 32))
+    assert steps(here, max_latency_ms=30) == 4
+    for _ in range(8):
+        here.latencies.add(work, 0.0, 31.0)
+    assert steps(here, max_latency_ms=30) == 2
+    here.wait(0.5)
+    assert steps(here, max_latency_ms=523) == 4  # nothing measured there: 500 ms of queue and 22 ms alone
+    assert steps(here, max_latency_ms=521) == 2
+
+
+async def test_more_pictures_take_longer_and_are_not_measured_as_one(desk: Callable[..., Desk]) -> None:
+    here = desk()
+    intent = replace(AUTO_INTENT, wanted=Wanted("shapes", max_latency_ms=30))
+    assert here.decide(intent).choice.steps == 4
+    four = here.decide(replace(intent, n=2))  # 22 ms alone, and 10 ms a picture more
+    assert (four.choice.steps, four.work) == (2, None)
+
+
+def test_the_thresholds_are_settings() -> None:
+    settings = GatewaySettings(redis_url="memory:", registry_url="memory:")
+    assert (settings.degrade_wait_s, settings.degrade_hold_s) == (1.0, 5.0)
