@@ -177,7 +177,7 @@ def export(spec: ComponentSpec, folder: Path) -> None:
     assert program is not None
     used = _used(program.exported_program)
     names = {inner: name for name, inner in network.graph_names().items() if inner in used}
-    model = without_weights(program.model_proto, names)
+    model = without_weights(without_idle_squeezes(program.model_proto), names)
     (folder / _GRAPH).write_bytes(onnx.ModelProto.SerializeToString(model, deterministic=True))
 
 
@@ -220,6 +220,24 @@ def without_weights(model: Any, names: Mapping[str, str]) -> Any:
     del graph.initializer[:], graph.value_info[:], model.metadata_props[:], graph.metadata_props[:]
     graph.initializer.extend(sorted(kept, key=lambda init: init.name))
     return onnxscript.optimizer.optimize(model)
+
+
+def without_idle_squeezes(model: Any) -> Any:
+    """torch leaves an axis longer than 1 as it is when told to squeeze it; the exporter writes what ONNX forbids."""
+    import onnx
+
+    ports = [*model.graph.value_info, *model.graph.input]
+    shapes = {port.name: port.type.tensor_type.shape.dim for port in ports}
+    constants = {init.name: init for init in model.graph.initializer}
+    constants |= {node.output[0]: node.attribute[0].t for node in model.graph.node if node.op_type == "Constant"}
+    for node in model.graph.node:
+        squeezes = node.op_type == "Squeeze" and node.input[0] in shapes and node.input[-1] in constants
+        if squeezes:
+            axes = onnx.numpy_helper.to_array(constants[node.input[1]]).flatten()
+            if any(shapes[node.input[0]][int(axis)].dim_value > 1 for axis in axes):
+                node.op_type = "Identity"
+                del node.input[1:]
+    return model
 
 
 def graph_id(model: bytes) -> str:
