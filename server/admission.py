@@ -8,41 +8,91 @@ from dataclasses import dataclass
 
 from engines.errors import Overloaded, Unavailable
 
-# Where no worker ever measured anything, nobody is refused for it.
 _RESTART_RETRY_S = 2.0
+_LOADING_RETRY_S = 30.0  # at most
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """What a worker does before it can serve, and for how long it has been at it."""
+
+    phase: str
+    for_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What stands before a request. `wait_s`: when an engine will be free for it; `service_s`: what it takes alone."""
+    """What stands before a request. `wait_s`: when an engine will be free for it; `service_s`: what it takes alone.
+
+    `lump_s`: how long a full batch takes to its end: the rows of one end together. `booked_s`: engine time of those who
+    were told to come back and will have by then. Where no worker ever measured anything all are 0, and nobody is
+    refused for it.
+    """
 
     num_workers: int
     wait_s: float
     service_s: float
     worker_seen_s_ago: float = 0.0
+    loading: Loading | None = None
+    lump_s: float = 0.0
+    booked_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
+    """`look_s`: how old what a gateway knows of the queue may be."""
+
     max_wait_s: float
     worker_grace_s: float
+    look_s: float = 0.0
 
 
-def admit(load: Load, limits: Limits, *, budget_s: float) -> float:
-    """The predicted wait in seconds of a request that may join.
+def admit(load: Load, limits: Limits, *, budget_s: float) -> None:
+    """Nothing where a request may join.
 
     Raises:
         Unavailable: no worker serves this deployment, and none has for longer than a restart takes.
         Overloaded: it would wait too long or miss its own deadline; `retry_after_s` is when it would not.
     """
     if load.num_workers == 0 and load.worker_seen_s_ago > limits.worker_grace_s:
-        raise Unavailable("no worker serves this model at the moment: try again soon", retry_after_s=_RESTART_RETRY_S)
+        raise unserved(load.loading)
     allowed_s = min(limits.max_wait_s, max(0.0, budget_s - load.service_s))
     excess_s = load.wait_s - allowed_s
     if excess_s > 0:
+        # A queue shrinks only when requests end, a whole batch at a time, and is seen to have shrunk at the next look.
+        again_s = min(load.wait_s, excess_s + load.lump_s) + load.booked_s + limits.look_s
         raise Overloaded(
             f"the queue is {load.wait_s:.1f} s long and this request may wait {allowed_s:.1f} s: "
-            f"try again in {excess_s:.1f} s, or allow it more time",
-            retry_after_s=excess_s,
+            f"try again in {again_s:.1f} s, or allow it more time",
+            retry_after_s=again_s,
         )
-    return load.wait_s
+
+
+class Bookings:
+    """The engine time of those who were refused and are to come back later, so that not all come at once.
+
+    Nothing is reserved for them: who comes for the first time may be first.
+    """
+
+    def __init__(self) -> None:
+        self._coming: list[tuple[float, float]] = []  # (when, engine seconds)
+
+    def add(self, at_s: float, engine_s: float) -> None:
+        self._coming.append((at_s, engine_s))
+
+    def total_s(self, now_s: float) -> float:
+        """Of those who have not come yet."""
+        self._coming = [one for one in self._coming if one[0] > now_s]
+        return sum(engine_s for _, engine_s in self._coming)
+
+
+def unserved(loading: Loading | None) -> Unavailable:
+    """No worker serves a model. How long loading takes nobody knows: what took so long may well take as long again."""
+    if loading is None:
+        return Unavailable("no worker serves this model at the moment: try again soon", retry_after_s=_RESTART_RETRY_S)
+    again_s = min(_LOADING_RETRY_S, max(_RESTART_RETRY_S, loading.for_s))
+    return Unavailable(
+        f"a worker has been loading this model for {loading.for_s:.0f} s ({loading.phase}): "
+        f"try again in {again_s:.0f} s",
+        retry_after_s=again_s,
+    )

@@ -15,6 +15,7 @@ from engines.errors import FewstepError, InvalidRequest, ModelNotFound, Unavaila
 from engines.manifest import StudentManifest, shown
 from engines.registry.base import Registry, Revision, TierTarget
 from server import leases, router
+from server.admission import Loading
 from server.brokers.base import Broker, QueueState
 from server.leases import WorkerLease
 from server.messages import CLASSES, RequestClass
@@ -146,8 +147,18 @@ class Catalog:
         """Since a live worker of this deployment was seen; since the start where none ever was."""
         return self._clock_s() - self._worker_seen.get(deployment, self._started_s)
 
+    def loading(self, deployment: str) -> Loading | None:
+        """How far the worker is that has been loading this deployment for the longest; None where none is."""
+        found = [lease.loading[deployment] for lease in self.view.workers.values() if deployment in lease.loading]
+        first = min(found, key=lambda one: one.since_ms, default=None)
+        return None if first is None else Loading(first.phase, (self._broker.now_ms() - first.since_ms) / 1000)
+
     def costs(self, version: str) -> list[leases.VersionCost]:
         return [lease.costs[version] for lease in self.view.workers.values() if version in lease.costs]
+
+    def lump_s(self, version: str, steps: int) -> float:
+        """How long a full batch of such rows takes to its end, on the slowest worker."""
+        return max((leases.lump_s(lease, version, steps) for lease in self.view.workers.values()), default=0.0)
 
     def wait_s(self, deployment: str, request_class: RequestClass) -> float:
         """When an engine is free for a request of this class: its workers share what is queued."""

@@ -5,7 +5,7 @@ latest answers say of the present load. `auto` goes down its ladder before anyth
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from engines.errors import Overloaded, Unavailable
@@ -33,9 +33,10 @@ class Dispatcher:
         clock_s: Callable[[], float],
     ) -> None:
         self._catalog, self._latencies, self._metrics, self._clock_s = catalog, latencies, metrics, clock_s
-        self._limits = admission.Limits(settings.max_wait_s, settings.worker_grace_s)
+        self._limits = admission.Limits(settings.max_wait_s, settings.worker_grace_s, look_s=settings.poll_s)
         self._thresholds = Thresholds(settings.degrade_wait_s, settings.degrade_hold_s)
         self._degraders: dict[tuple[str, RequestClass], Degrader] = {}
+        self._queues: dict[tuple[str, RequestClass], _Queue] = {}
 
     def decide(self, intent: Intent, budget_s: float) -> Decision:
         """
@@ -56,6 +57,9 @@ class Dispatcher:
         """Shows every ladder the present load, so that it is climbed again when nobody asks."""
         for deployment, request_class in self._degraders:
             self._look(deployment, request_class)
+        for queue, known in self._queues.items():
+            if not self._catalog.wait_s(*queue):
+                known.lump_s = 0.0
 
     def _rungs(self, intent: Intent, ladder: Sequence[Choice]) -> Sequence[Choice]:
         """What may still serve at this load, best first."""
@@ -74,34 +78,45 @@ class Dispatcher:
         return rung
 
     def _admit(self, intent: Intent, rungs: Sequence[Choice], budget_s: float) -> Decision:
-        """The first of these choices that may join; a cheaper one leaves more of its time for waiting."""
-        *better, last = rungs
-        for choice in better:
-            try:
-                return self._decision(intent, choice, budget_s)
-            except Overloaded:
-                continue
-        return self._decision(intent, last, budget_s)
+        """The first of these choices that may join: a cheaper one leaves more of its time for waiting.
 
-    def _decision(self, intent: Intent, choice: Choice, budget_s: float) -> Decision:
-        """Of a choice that may join; raises what `admission.admit` does."""
+        Raises:
+            Overloaded, Unavailable: of the last.
+        """
+        key, now_s = (rungs[0].deployment, class_of(intent.priority)), self._clock_s()
+        queue = self._queues.setdefault(key, _Queue())
+        for choice in rungs:
+            decision, load = self._weighed(intent, choice, key, queue.lump_s, queue.bookings.total_s(now_s))
+            try:
+                admission.admit(load, self._limits, budget_s=budget_s)
+            except Overloaded as error:
+                if choice is rungs[-1]:
+                    queue.bookings.add(now_s + (error.retry_after_s or 0.0), decision.cost_s / max(1, load.num_workers))
+                    raise
+            else:
+                break
+        queue.lump_s = max(queue.lump_s, self._catalog.lump_s(decision.choice.version, decision.choice.steps))
+        return decision
+
+    def _weighed(
+        self, intent: Intent, choice: Choice, key: tuple[str, RequestClass], lump_s: float, booked_s: float
+    ) -> tuple[Decision, admission.Load]:
+        """What a choice would cost, and what stands before it."""
         catalog, target = self._catalog, TierTarget(student=choice.version, steps=choice.steps)
         rows = catalog.evaluations(choice.deployment, target, intent.wanted.guidance)
         costs = catalog.costs(choice.version)
         load = admission.Load(
             num_workers=catalog.num_workers(choice.deployment),
-            wait_s=catalog.wait_s(choice.deployment, class_of(intent.priority)),
+            wait_s=catalog.wait_s(*key),
             service_s=leases.alone_s(costs, rows) or 0.0,
             worker_seen_s_ago=catalog.worker_seen_s_ago(choice.deployment),
+            loading=catalog.loading(choice.deployment),
+            lump_s=lump_s,
+            booked_s=booked_s,
         )
-        admission.admit(load, self._limits, budget_s=budget_s)
         size = choice.width, choice.height
-        return Decision(
-            choice,
-            cost_s=intent.n * leases.queued_s(costs, rows),
-            wait_s=load.wait_s,
-            work=Work(choice.deployment, choice.version, rows, size) if intent.n == 1 else None,
-        )
+        work = Work(choice.deployment, choice.version, rows, size) if intent.n == 1 else None
+        return Decision(choice, intent.n * leases.queued_s(costs, rows), load.wait_s, work), load
 
     def _expect(self, intent: Intent, deployment: str, target: TierTarget) -> Expected | None:
         """By what such requests took of late at a load like this; by costs and predicted wait where too few did."""
@@ -116,3 +131,14 @@ class Dispatcher:
         p95_ms = self._latencies.p95_ms(Work(deployment, target.student, rows, size), wait_s)
         now_ms = 1000 * (wait_s + alone_s) if p95_ms is None else p95_ms
         return Expected(alone_ms=1000 * (alone_s + more_s), now_ms=now_ms + 1000 * more_s)
+
+
+@dataclass(slots=True)
+class _Queue:
+    """What a gateway remembers of the queue of a deployment and class.
+
+    `lump_s` is of the dearest request that it admitted since the queue was last empty.
+    """
+
+    lump_s: float = 0.0
+    bookings: admission.Bookings = field(default_factory=admission.Bookings)

@@ -19,6 +19,7 @@ from engines.registry.base import Candidate, Registry, Revision
 from server import swaps
 from server.brokers.base import Broker
 from server.coordinator import Coordinator
+from server.leases import Loading
 from server.metrics import Metrics
 from server.settings import WorkerSettings
 from server.stall import StallMeter
@@ -40,8 +41,10 @@ class Residents(Protocol):
     def serve(self, versions: Iterable[str]) -> None:
         """From now on these are served: one assignment, between two steps."""
 
-    async def load(self, versions: Sequence[str], phase: Callable[[str], Awaitable[None]] | None = None) -> None:
-        """Builds, warms and verifies versions beside live traffic, saying when each phase begins.
+    async def load(
+        self, versions: Sequence[str], phase: Callable[[str], Awaitable[None]] | None = None, *, beside: bool = False
+    ) -> None:
+        """Builds, warms and verifies versions, saying when each phase begins; niced where it is `beside` live traffic.
 
         Raises:
             FewstepError: one of them may not serve here; what was loaded of the others stays.
@@ -84,6 +87,7 @@ class Follower:
         self.current: Revision | None = None
         self.previous: Revision | None = None
         self.joined = False
+        self.loading: Loading | None = None  # of the current revision, where it was not staged
         self._broker, self._registry, self._residents = broker, registry, residents
         self._settings, self._metrics, self._meter, self._changed = settings, metrics, meter, changed
         self._current_since_s = float("-inf")  # monotonic
@@ -132,7 +136,7 @@ class Follower:
         """Makes a revision the one served. Its students are loaded first where they were not staged."""
         if missing := self._missing(revision.versions):
             log.info("loading", extra={"deployment": self.deployment, "versions": [shown(v) for v in missing]})
-            await self._residents.load(missing)
+            await self._load(missing)
         self.previous = self.current or await self._before(revision)
         self._residents.serve(revision.versions)
         self.current, self._current_since_s = revision, time.monotonic()
@@ -146,6 +150,18 @@ class Follower:
             self._leaving = swap
         for version in revision.versions:
             self._metrics.model_info.labels(self.deployment, shown(version), self._residents.backend).set(1)
+
+    async def _load(self, versions: Sequence[str]) -> None:
+        """Says meanwhile how far it is, for those who ask and find nobody who serves; a retry goes on counting."""
+        since_ms = self.loading.since_ms if self.loading else self._broker.now_ms()
+
+        async def phase(name: str) -> None:
+            self.loading = Loading(phase=name, since_ms=since_ms)
+            with contextlib.suppress(FewstepError):
+                await self._changed()
+
+        await self._residents.load(versions, phase)
+        self.loading = None
 
     async def _before(self, revision: Revision) -> Revision | None:
         """The revision before, for a worker that joins. It is not loaded: nobody here serves it yet."""
@@ -179,7 +195,7 @@ class Follower:
 
         try:
             await phase("staged")
-            await self._residents.load(self._missing(swap.candidate.versions), phase)
+            await self._residents.load(self._missing(swap.candidate.versions), phase, beside=True)
             await phase("ready")
         except (FewstepError, OSError, ValueError, RuntimeError) as error:
             log.warning("rejected", extra={"swap_id": swap.candidate.swap_id, "error": str(error)})

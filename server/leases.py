@@ -27,14 +27,23 @@ class VersionCost(msgspec.Struct, frozen=True, kw_only=True):
     decode: StageCost = StageCost()
 
 
+class Loading(msgspec.Struct, frozen=True, kw_only=True):
+    """A deployment whose current revision is being loaded: the phase it is in, and since when it is loading."""
+
+    phase: str
+    since_ms: int  # broker's clock
+
+
 class WorkerLease(msgspec.Struct, frozen=True, kw_only=True):
     """`deployments` maps each deployment that the worker claims for to the full versions it can serve."""
 
     deployments: dict[str, list[str]] = {}
+    loading: dict[str, Loading] = {}
     revisions: dict[str, int] = {}
     backend: str = ""
     precision: str = ""
     costs: dict[str, VersionCost] = {}
+    batch_rows: int = 1  # network rows of its largest batch
 
 
 def read(info: Mapping[str, Any]) -> WorkerLease:
@@ -67,3 +76,9 @@ def queued_s(costs: Iterable[VersionCost], evaluations: int) -> float:
     """Engine seconds that one picture adds to a busy queue; 0 where nothing was measured."""
     found = [cost.encode.row_s + evaluations * cost.step.row_s + cost.decode.row_s for cost in costs]
     return max(found, default=0.0)
+
+
+def lump_s(lease: WorkerLease, version: str, steps: int) -> float:
+    """Engine seconds of a full batch of rows that take this many steps and end together."""
+    cost = lease.costs.get(version, VersionCost())
+    return lease.batch_rows * (cost.encode.row_s + steps * cost.step.row_s + cost.decode.row_s)

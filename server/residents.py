@@ -46,11 +46,11 @@ class Residents:
         """From now on these are served, what was drains."""
         self._slot.switch(versions)
 
-    async def load(self, versions: Sequence[str], phase: OnPhase | None = None) -> None:
+    async def load(self, versions: Sequence[str], phase: OnPhase | None = None, *, beside: bool = False) -> None:
         async with self._lock:
             missing = [version for version in versions if version not in self._slot.versions]
             if missing:
-                await self._bring(self._slot.stage(missing), phase)
+                await self._bring(self._slot.stage(missing), phase, beside=beside)
 
     async def unload(self, version: str) -> bool:
         """After what is in the engine thread now: a row of a request that was canceled may still be there."""
@@ -61,7 +61,7 @@ class Residents:
             await asyncio.to_thread(self._slot.retire, version)
             return True
 
-    async def _bring(self, staging: Staging, phase: OnPhase | None) -> None:
+    async def _bring(self, staging: Staging, phase: OnPhase | None, *, beside: bool) -> None:
         pieces = iter(staging)
         said = ""
         try:
@@ -69,7 +69,7 @@ class Residents:
                 if phase is not None and piece.phase != said:
                     said = piece.phase
                     await phase(said)
-                await self._do(piece, staging, beside=phase is not None)
+                await self._do(piece, staging, beside=beside)
         except Exception as error:
             await asyncio.to_thread(staging.reject, error)
             raise

@@ -148,10 +148,12 @@ class Students:
         }
         return WorkerLease(
             deployments=held,
+            loading={name: one.loading for name, one in self._followers.items() if one.loading},
             revisions={name: one.current.number for name, one in self._followers.items() if one.current},
             backend=self.backend,
             precision=self._loader.choice.precision,
             costs=costs,
+            batch_rows=self._batches[-1],
         )
 
     def _version_cost(self, student: LoadedStudent) -> VersionCost:

@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from engines.errors import FewstepError, ModelNotFound, Unavailable
 from engines.manifest import shown
+from server.admission import unserved
 from server.catalog import Deployment
 from server.dialects import base
 from server.gateway import Gateway
@@ -107,7 +108,8 @@ class _Endpoints:
         if not await _answers(gateway):
             raise Unavailable("the broker does not answer: is Redis up?", retry_after_s=1.0)
         if not serving:
-            raise Unavailable("no live worker serves a deployment: start one, or wait for it", retry_after_s=1.0)
+            loading = next(filter(None, map(gateway.catalog.loading, sorted(view.deployments))), None)
+            raise unserved(loading)
         return base.respond(Ready(workers=len(view.workers), models=serving))
 
     async def alive_v2(self, request: Request) -> Response:
@@ -140,7 +142,7 @@ class _Endpoints:
 
     def _readiness(self, deployment: Deployment) -> Response:
         if not self._gateway.catalog.num_workers(deployment.name):
-            raise Unavailable(f"no live worker serves {deployment.name}", retry_after_s=1.0)
+            raise unserved(self._gateway.catalog.loading(deployment.name))
         return base.respond(ModelReady(name=deployment.name, ready=True))
 
     def _version(self, request: Request) -> tuple[Deployment, str]:

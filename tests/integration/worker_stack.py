@@ -110,14 +110,20 @@ def settings(**given: Any) -> WorkerSettings:
 
 @contextlib.asynccontextmanager
 async def running(
-    broker: Broker, gateway: Broker, *, registry: Registry | None = None, wait: bool = True, **given: Any
+    broker: Broker,
+    gateway: Broker,
+    *,
+    registry: Registry | None = None,
+    wait: bool = True,
+    backend: str = "eager",
+    **given: Any,
 ) -> AsyncIterator[Running]:
     """A worker whose registry deploys the tiny teacher; stopped and drained at the end."""
     teacher = tiny_sd.teacher()
     if registry is None:
         registry = copied(teacher)
     chosen = settings(**given)
-    loader = Loader(registry, Choice("eager", "fp32"), Profile(batches=chosen.batch_sizes, threads=1), teacher.graphs)
+    loader = Loader(registry, Choice(backend, "fp32"), Profile(batches=chosen.batch_sizes, threads=1), teacher.graphs)
     measured = metrics.make()
     students = Students(chosen, broker, registry, loader, measured)
     worker, stop = Worker(chosen, broker, students, measured), asyncio.Event()

@@ -30,7 +30,7 @@ class Desk:
     def __init__(self, stand: Stand, **settings: float) -> None:
         self.catalog, self.clock = stand.gateway.catalog, stand.clock
         self.latencies, self.metrics = Latencies(self.clock), make()
-        chosen = stand.gateway.settings.model_copy(update=settings)
+        chosen = stand.gateway.settings.model_copy(update={"poll_s": 0.5, **settings})
         self.dispatcher = Dispatcher(chosen, self.catalog, self.latencies, self.metrics, self.clock)
 
     def wait(self, seconds: float, request_class: str = "normal") -> None:
@@ -104,8 +104,37 @@ async def test_auto_takes_what_leaves_it_time_to_wait_before_it_is_refused(desk:
         here.decide(replace(AUTO_INTENT, wanted=Wanted("shapes", tier="medium")), budget_s=0.033)
     with pytest.raises(Overloaded) as caught:
         here.decide(budget_s=0.020)
-    assert caught.value.retry_after_s == pytest.approx(0.007)
+    # 7 ms too many, a batch of 10 ms for one row of four steps, 10 ms of who was refused before, and the next look
+    assert caught.value.retry_after_s == pytest.approx(0.007 + 0.010 + 0.010 + 0.5)
     assert here.metrics.registry.get_sample_value("fewstep_shed_total", {"reason": "overloaded"}) == 2
+
+
+async def test_who_is_refused_later_is_told_to_come_later(desk: Callable[..., Desk]) -> None:
+    here = desk(max_wait_s=1.0)
+    here.decide()  # a batch of four steps, 10 ms, is under way
+    here.wait(2.0)
+    named = replace(AUTO_INTENT, wanted=Wanted("shapes", tier="medium"))
+    told = []
+    for _ in range(3):
+        with pytest.raises(Overloaded) as caught:
+            here.decide(named)
+        told.append(caught.value.retry_after_s)
+    assert told == pytest.approx([1.51, 1.52, 1.53])
+    here.clock.now_s += 1.52
+    with pytest.raises(Overloaded) as caught:
+        here.decide(named)
+    assert caught.value.retry_after_s == pytest.approx(1.52)  # the third has yet to come
+
+
+async def test_what_was_under_way_counts_until_the_queue_was_empty(desk: Callable[..., Desk]) -> None:
+    here = desk(max_wait_s=1.0)
+    here.decide()
+    here.wait(0.0)
+    here.dispatcher.look()
+    here.wait(2.0)
+    with pytest.raises(Overloaded) as caught:
+        here.decide(replace(AUTO_INTENT, wanted=Wanted("shapes", tier="medium")))
+    assert caught.value.retry_after_s == pytest.approx(1.5)
 
 
 async def test_a_latency_limit_reads_what_was_measured_at_such_a_load(desk: Callable[..., Desk]) -> None:

@@ -40,7 +40,9 @@ class ToyResidents:
     def serve(self, versions: Iterable[str]) -> None:
         self.served = frozenset(versions)
 
-    async def load(self, versions: Sequence[str], phase: Callable[[str], Awaitable[None]] | None = None) -> None:
+    async def load(
+        self, versions: Sequence[str], phase: Callable[[str], Awaitable[None]] | None = None, *, beside: bool = False
+    ) -> None:
         for version in versions:
             if phase:
                 for name in ("building", "warming", "verifying"):
@@ -332,3 +334,30 @@ def _later(ask: Callable[[], Awaitable[object]]) -> Callable[[], Awaitable[objec
         return await ask()
 
     return check
+
+
+async def test_what_is_loaded_unstaged_is_told_with_its_phase_and_since_when_over_retries() -> None:
+    world = World()
+    one = world.follower("a")
+    toy_residents(one).gate.clear()
+    world.registry.commit(world.promote(V1).revision(1, created_at="2026-01-01T00:00:00Z"))
+    looking = asyncio.create_task(one.look())
+    await aeventually(lambda: at_phase(one, "verifying"))
+    assert one.loading is not None
+    first = one.loading
+    toy_residents(one).bad.add(V1)
+    toy_residents(one).gate.set()
+    with pytest.raises(GoldenMismatch):
+        await looking
+    assert one.loading == first
+    toy_residents(one).bad.clear()
+    await one.look()
+    assert (one.loading, one.joined) == (None, True)
+
+
+async def at_phase(one: Follower, phase: str) -> bool:
+    return one.loading is not None and one.loading.phase == phase
+
+
+def toy_residents(one: Follower) -> ToyResidents:
+    return one.toy  # type: ignore[attr-defined, no-any-return]
