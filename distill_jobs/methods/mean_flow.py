@@ -3,8 +3,10 @@
 Everything is said in rectified flow, where u of any process is eps - x0 and the jump is x + (s - t) u. A share of the
 rows has s = t, where u must be v; the others are held to an identity that makes the means of one flow agree.
 
-`mean_flow`: u = v - (t - s) du/dt, the derivative along the path, (v d_x + d_t) u, without gradient. With a warm-up of
-the derivative and normalised rows this is `ayf` (Eulerian map distillation). `imean_flow`: the compound velocity
+`mean_flow`: u = v - (t - s) du/dt, the derivative along the path, (v d_x + d_t) u, without gradient; it counts fully
+after a warm-up, and as many rows learn the velocity: without either, jumps become worse than they began on teachers
+whose derivative is far longer than v. `ayf` (Eulerian map distillation) is the same with less of the weight on rows
+that are nearly right. `imean_flow`: the compound velocity
 u + (t - s) du/dt is regressed on v, with du/dt along the student's own velocity u(x, t, t), which, unlike a velocity
 sampled from data, is a function of the state; the teacher's path is not asked for. `esd`: the end of the jump must not
 move, d/dt X_{t->s} = 0 along v, with the gradient through the derivative too. `psd`: the jump t -> s is the jump
@@ -299,15 +301,23 @@ def weighted(error: Tensor, power: float, floor: float) -> Tensor:
 
 
 PRESETS = {
-    "mean_flow": Preset(MeanFlow, "Mean velocities by the MeanFlow identity, from the teacher's field.", "2505.13447"),
+    "mean_flow": Preset(
+        MeanFlow,
+        "Mean velocities by the MeanFlow identity, from the teacher's field.",
+        "2505.13447",
+        {"warmup": 200},
+    ),
     "imean_flow": Preset(
-        ImprovedMeanFlow, "mean_flow whose derivative follows the student's own velocity.", "2512.02012"
+        ImprovedMeanFlow,
+        "mean_flow whose derivative follows the student's own velocity.",
+        "2512.02012",
+        {"warmup": 200},
     ),
     "ayf": Preset(
         MeanFlow,
         "Eulerian flow map distillation with normalised tangents that are warmed up.",
         "2506.14603",
-        {"warmup": 300, "floor": 0.01, "diagonal": 0.25},
+        {"warmup": 300, "floor": 0.01},
     ),
     "esd": Preset(
         ESD, "Eulerian flow map: where a jump ends must not move along the path.", "2505.18825", {"power": 0.0}

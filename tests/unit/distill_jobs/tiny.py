@@ -22,6 +22,7 @@ _SMALL = {
     "phase": 2,
     "anneal": 5,
     "disc_warmup": 2,
+    "warmup": 2,
     "easy": 3,
     "mse": 2,
     "conditional": 2,
