@@ -3,8 +3,11 @@
 A lane holds the rows that could share one engine call: those of one stage, one engine and one shape, never of
 one step count, tier or guidance. Work-conserving: whenever a row waits, `next_batch` has an answer, and there is
 no batching timer. Time is an argument, so a test needs no clock.
+
+Lanes are kept in order, and a decision looks at the front of each, so that it costs the same whatever waits behind.
 """
 
+from bisect import insort
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
@@ -39,6 +42,8 @@ class Row:
 
 
 R = TypeVar("R", bound=Row)
+_LOOK = 8
+"""Largest batches. So many of a lane's most urgent rows are looked at for those that fit together."""
 CostOf = Callable[[LaneKey, int], float | None]
 """Measured seconds of one call of a lane at a warmed size; None where nothing was measured."""
 
@@ -60,13 +65,15 @@ class Batcher(Generic[R]):
 
     sizes: tuple[int, ...]
     cost_of: CostOf = lambda _lane, _size: None
-    _lanes: dict[LaneKey, list[R]] = field(default_factory=dict)
+    _lanes: dict[LaneKey, list[R]] = field(default_factory=dict)  # each most urgent first, then in order of arrival
+    _next_deadline_s: float = float("inf")  # of no waiting row is the deadline earlier
 
     def __len__(self) -> int:
         return sum(map(len, self._lanes.values()))
 
     def add(self, row: R) -> None:
-        self._lanes.setdefault(row.lane, []).append(row)
+        insort(self._lanes.setdefault(row.lane, []), row, key=_due)
+        self._next_deadline_s = min(self._next_deadline_s, row.deadline_s)
 
     def remove(self, request_ids: Iterable[str]) -> list[R]:
         """Removes and returns the waiting rows of these requests."""
@@ -75,7 +82,12 @@ class Batcher(Generic[R]):
 
     def expire(self, now_s: float) -> list[R]:
         """Removes and returns the rows whose deadline has passed."""
-        return self._take(lambda row: row.deadline_s <= now_s)
+        if now_s < self._next_deadline_s:
+            return []
+        late = self._take(lambda row: row.deadline_s <= now_s)
+        left = (row.deadline_s for lane in self._lanes.values() for row in lane)
+        self._next_deadline_s = min(left, default=float("inf"))
+        return late
 
     def next_batch(self) -> list[R]:
         """Removes and returns the rows to evaluate now: the most urgent row and those that may go with it.
@@ -84,7 +96,7 @@ class Batcher(Generic[R]):
         """
         if not self._lanes:
             return []
-        first = min((row for lane in self._lanes.values() for row in lane), key=_due)
+        first = min((lane[0] for lane in self._lanes.values()), key=_due)
         batch = self._batch(first)
         if first.lane.stage == "denoise" and not first.alone and _weight(batch) < self.sizes[-1]:
             joining = [row for row in self._waiting("encode") if row.feeds == first.lane and not row.alone]
@@ -94,7 +106,7 @@ class Batcher(Generic[R]):
         return batch
 
     def _batch(self, first: R) -> list[R]:
-        lane = sorted(self._lanes[first.lane], key=_due)
+        lane = self._front(first.lane)
         if first.alone:
             rows = [row for row in lane if row.request_id == first.request_id]
         else:
@@ -111,13 +123,18 @@ class Batcher(Generic[R]):
                 best, best_rate = size, rate
         return best
 
+    def _front(self, key: LaneKey) -> list[R]:
+        return self._lanes[key][: _LOOK * self.sizes[-1]]
+
     def _waiting(self, stage: Stage) -> list[R]:
-        return [row for key, lane in self._lanes.items() if key.stage == stage for row in lane]
+        return [row for key in self._lanes if key.stage == stage for row in self._front(key)]
 
     def _remove(self, batch: list[R]) -> None:
-        gone = set(map(id, batch))
-        key = batch[0].lane
-        self._keep(key, [row for row in self._lanes[key] if id(row) not in gone])
+        gone, lane = set(map(id, batch)), self._lanes[batch[0].lane]
+        front = self._front(batch[0].lane)
+        lane[: len(front)] = [row for row in front if id(row) not in gone]
+        if not lane:
+            del self._lanes[batch[0].lane]
 
     def _take(self, which: Callable[[R], bool]) -> list[R]:
         taken: list[R] = []
@@ -125,14 +142,10 @@ class Batcher(Generic[R]):
             mine = [row for row in lane if which(row)]
             if mine:
                 taken += mine
-                self._keep(key, [row for row in lane if not which(row)])
+                self._lanes[key] = [row for row in lane if not which(row)]
+                if not self._lanes[key]:
+                    del self._lanes[key]
         return taken
-
-    def _keep(self, key: LaneKey, rows: list[R]) -> None:
-        if rows:
-            self._lanes[key] = rows
-        else:
-            del self._lanes[key]
 
 
 def _due(row: Row) -> float:
@@ -147,6 +160,8 @@ def _fill(rows: list[R], size: int) -> list[R]:
     """The first row in any case, then in their order those that still fit."""
     batch, room = [rows[0]], size - rows[0].network_rows
     for row in rows[1:]:
+        if room <= 0:
+            break
         if row.network_rows <= room:
             batch.append(row)
             room -= row.network_rows

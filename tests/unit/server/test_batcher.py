@@ -218,3 +218,48 @@ def test_no_row_starves_under_a_stream_of_more_urgent_ones(stream: list[tuple[in
             assert now_s <= 2 * (8 + low + 4) + 2
             return
     pytest.fail("the low row never ran")
+
+
+def test_a_decision_looks_at_the_front_of_a_lane_however_many_wait() -> None:
+    looked: list[str] = []
+
+    class Watched(Row):
+        def __getattribute__(self, name: str) -> object:
+            if name in ("alone", "request_id"):
+                looked.append(name)
+            return super().__getattribute__(name)
+
+    batcher: Batcher[Row] = Batcher(sizes=(1, 2, 4))
+    for number in range(2000):
+        batcher.add(Watched(request_id=str(number), lane=NET, due_s=float(number), deadline_s=60.0))
+    looked.clear()
+    assert [one.due_s for one in batcher.next_batch()] == [0.0, 1.0, 2.0, 3.0]
+    assert len(looked) < 100
+
+
+def test_deadlines_are_kept_in_mind_when_the_nearest_has_gone(batcher: Batcher[Row]) -> None:
+    batcher.add(row("ran", deadline_s=1.0))
+    batcher.next_batch()
+    batcher.add(row("second", deadline_s=2.0))
+    batcher.add(row("third", deadline_s=3.0))
+    assert [ids(batcher.expire(now_s)) for now_s in (1.0, 1.5, 2.5, 2.9, 3.0, 9.0)] == [
+        [],
+        [],
+        ["second"],
+        [],
+        ["third"],
+        [],
+    ]
+    batcher.add(row("new", deadline_s=9.5))
+    assert ids(batcher.expire(10.0)) == ["new"]
+
+
+@given(st.lists(rows, min_size=1, max_size=40))
+def test_rows_run_in_the_order_of_their_due_times(given_rows: list[Row]) -> None:
+    """Earliest due first within a lane, where nothing else (weights, company, prompts) decides."""
+    batcher: Batcher[Row] = Batcher(sizes=(1, 2, 4))
+    for one in given_rows:
+        one.lane, one.network_rows, one.alone = NET, 1, False
+        batcher.add(one)
+    ran = [one for batch in iter(batcher.next_batch, []) for one in batch]
+    assert [id(one) for one in ran] == [id(one) for one in sorted(given_rows, key=lambda one: one.due_s)]
