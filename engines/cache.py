@@ -3,6 +3,7 @@
 Built under a file lock into a temporary folder, fsynced, renamed, and last a marker with the hash of every file.
 Readers hold a shared lock for as long as they live; eviction takes only what nobody reads. An entry without a
 marker, or that differs from it, is deleted and built again: an interrupted build can never be loaded.
+Any number of processes may share a root; each holds it to its own `max_bytes` after it has built something.
 """
 
 import contextlib
@@ -17,13 +18,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _MARKER = "complete.json"
+_EVICTING = "evicting"  # no key: those are hashes
 
 
 class DiskCache:
-    """Entries under `root`: `<key>/` holds the files, `<key>.lock` is never deleted."""
+    """Entries under `root`: `<key>/` holds the files, `<key>.lock` is never deleted.
 
-    def __init__(self, root: Path) -> None:
+    A build that takes them over `max_bytes` (None: no limit) has those longest unused deleted.
+    """
+
+    def __init__(self, root: Path, max_bytes: int | None = None) -> None:
         self.root = root
+        self.max_bytes = max_bytes
         root.mkdir(parents=True, exist_ok=True)
         self._reading: dict[str, int] = {}  # key -> file descriptor that holds the shared lock
         weakref.finalize(self, _close_all, self._reading)
@@ -37,25 +43,30 @@ class DiskCache:
         if key in self._reading:
             return folder
         with self._locked(key, fcntl.LOCK_EX):
-            if not _whole(folder):
+            if missing := not _whole(folder):
                 self._build(key, build)
             os.utime(folder / _MARKER)
             self._hold(key)
+        if missing and self.max_bytes is not None:
+            self.evict(self.max_bytes)  # not under the lock: two builders would wait for each other
         return folder
 
     def evict(self, max_bytes: int) -> list[str]:
-        """Deletes the entries longest unused until at most `max_bytes` are left; what somebody reads stays."""
-        entries = sorted(self._entries(), key=_last_used)
-        total = sum(_size(folder) for folder in entries)
-        gone = []
-        for folder in entries:
-            if total <= max_bytes:
-                break
-            size = _size(folder)
-            if self._delete_if_free(folder):
-                total -= size
-                gone.append(folder.name)
-        return gone
+        """Deletes the entries longest unused until at most `max_bytes` are left; what somebody reads or builds stays.
+
+        Also what interrupted builds have left behind.
+        """
+        with self._locked(_EVICTING, fcntl.LOCK_EX):  # one at a time: two would both make room for the same bytes
+            for scratch in self.root.glob("*.tmp"):
+                self._delete_if_free(scratch, scratch.stem)
+            entries = sorted(self._entries(), key=_last_used)
+            sizes = {folder: _size(folder) for folder in entries}
+            total, gone = sum(sizes.values()), []
+            for folder in entries:
+                if total > max_bytes and self._delete_if_free(folder, folder.name):
+                    total -= sizes[folder]
+                    gone.append(folder.name)
+            return gone
 
     def close(self) -> None:
         _close_all(self._reading)
@@ -77,15 +88,18 @@ class DiskCache:
         fcntl.flock(lock, fcntl.LOCK_SH)
         self._reading[key] = lock
 
-    def _delete_if_free(self, folder: Path) -> bool:
-        with self._locked(folder.name, fcntl.LOCK_EX), (self.root / f"{folder.name}.readers").open("ab") as readers:
-            try:
+    def _delete_if_free(self, folder: Path, key: str) -> bool:
+        try:
+            with (
+                self._locked(key, fcntl.LOCK_EX | fcntl.LOCK_NB),
+                (self.root / f"{key}.readers").open("ab") as readers,
+            ):
                 fcntl.flock(readers, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            (folder / _MARKER).unlink(missing_ok=True)
-            shutil.rmtree(folder)
-            return True
+                (folder / _MARKER).unlink(missing_ok=True)
+                shutil.rmtree(folder)
+                return True
+        except BlockingIOError:
+            return False
 
     @contextlib.contextmanager
     def _locked(self, key: str, how: int) -> Iterator[None]:
@@ -140,7 +154,11 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in _files(folder))
+    """Bytes; of an entry that is being built anew, none."""
+    try:
+        return sum(path.stat().st_size for path in _files(folder))
+    except FileNotFoundError:
+        return 0
 
 
 def _last_used(folder: Path) -> float:

@@ -60,7 +60,8 @@ def make_loader(settings: WorkerSettings, registry: Registry) -> Loader:
     choice = choose(settings.backend, settings.precision)
     log.info("engine", extra={"backend": choice.backend, "precision": choice.precision, "threads": threads})
     profile = Profile(batches=tuple(sorted(settings.batch_sizes)), precision=choice.precision, threads=threads)
-    return Loader(registry, choice, profile, GraphStore(DiskCache(settings.cache_dir), in_process=False))
+    cache = DiskCache(settings.cache_dir, settings.cache_bytes)
+    return Loader(registry, choice, profile, GraphStore(cache, in_process=False))
 
 
 @contextlib.contextmanager

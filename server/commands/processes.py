@@ -70,7 +70,10 @@ def _gateway_app(settings: GatewaySettings) -> Any:
 
 
 def worker() -> None:
-    """Run one worker. It is told by WORKER_* variables: WORKER_REDIS_URL, WORKER_REGISTRY_URL, WORKER_BACKEND …"""
+    """Run one worker. It is told by WORKER_* variables: WORKER_REDIS_URL, WORKER_REGISTRY_URL, WORKER_BACKEND …
+
+    Graphs and engines are kept in WORKER_CACHE_DIR, at most WORKER_CACHE_BYTES of those that no process reads.
+    """
     from server.worker import run
 
     settings = load(WorkerSettings)

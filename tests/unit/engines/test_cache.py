@@ -1,5 +1,6 @@
 import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,3 +94,50 @@ def test_of_processes_that_want_an_entry_at_once_one_builds_it(tmp_path: Path) -
         process.join(20)
         assert process.exitcode == 0
     assert counter.read_text() == "built\n"
+
+
+def test_a_build_makes_room_and_a_read_does_not(tmp_path: Path) -> None:
+    for key in ("old", "other"):
+        DiskCache(tmp_path).get(key, build("x" * 1000))
+    reader = DiskCache(tmp_path, max_bytes=1500)
+    reader.get("other", build("never"))
+    assert (tmp_path / "old").exists()
+    reader.get("new", build("x" * 400))
+    assert not (tmp_path / "old").exists()
+    assert (tmp_path / "other").exists()
+
+
+def test_eviction_takes_what_an_interrupted_build_left_and_not_what_is_being_built(tmp_path: Path) -> None:
+    (tmp_path / "dead.tmp").mkdir()
+    (tmp_path / "dead.tmp" / "half").write_text("x")
+
+    def evicts(folder: Path) -> None:
+        (folder / "data").write_text("x")
+        assert DiskCache(tmp_path).evict(max_bytes=0) == []
+
+    assert (DiskCache(tmp_path).get("k", evicts) / "data").read_text() == "x"
+    assert not (tmp_path / "dead.tmp").exists()
+
+
+def _fill(root: Path, name: str, limit: int, started: Any) -> None:
+    cache = DiskCache(root, max_bytes=limit)
+    mine = cache.get(f"held-{name}", build(name))
+    started.wait(20)
+    for i in range(30):
+        DiskCache(root, max_bytes=limit).get(f"{name}-{i}", build("x" * 1000))
+        other = DiskCache(root, max_bytes=limit)
+        assert read(other.get("shared", build("y" * 1000))) == "y" * 1000
+    assert read(mine) == name
+
+
+def test_processes_that_build_and_evict_at_once_keep_the_limit_and_what_each_reads(tmp_path: Path) -> None:
+    context, limit = multiprocessing.get_context("fork"), 10_000
+    started = context.Barrier(2)
+    processes = [context.Process(target=_fill, args=(tmp_path, name, limit, started)) for name in "ab"]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+    sizes = [sum(f.stat().st_size for f in folder.rglob("*data")) for folder in tmp_path.iterdir() if folder.is_dir()]
+    assert limit - 2 * 1001 <= sum(sizes) <= limit
