@@ -25,6 +25,7 @@ FewstepError
 ├── RequestCanceled           request_canceled
 ├── RequestPoisoned           request_poisoned       (its workers died three times)
 ├── UnsupportedMessage        unsupported_message
+├── BackendUnavailable        backend_unavailable    (its library or its device is missing: which, and what to do)
 ├── NotBuilt                  not_built              (documented, refused until it exists)
 ├── ArtefactRejected          artefact_rejected      (a student may not serve)
 │   ├── CorruptBlob           corrupt_blob
@@ -149,6 +150,10 @@ class RequestPoisoned(FewstepError):
 
 class UnsupportedMessage(FewstepError):
     code = "unsupported_message"
+
+
+class BackendUnavailable(FewstepError):
+    code = "backend_unavailable"
 
 
 class NotBuilt(FewstepError):

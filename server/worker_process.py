@@ -59,7 +59,12 @@ def make_loader(settings: WorkerSettings, registry: Registry) -> Loader:
     torch.set_num_threads(threads)
     choice = choose(settings.backend, settings.precision)
     log.info("engine", extra={"backend": choice.backend, "precision": choice.precision, "threads": threads})
-    profile = Profile(batches=tuple(sorted(settings.batch_sizes)), precision=choice.precision, threads=threads)
+    profile = Profile(
+        batches=tuple(sorted(settings.batch_sizes)),
+        precision=choice.precision,
+        threads=threads,
+        device=settings.device,
+    )
     cache = DiskCache(settings.cache_dir, settings.cache_bytes)
     return Loader(registry, choice, profile, GraphStore(cache, in_process=False))
 

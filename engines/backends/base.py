@@ -23,12 +23,14 @@ class Profile:
     """What an engine is built for. It only ever sees these batch sizes: `Padded` sees to it.
 
     `weights`: "set" makes other weights cheap to load, "constant" makes each call cheaper and other weights a build.
+    `device` is where inputs come from and outputs go, as torch names it.
     """
 
     batches: tuple[int, ...] = BATCHES
     precision: Precision = "fp32"
     threads: int = 2
     weights: Literal["set", "constant"] = "set"
+    device: str = "cpu"
 
 
 class Engine(Protocol):

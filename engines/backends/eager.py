@@ -53,7 +53,7 @@ class Eager:
 
     def load(self, compiled: Compiled, weights: Mapping[str, Tensor]) -> EagerEngine:
         check_weights(compiled.graph.shapes, weights)
-        module = compiled.graph.module()
+        module = compiled.graph.module().to(compiled.profile.device)
         module.load_state_dict({name: value.float() for name, value in weights.items()})
         return EagerEngine(compiled.graph, module.requires_grad_(False).eval())
 

@@ -19,7 +19,12 @@ from engines.noise import noise
 from engines.student import LoadedStudent, sample
 from tests import tiny_sd
 
-CHOICES = [Choice("eager", "fp32"), Choice("openvino", "fp32"), Choice("openvino", "bf16")]
+CHOICES = [
+    Choice("eager", "fp32"),
+    Choice("onnxruntime", "fp32"),
+    Choice("openvino", "fp32"),
+    Choice("openvino", "bf16"),
+]
 ROLES = ("encoder", "denoiser", "decoder")
 PROFILE = Profile(batches=(1, 4), threads=1)
 PROMPTS = ["a red circle", "two shapes on the left", "a small blue square"]
