@@ -7,10 +7,12 @@ of velocities, to 1; each row of g is normalised to g / (|g| + c). A student of 
 coordinates, its velocity is taken in these. dF/dt is a forward-mode derivative, or a difference.
 
 `scm` draws noise levels and noises latents; `tbcm` takes states and levels from the teacher's own paths, so prompts
-are enough; `rcm` adds distribution matching, which restores the detail that consistency loses.
+are enough, anywhere on the lines between the kept ones: at a few times alone nothing ties a network's derivative there
+to its values, and what feeds on itself so grows; `rcm` adds distribution matching, which restores the detail that
+consistency loses.
 
 Source: arXiv 2410.11081 §4 (sCM); 2511.20410 (TBCM); 2510.08431 (rCM); log-normal noise levels of 2503.09641.
-Left out: learned loss weights, training without a teacher; TBCM's rules for which states to take (all are as likely).
+Left out: learned loss weights, training without a teacher; TBCM's rules for which states to take.
 Checked against: the closed-form flow map of Gaussian data (tests).
 """
 
@@ -32,7 +34,7 @@ from distill_jobs.pairs import Pairs, TeacherPath, collect
 from distill_jobs.roles import Cast, Role
 from engines.denoiser import Cond
 from engines.errors import InvalidRequest
-from engines.process import TRIG, over, rebase
+from engines.process import TRIG, over, rebase, secant
 from engines.solvers import PlainSolver, sample
 
 _LEAST = 1e-3  # the least noise level that is trained
@@ -126,7 +128,7 @@ class TBCM(Consistency):
         super().__init__(cast, config)
         self.pairs: Pairs | None = None
         self._path = TeacherPath(config.rungs, config.teacher_steps, config.teacher_solver)
-        self._times = times.grid(self.process, self._path.levels)[:-1]
+        self._grid = times.grid(self.process, self._path.levels)
 
     def prepare(self, source: Source, space: Workspace) -> bool:
         self.pairs = collect(self.cast.teacher, source, space, self._path, self.config.pairs)
@@ -139,9 +141,13 @@ class TBCM(Consistency):
 
     def point(self, batch: Batch) -> tuple[Tensor, Tensor]:
         assert batch.rows.pair is not None
-        rung = batch.picks(len(self._times))
-        states = batch.rows.pair[torch.arange(len(batch)), rung]
-        return rebase(states, batch.noise.new_tensor(self._times)[rung], self.process, self.trig)
+        rows, rung = torch.arange(len(batch)), batch.picks(len(self._grid) - 1)
+        x, there = batch.rows.pair[rows, rung], batch.rows.pair[rows, rung + 1]
+        grid = batch.noise.new_tensor(self._grid)
+        t, s = grid[rung], grid[rung + 1]
+        between = t + batch.draw(times.Uniform(0.0, 0.98)) * (s - t)
+        state = self.process.mix(*secant(self.process, x, t, there, s), between)
+        return rebase(state, between, self.process, self.trig)
 
 
 class RCMConfig(SCMConfig, ScoreMatchingConfig):

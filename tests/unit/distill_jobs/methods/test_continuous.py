@@ -91,7 +91,7 @@ def pulls(name: str, process: Process, kind: Kind, *, shift: float = TRUTH, std:
     with cast.only("student") as student:
         for seed in range(1):
             batch = batch_of(seed=seed, x=data_of())
-            levels = method._times if isinstance(method, TBCM) else rungs
+            levels = method._grid[:-1] if isinstance(method, TBCM) else rungs
             pair = exact_pairs(process, batch.noise, tuple(levels)) if name == "tbcm" else None
             rows = Rows(cond=batch.cond, x=None if name == "tbcm" else batch.rows.x, pair=pair)
             sum(method.loss("student", Batch(rows, batch.noise, batch.generator)).values()).backward()
@@ -241,26 +241,40 @@ class MixedRungs(TBCM):
         return x, t.roll(1)
 
 
+def points_of(cls: type[TBCM]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(noise levels kept [R + 1], states there [B, R + 1, N], levels trained at [B], states [B, N]), rectified flow."""
+    levels, rows = (1.0, 0.75, 0.5, 0.25), 256
+    config = resolve("tbcm").config({"rungs": levels, "teacher_steps": 4, "batch": rows, "pairs": rows})
+    method = cls(Cast(teacher_of(RF(), "flow"), student=student_of(RF(), "flow")), config)
+    source = TensorSource(torch.ones(rows, dtype=torch.float64), SHAPE)
+    method.prepare(source, Workspace())
+    found = method.rows(source, 0)
+    assert found.x is None
+    assert found.pair is not None
+    pair = found.pair.double()
+    x, t = method.point(batch_of(rows, pair=pair))
+    scale = t.sin() + t.cos()
+    kept = torch.tensor([*levels, 0.0], dtype=torch.float64)
+    return kept, pair.flatten(2), t.sin() / scale, (x / over(scale, x)).flatten(1)
+
+
 @pytest.mark.parametrize(("cls", "on_path"), [(TBCM, True), (MixedRungs, False)])
 def test_tbcm_needs_no_latents_and_stands_on_the_teachers_path(cls: type[TBCM], on_path: bool) -> None:
-    """At each point the teacher's state and its time, in rectified flow again. A mutant does not."""
+    """At each point the level's own state, on the line between the two kept beside it. A mutant does not."""
     assert "data" not in TBCM.needs
-    teacher, levels = teacher_of(RF(), "flow"), (1.0, 0.75, 0.5, 0.25)
-    config = resolve("tbcm").config({"rungs": levels, "teacher_steps": 4, "batch": 16, "pairs": 64})
-    method = cls(Cast(teacher, student=student_of(RF(), "flow")), config)
-    source = TensorSource(torch.ones(64, dtype=torch.float64), SHAPE)
-    method.prepare(source, Workspace())
-    rows = method.rows(source, 0)
-    assert rows.x is None
-    assert rows.pair is not None
-    batch = batch_of(16, pair=rows.pair.double())
-    x, t = method.point(batch)
-    flow = t.sin() + t.cos()
-    states, seen = rows.pair.double()[:, :-1].flatten(2), (x / over(flow, x)).flatten(1)
-    rung = (states - seen[:, None]).abs().amax(2).argmin(1)
-    own = torch.tensor(levels, dtype=torch.float64)[rung]
-    right = torch.isclose(own, t.sin() / flow) & torch.isclose(states[torch.arange(16), rung], seen, atol=1e-6).all(1)
-    assert bool(right.all()) == on_path
+    kept, states, level, seen = points_of(cls)
+    above = (kept[None, :-1] > level[:, None]).sum(1).clamp(1, 4) - 1
+    rows = torch.arange(len(level))
+    share = ((kept[above] - level) / (kept[above] - kept[above + 1]))[:, None]
+    line = states[rows, above] + share * (states[rows, above + 1] - states[rows, above])
+    assert bool(torch.isclose(line, seen, atol=1e-6).all()) == on_path
+
+
+def test_tbcm_is_trained_at_every_time_and_not_at_the_rungs_alone() -> None:
+    """Of a derivative by time that is asked at few times alone, the values in between are free."""
+    _, _, level, _ = points_of(TBCM)
+    assert len(level.unique()) == len(level)
+    assert all(((level > low) & (level < low + 0.05)).any() for low in torch.arange(0.05, 0.95, 0.05))
 
 
 def test_rcm_is_scm_and_weighted_distribution_matching() -> None:
