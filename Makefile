@@ -8,7 +8,7 @@ TORCH_PIP_ARGS ?=
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev system-packages demo test test-unit test-faults check fmt bench bench-serve bench-swap bench-student bench-distill bench-searches teacher dashboards clean
+.PHONY: help install install-dev system-packages demo test test-unit test-faults check fmt bench bench-serve bench-swap bench-student bench-distill bench-searches bench-peers teacher dashboards clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -72,6 +72,17 @@ bench-distill: install-dev  ## the leaderboard of distillation methods; stop and
 
 bench-searches: install-dev  ## the searches for a schedule beside each other; stop and go on as you like
 	$(BIN)/python -m bench.searches $(ARGS)
+
+# The peers have a virtual environment of their own: their packages must not decide which versions Fewstep runs with.
+$(VENV)-peers/.installed: bench/peers/requirements.txt
+	test -x $(VENV)-peers/bin/python || $(PYTHON) -m venv $(VENV)-peers
+	$(VENV)-peers/bin/pip install --quiet --upgrade pip
+	$(VENV)-peers/bin/pip install --quiet $(TORCH_PIP_ARGS) "$$(grep '^torch==' $<)"
+	$(VENV)-peers/bin/pip install --quiet -r $<
+	touch $@
+
+bench-peers: install-dev $(VENV)-peers/.installed  ## beside FastAPI, LitServe, Ray Serve, BentoML and diffusers' server: an hour, ARGS=--quick 10 minutes
+	$(BIN)/python -m bench.peers --python $(VENV)-peers/bin/python $(ARGS)
 
 teacher: install-dev  ## train the embedded teacher of shapes again (two hours), or of ARGS="--task digits"
 	$(BIN)/python -m distill_jobs.teachers.training.train all --out .fewstep/teacher $(ARGS)

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -21,26 +22,32 @@ import msgspec
 from bench import http11
 from bench.http11 import Connection
 
+_HEAD_BYTES = 24  # of a PNG: signature, length and name of its first chunk, width and height
+
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What is asked and how. Request k sends `bodies[k % len(bodies)]`."""
+    """What is asked and how. Request k sends `bodies[k % len(bodies)]`, to the path of that place if `paths` are given.
+
+    Of every `keep_every`-th answer the picture is kept, of none if it is 0.
+    """
 
     port: int
     bodies: list[str]
     mode: Literal["closed", "open"]
     host: str = "127.0.0.1"
     path: str = "/v1/generations"
+    paths: list[str] = []
     accept: str = "image/png"
     concurrency: int = 1
     rate: float = 1.0  # requests a second
     seconds: float | None = None
     timeout_s: float = 30.0
-    keep_pictures: bool = False
+    keep_every: int = 0
     seed: int = 0
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """One request. `status` 0: no answer (timeout or broken connection)."""
+    """One request. `status` 0: no answer (timeout or broken connection). `head` is how its picture begins."""
 
     body: int
     sent_s: float
@@ -49,7 +56,16 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     version: str = ""
     timing: str = ""
     error: str = ""
+    head: bytes = b""
     picture: bytes = b""
+
+
+def arrivals(rate: float, seed: int) -> Iterator[float]:
+    """Seconds from the beginning at which Poisson requests come, without end."""
+    draw, at_s = random.Random(seed), 0.0
+    while True:
+        at_s += draw.expovariate(rate)
+        yield at_s
 
 
 class Load:
@@ -58,7 +74,8 @@ class Load:
         self.records: list[Record] = []
         self.stopped = asyncio.Event()
         self._requests = [
-            http11.post(plan.path, body.encode(), host=plan.host, accept=plan.accept) for body in plan.bodies
+            http11.post(path, body.encode(), host=plan.host, accept=plan.accept)
+            for path, body in zip(plan.paths or [plan.path] * len(plan.bodies), plan.bodies, strict=True)
         ]
         self._idle: deque[Connection] = deque()
         self._next = 0
@@ -76,11 +93,11 @@ class Load:
         await asyncio.gather(*[client() for _ in range(self.plan.concurrency)])
 
     async def _open(self) -> None:
-        draw, tasks = random.Random(self.plan.seed), set[asyncio.Task[None]]()
-        at_s = time.monotonic()
-        while not self.stopped.is_set():
-            at_s += draw.expovariate(self.plan.rate)
-            await self._until(at_s)
+        tasks, begun_s = set[asyncio.Task[None]](), time.monotonic()
+        for after_s in arrivals(self.plan.rate, self.plan.seed):
+            await self._until(begun_s + after_s)
+            if self.stopped.is_set():
+                break
             task = asyncio.create_task(self._one())
             tasks.add(task)
             task.add_done_callback(tasks.discard)
@@ -94,6 +111,7 @@ class Load:
 
     async def _one(self) -> None:
         place = self._next % len(self._requests)
+        kept = self.plan.keep_every > 0 and self._next % self.plan.keep_every == 0
         self._next += 1
         sent_s, begun_s = time.time(), time.perf_counter()
         try:
@@ -114,7 +132,8 @@ class Load:
                 version=answer.headers.get("x-model-version", ""),
                 timing=answer.headers.get("server-timing", ""),
                 error="" if ok else answer.body[:300].decode(errors="replace"),
-                picture=answer.body if ok and self.plan.keep_pictures else b"",
+                head=answer.body[:_HEAD_BYTES] if ok else b"",
+                picture=answer.body if ok and kept else b"",
             )
         )
 

@@ -136,7 +136,7 @@ async def one_run(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
         broker = open_broker(up.stack.redis_url, new_identity("bench"))
         await broker.start()
         try:
-            with up.load(mode="open", rate=rate, keep_pictures=True) as load:
+            with up.load(mode="open", rate=rate, keep_every=1) as load:
                 begun_s = time.time()
                 await asyncio.sleep(2.0)
                 swaps = [await swap(up, broker, ring[(i + 1) % len(ring)], given.steps) for i in range(given.swaps)]

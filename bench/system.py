@@ -7,7 +7,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,8 +39,8 @@ CACHE = Path(".fewstep/bench-engines")
 """Kept between runs: graphs are exported once."""
 
 
-def ring(registry: Registry, pipeline: Path, count: int, steps: int) -> list[str]:
-    """Publishes `count` students of the teacher with `steps` steps, whose weights and pictures differ plainly."""
+def ring(registry: Registry, pipeline: Path, count: int, steps: Sequence[int]) -> list[str]:
+    """Publishes `count` students of the teacher for each of `steps`, whose weights and pictures differ plainly."""
     base = import_diffusers(
         pipeline,
         registry,
@@ -56,7 +56,7 @@ def ring(registry: Registry, pipeline: Path, count: int, steps: int) -> list[str
             base,
             f"ring-{index}",
             denoiser_weights={name: _moved(value, index, name) for name, value in weights.items()},
-            schedules=[publish.uniform(steps)],
+            schedules=[publish.uniform(each) for each in steps],
             solver="ddim",
             guidance=Guidance(mode="baked", default=2.0, minimum=2.0, maximum=2.0),
         )
@@ -156,7 +156,7 @@ def system(
     """Everything up and serving the first of the ring."""
     data = folder / "data"
     registry = FilesRegistry(data / "registry")
-    made = ring(registry, pipeline, versions, steps)
+    made = ring(registry, pipeline, versions, [steps])
     deploy(registry, made[0], steps)
     env = {"WORKER_CACHE_DIR": str(CACHE.resolve()), **env}
     options = StackOptions(data=data, port=0, workers=workers, distiller=False, threads=threads, env=env)
