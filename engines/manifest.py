@@ -284,6 +284,14 @@ class StudentManifest(_Frozen):
             raise StepsNotAllowed(
                 f"steps={steps} is not in the contract of {shown(self.version)}: it allows {allowed}", param="steps"
             )
+        return self.schedules[steps].expand(self.weight(guidance), self.guidance.interval, "denoiser")
+
+    def weight(self, guidance: float | None = None) -> float | None:
+        """The weight of a guided step; None where no step is. `guidance` None means the student's own.
+
+        Raises:
+            InvalidRequest: it is outside what the student was made for.
+        """
         w = self.guidance.default if guidance is None else guidance
         if not self.guidance.minimum <= w <= self.guidance.maximum:
             raise InvalidRequest(
@@ -291,10 +299,9 @@ class StudentManifest(_Frozen):
                 f"what {shown(self.version)} was made for",
                 param="guidance_scale",
             )
-        asked = None if self.guidance.mode in ("none", "baked") or w == 1.0 else w
         if self.guidance.mode == "embedded":
-            asked = w
-        return self.schedules[steps].expand(asked, self.guidance.interval, "denoiser")
+            return w
+        return None if self.guidance.mode in ("none", "baked") or w == 1.0 else w
 
     def solver_for(self, steps: int) -> str:
         return self.schedules[steps].solver or self.solver

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from engines import solvers
+from engines import refine, solvers
 from engines.backends.base import Precision
 from engines.families.base import Family
 from engines.manifest import StudentManifest
@@ -44,9 +44,12 @@ class LoadedStudent:
     def latent_shape(self) -> tuple[int, int, int]:
         return self.manifest.latent_shape(*self.manifest.resolutions[0])
 
-    def solver(self, steps: int, guidance: float | None = None) -> Solver:
-        """One plan of this student, ready to start."""
-        plan = self.manifest.plan(steps, guidance)
+    def solver(self, steps: int, guidance: float | None = None, teacher: "LoadedStudent | None" = None) -> Solver:
+        """One plan of this student, ready to start; with `teacher` the first step is that one's."""
+        if teacher is None:
+            plan = self.manifest.plan(steps, guidance)
+        else:
+            plan = refine.first_step(self.manifest, teacher.manifest, steps, guidance)
         return solvers.make(self.manifest.solver_for(steps), self.process, self.manifest.prediction, plan)
 
     def times(self, solver: Solver, state: State) -> NetworkTimes:
@@ -66,12 +69,23 @@ def sample(
     negative: Sequence[str] | None = None,
     batch: int = 8,
     rounded: bool = True,
+    teacher: LoadedStudent | None = None,
 ) -> Tensor:
     """Pictures, uint8 [N, 3, H, W]: what the server would answer for these seeds, one after the other.
 
-    Not `rounded`, they are fp32 in levels 0..255.
+    Not `rounded`, they are fp32 in levels 0..255. A `teacher` takes the first step.
     """
-    calls = sampling(student, prompts, seeds, steps, guidance=guidance, negative=negative, batch=batch, rounded=rounded)
+    calls = sampling(
+        student,
+        prompts,
+        seeds,
+        steps,
+        guidance=guidance,
+        negative=negative,
+        batch=batch,
+        rounded=rounded,
+        teacher=teacher,
+    )
     for call in calls.work:
         call()
     return torch.cat(calls.pictures)
@@ -98,13 +112,15 @@ def sampling(
     negative: Sequence[str] | None = None,
     batch: int = 8,
     rounded: bool = True,
+    teacher: LoadedStudent | None = None,
 ) -> Sampling:
     """As `sample`, for a caller that makes the calls itself."""
     made = Sampling([], [])
     for start in range(0, len(seeds), batch):
         part = slice(start, start + batch)
         bad = None if negative is None else list(negative[part])
-        run = _Run(student, list(prompts[part]), list(seeds[part]), student.solver(steps, guidance), bad)
+        solver = student.solver(steps, guidance, teacher)
+        run = _Run(student, list(prompts[part]), list(seeds[part]), solver, bad, teacher)
         made.work.extend([run.encode, *[run.step] * steps, partial(run.decode, made.pictures, rounded)])
     return made
 
@@ -113,9 +129,15 @@ class _Run:
     """Some rows of one plan on their way from prompts to pictures."""
 
     def __init__(
-        self, student: LoadedStudent, prompts: list[str], seeds: list[int], solver: Solver, negative: list[str] | None
+        self,
+        student: LoadedStudent,
+        prompts: list[str],
+        seeds: list[int],
+        solver: Solver,
+        negative: list[str] | None,
+        teacher: LoadedStudent | None,
     ) -> None:
-        self._student, self._solver = student, solver
+        self._student, self._solver, self._first = student, solver, teacher or student
         self._prompts, self._seeds, self._bad = prompts, seeds, negative
         self._state = solver.start(self._draw(0))
 
@@ -127,7 +149,8 @@ class _Run:
     def step(self) -> None:
         state, rows = self._state, len(self._seeds)
         times, step = self._student.times(self._solver, state), self._solver.plan[state.i]
-        pred = self._student.family.denoise(
+        family = (self._student if state.i else self._first).family
+        pred = family.denoise(
             state.x * times.scale,
             torch.full((rows,), times.t),
             self._cond,

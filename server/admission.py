@@ -24,9 +24,8 @@ class Loading:
 class Load:
     """What stands before a request. `wait_s`: when an engine will be free for it; `service_s`: what it takes alone.
 
-    `lump_s`: how long a full batch takes to its end: the rows of one end together. `booked_s`: engine time of those who
-    were told to come back and will have by then. Where no worker ever measured anything all are 0, and nobody is
-    refused for it.
+    `lump_s`, `booked_s` and `stretch` are those of `waits`. Where no worker ever measured anything all seconds are 0,
+    and nobody is refused for it.
     """
 
     num_workers: int
@@ -36,6 +35,7 @@ class Load:
     loading: Loading | None = None
     lump_s: float = 0.0
     booked_s: float = 0.0
+    stretch: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,30 +60,12 @@ def admit(load: Load, limits: Limits, *, budget_s: float) -> None:
     excess_s = load.wait_s - allowed_s
     if excess_s > 0:
         # A queue shrinks only when requests end, a whole batch at a time, and is seen to have shrunk at the next look.
-        again_s = min(load.wait_s, excess_s + load.lump_s) + load.booked_s + limits.look_s
+        again_s = load.stretch * (min(load.wait_s, excess_s + load.lump_s) + load.booked_s) + limits.look_s
         raise Overloaded(
             f"the queue is {load.wait_s:.1f} s long and this request may wait {allowed_s:.1f} s: "
             f"try again in {again_s:.1f} s, or allow it more time",
             retry_after_s=again_s,
         )
-
-
-class Bookings:
-    """The engine time of those who were refused and are to come back later, so that not all come at once.
-
-    Nothing is reserved for them: who comes for the first time may be first.
-    """
-
-    def __init__(self) -> None:
-        self._coming: list[tuple[float, float]] = []  # (when, engine seconds)
-
-    def add(self, at_s: float, engine_s: float) -> None:
-        self._coming.append((at_s, engine_s))
-
-    def total_s(self, now_s: float) -> float:
-        """Of those who have not come yet."""
-        self._coming = [one for one in self._coming if one[0] > now_s]
-        return sum(engine_s for _, engine_s in self._coming)
 
 
 def unserved(loading: Loading | None) -> Unavailable:

@@ -45,7 +45,7 @@ class View:
     workers: dict[str, WorkerLease] = field(default_factory=dict)
     queues: dict[str, QueueState] = field(default_factory=dict)
     choices: dict[router.Wanted, tuple[router.Choice, ...]] = field(default_factory=dict)
-    evaluations: dict[tuple[str, int, float | None], int] = field(default_factory=dict)
+    evaluations: dict[tuple[str, int, float | None, str | None], int] = field(default_factory=dict)
     published_s: dict[tuple[str, str], float] = field(default_factory=dict)  # by us since this look
 
 
@@ -132,12 +132,15 @@ class Catalog:
                 view.choices[wanted] = choices
         return choices
 
-    def evaluations(self, deployment: str, target: TierTarget, guidance: float | None) -> int:
-        """Network rows of one picture."""
-        known, key = self.view.evaluations, (target.student, target.steps, guidance)
+    def evaluations(
+        self, deployment: str, target: TierTarget, guidance: float | None, teacher: str | None = None
+    ) -> int:
+        """Network rows of one picture; with `teacher`, a version, the first step is that one's."""
+        known, key = self.view.evaluations, (target.student, target.steps, guidance, teacher)
         if key not in known:
-            manifest = self.view.deployments[deployment].manifests[target.student]
-            known[key] = leases.num_evaluations(manifest, target.steps, guidance)
+            manifests = self.view.deployments[deployment].manifests
+            by = manifests[teacher] if teacher else None
+            known[key] = leases.num_evaluations(manifests[target.student], target.steps, guidance, by)
         return known[key]
 
     def num_workers(self, deployment: str) -> int:

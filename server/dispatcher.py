@@ -5,10 +5,11 @@ latest answers say of the present load. `auto` goes down its ladder before anyth
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 from engines.errors import Overloaded, Unavailable
+from engines.refine import teacher_of
 from engines.registry.base import TierTarget
 from server import admission, leases
 from server.catalog import Catalog
@@ -19,6 +20,7 @@ from server.messages import RequestClass, class_of
 from server.metrics import Metrics
 from server.router import Choice, Expected
 from server.settings import GatewaySettings
+from server.waits import Waits
 
 
 class Dispatcher:
@@ -36,7 +38,7 @@ class Dispatcher:
         self._limits = admission.Limits(settings.max_wait_s, settings.worker_grace_s, look_s=settings.poll_s)
         self._thresholds = Thresholds(settings.degrade_wait_s, settings.degrade_hold_s)
         self._degraders: dict[tuple[str, RequestClass], Degrader] = {}
-        self._queues: dict[tuple[str, RequestClass], _Queue] = {}
+        self._waits: dict[tuple[str, RequestClass], Waits] = {}
 
     def decide(self, intent: Intent, budget_s: float) -> Decision:
         """
@@ -57,9 +59,13 @@ class Dispatcher:
         """Shows every ladder the present load, so that it is climbed again when nobody asks."""
         for deployment, request_class in self._degraders:
             self._look(deployment, request_class)
-        for queue, known in self._queues.items():
+        for queue, waits in self._waits.items():
             if not self._catalog.wait_s(*queue):
-                known.lump_s = 0.0
+                waits.lump_s = 0.0
+
+    def waited(self, decision: Decision, seconds: float) -> None:
+        """A request that was decided so waited this long for its first engine call."""
+        self._waits[decision.choice.deployment, decision.request_class].waited(decision.wait_s, seconds)
 
     def _rungs(self, intent: Intent, ladder: Sequence[Choice]) -> Sequence[Choice]:
         """What may still serve at this load, best first."""
@@ -84,61 +90,53 @@ class Dispatcher:
             Overloaded, Unavailable: of the last.
         """
         key, now_s = (rungs[0].deployment, class_of(intent.priority)), self._clock_s()
-        queue = self._queues.setdefault(key, _Queue())
+        waits = self._waits.setdefault(key, Waits())
         for choice in rungs:
-            decision, load = self._weighed(intent, choice, key, queue.lump_s, queue.bookings.total_s(now_s))
+            decision, load = self._weighed(intent, choice, waits)
             try:
                 admission.admit(load, self._limits, budget_s=budget_s)
             except Overloaded as error:
                 if choice is rungs[-1]:
-                    queue.bookings.add(now_s + (error.retry_after_s or 0.0), decision.cost_s / max(1, load.num_workers))
+                    waits.book(now_s + (error.retry_after_s or 0.0), decision.cost_s / max(1, load.num_workers))
                     raise
             else:
                 break
-        queue.lump_s = max(queue.lump_s, self._catalog.lump_s(decision.choice.version, decision.choice.steps))
+        waits.lump_s = max(waits.lump_s, self._catalog.lump_s(decision.choice.version, decision.choice.steps))
         return decision
 
-    def _weighed(
-        self, intent: Intent, choice: Choice, key: tuple[str, RequestClass], lump_s: float, booked_s: float
-    ) -> tuple[Decision, admission.Load]:
+    def _weighed(self, intent: Intent, choice: Choice, waits: Waits) -> tuple[Decision, admission.Load]:
         """What a choice would cost, and what stands before it."""
+        request_class = class_of(intent.priority)
         catalog, target = self._catalog, TierTarget(student=choice.version, steps=choice.steps)
-        rows = catalog.evaluations(choice.deployment, target, intent.wanted.guidance)
+        rows = catalog.evaluations(choice.deployment, target, intent.wanted.guidance, choice.teacher)
         costs = catalog.costs(choice.version)
         load = admission.Load(
             num_workers=catalog.num_workers(choice.deployment),
-            wait_s=catalog.wait_s(*key),
+            wait_s=catalog.wait_s(choice.deployment, request_class),
             service_s=leases.alone_s(costs, rows) or 0.0,
             worker_seen_s_ago=catalog.worker_seen_s_ago(choice.deployment),
             loading=catalog.loading(choice.deployment),
-            lump_s=lump_s,
-            booked_s=booked_s,
+            lump_s=waits.lump_s,
+            booked_s=waits.booked_s(self._clock_s()),
+            stretch=waits.stretch,
         )
         size = choice.width, choice.height
         work = Work(choice.deployment, choice.version, rows, size) if intent.n == 1 else None
-        return Decision(choice, intent.n * leases.queued_s(costs, rows), load.wait_s, work), load
+        return Decision(choice, request_class, intent.n * leases.queued_s(costs, rows), load.wait_s, work), load
 
     def _expect(self, intent: Intent, deployment: str, target: TierTarget) -> Expected | None:
         """By what such requests took of late at a load like this; by costs and predicted wait where too few did."""
         catalog, wanted = self._catalog, intent.wanted
-        rows, costs = catalog.evaluations(deployment, target, wanted.guidance), catalog.costs(target.student)
+        manifests = catalog.deployment(deployment).manifests
+        teacher = teacher_of(manifests[target.student], manifests) if wanted.refine else None
+        rows = catalog.evaluations(deployment, target, wanted.guidance, teacher)
+        costs = catalog.costs(target.student)
         alone_s = leases.alone_s(costs, rows)
         if alone_s is None:
             return None
         more_s = (intent.n - 1) * leases.queued_s(costs, rows)
         wait_s = catalog.wait_s(deployment, class_of(intent.priority))
-        size = wanted.size or catalog.deployment(deployment).manifests[target.student].resolutions[0]
+        size = wanted.size or manifests[target.student].resolutions[0]
         p95_ms = self._latencies.p95_ms(Work(deployment, target.student, rows, size), wait_s)
         now_ms = 1000 * (wait_s + alone_s) if p95_ms is None else p95_ms
         return Expected(alone_ms=1000 * (alone_s + more_s), now_ms=now_ms + 1000 * more_s)
-
-
-@dataclass(slots=True)
-class _Queue:
-    """What a gateway remembers of the queue of a deployment and class.
-
-    `lump_s` is of the dearest request that it admitted since the queue was last empty.
-    """
-
-    lump_s: float = 0.0
-    bookings: admission.Bookings = field(default_factory=admission.Bookings)

@@ -239,9 +239,8 @@ class EngineLoop:
             self._fail(row.ticket, InternalError(f"picture {row.index} is not finite: try another seed or guidance"))
 
     def _again(self, row: PictureRow) -> None:
-        step = row.ticket.plan[row.step]
-        row.lane = row.ticket.lane(step)
-        row.network_rows = row.ticket.student.family.network_rows(step.w)
+        row.lane = row.ticket.lane(row.step)
+        row.network_rows = row.ticket.network_rows(row.step)
         if not row.ticket.over:
             self._batcher.add(row)
 

@@ -196,6 +196,7 @@ class Gateway:
                 traceparent=intent.traceparent,
                 cost_s=decision.cost_s,
                 downgraded_from=choice.downgraded_from,
+                first_step_by=choice.teacher,
             )
             try:
                 await self.broker.publish(request)
@@ -226,6 +227,7 @@ class Gateway:
             self.metrics.deadline_missed.labels(ticket.model).inc()
         if result.status == "succeeded" and ticket.decision is not None:
             self.metrics.request_seconds.labels(ticket.model, result.tier).observe(seconds)
+            self._dispatcher.waited(ticket.decision, result.timing.queue_ms / 1000)
             if ticket.decision.work is not None:
                 self.latencies.add(ticket.decision.work, ticket.decision.wait_s, seconds * 1000)
 

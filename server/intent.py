@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from server.latencies import Work
-from server.messages import GenerateResult
+from server.messages import GenerateResult, RequestClass
 from server.router import Choice, Wanted
 
 ImageFormat = Literal["png", "webp", "jpeg"]
@@ -36,6 +36,7 @@ class Decision:
     """
 
     choice: Choice
+    request_class: RequestClass
     cost_s: float
     wait_s: float
     work: Work | None

@@ -9,7 +9,8 @@ from typing import Any
 
 import msgspec
 
-from engines.manifest import StudentManifest
+from engines import refine
+from engines.manifest import Step, StudentManifest
 
 
 class StageCost(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,10 +61,18 @@ def write(lease: WorkerLease) -> dict[str, Any]:
     return record
 
 
-def num_evaluations(manifest: StudentManifest, steps: int, guidance: float | None = None) -> int:
-    """Network rows of one picture."""
-    two_rows = manifest.guidance.mode == "cfg"
-    return sum(2 if two_rows and step.w is not None else 1 for step in manifest.plan(steps, guidance))
+def num_evaluations(
+    manifest: StudentManifest, steps: int, guidance: float | None = None, teacher: StudentManifest | None = None
+) -> int:
+    """Network rows of one picture; with `teacher` the first step is that one's."""
+    if teacher is None:
+        return sum(_rows(manifest, step) for step in manifest.plan(steps, guidance))
+    first, *rest = refine.first_step(manifest, teacher, steps, guidance)
+    return _rows(teacher, first) + sum(_rows(manifest, step) for step in rest)
+
+
+def _rows(manifest: StudentManifest, step: Step) -> int:
+    return 2 if manifest.guidance.mode == "cfg" and step.w is not None else 1
 
 
 def alone_s(costs: Iterable[VersionCost], evaluations: int) -> float | None:

@@ -65,6 +65,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     traceparent: str | None = None
     cost_s: float = 0.0  # predicted engine seconds of all rows; sums to the predicted queue wait
     downgraded_from: TierSteps | None = None  # what would have served it with less load, or with more time
+    first_step_by: str | None = None  # the full version of the teacher, where that one takes the first step
 
     @property
     def request_class(self) -> RequestClass:
@@ -116,6 +117,7 @@ class GenerateResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     text_tokens: int = 0
     num_images: int = 0
     downgraded_from: TierSteps | None = None
+    first_step_by: str | None = None
 
 
 class StepEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -9,6 +9,7 @@ Tier `auto` leaves the tier to the load: it gets a ladder of choices, the defaul
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from engines import refine
 from engines.errors import (
     ContradictoryFields,
     InvalidRequest,
@@ -18,6 +19,7 @@ from engines.errors import (
     StepsNotAllowed,
 )
 from engines.manifest import StudentManifest, shown
+from engines.refine import Refine
 from engines.registry.base import Revision, TierTarget
 from server.leases import num_evaluations
 from server.messages import TierSteps
@@ -48,12 +50,16 @@ class Wanted:
     max_latency_ms: int | None = None
     guidance: float | None = None
     size: tuple[int, int] | None = None
+    refine: Refine | None = None
     names: Names = Names()
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What the request is pinned to. `downgraded_from` is the default tier where latency or load forbade it."""
+    """What the request is pinned to. `downgraded_from` is the default tier where latency or load forbade it.
+
+    `teacher` is the version that takes the first step, where the request wants that.
+    """
 
     deployment: str
     version: str
@@ -62,6 +68,7 @@ class Choice:
     width: int
     height: int
     downgraded_from: TierSteps | None = None
+    teacher: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +170,11 @@ class _Menu:
     def choice(self, tier: str, target: TierTarget, *, instead_of: tuple[str, TierTarget] | None = None) -> Choice:
         """Raises what is wrong with the guidance or size that the request wants."""
         manifest = self.manifests[target.student]
-        manifest.plan(target.steps, self.wanted.guidance)
+        teacher = self.teacher(manifest) if self.wanted.refine else None
+        if teacher is None:
+            manifest.plan(target.steps, self.wanted.guidance)
+        else:
+            refine.first_step(manifest, teacher, target.steps, self.wanted.guidance)
         width, height = _size(self.wanted, manifest)
         above = instead_of if instead_of and self.rows(target) < self.rows(instead_of[1]) else None
         return Choice(
@@ -174,7 +185,19 @@ class _Menu:
             width,
             height,
             downgraded_from=TierSteps(tier=above[0], steps=above[1].steps) if above else None,
+            teacher=teacher.version if teacher else None,
         )
+
+    def teacher(self, student: StudentManifest) -> StudentManifest:
+        """Raises `InvalidRequest` where the teacher of a student does not serve beside it."""
+        version = refine.teacher_of(student, self.revision.versions)
+        if version is None:
+            raise InvalidRequest(
+                f"refine={self.wanted.refine} needs the teacher of {shown(student.version)} in a tier of "
+                f"{self.revision.deployment}: leave refine out, or promote it too",
+                param="refine",
+            )
+        return self.manifests[version]
 
 
 def find_version(revision: Revision, name: str, digest: str) -> str | None:

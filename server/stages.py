@@ -22,20 +22,22 @@ _MAX_PLANS = 512
 
 
 class Plans:
-    """Plans and solvers by version, step count and guidance, so that equal requests share theirs."""
+    """Plans and solvers by version, step count, guidance and teacher, so that equal requests share theirs."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[str, int, float | None], Solver] = {}
+        self._made: dict[tuple[str, int, float | None, str | None], Solver] = {}
 
-    def solver(self, student: LoadedStudent, steps: int, guidance: float | None) -> Solver:
+    def solver(
+        self, student: LoadedStudent, steps: int, guidance: float | None, teacher: LoadedStudent | None = None
+    ) -> Solver:
         """Its `plan` is the request's.
 
         Raises:
             StepsNotAllowed, InvalidRequest, InvalidManifest, UnknownPlugin: the student does not allow this.
         """
-        key = (student.version, steps, guidance)
+        key = (student.version, steps, guidance, teacher.version if teacher else None)
         if key not in self._made:
-            rule = student.solver(steps, guidance)
+            rule = student.solver(steps, guidance, teacher)
             if len(self._made) >= _MAX_PLANS:
                 self._made.clear()
             self._made[key] = rule
@@ -91,14 +93,18 @@ class Stages:
         groups = _groups(rows, states)
         t, s, scale = self._told(rows, states, groups)
         x = torch.stack([state.x for state in states])
-        pred = rows[0].ticket.student.family.denoise(
-            x * scale.view(-1, 1, 1, 1),
-            t,
-            torch.stack([_cond(row.ticket.prompt) for row in rows]),
-            s,
-            [step.w for step in steps],
-            negative=self._negative(rows, steps),
-            net=steps[0].net,
+        pred = (
+            rows[0]
+            .ticket.performer(states[0].i)
+            .family.denoise(
+                x * scale.view(-1, 1, 1, 1),
+                t,
+                torch.stack([_cond(row.ticket.prompt) for row in rows]),
+                s,
+                [step.w for step in steps],
+                negative=self._negative(rows, steps),
+                net=steps[0].net,
+            )
         )
         after, estimates = list(states), dict[int, Tensor]()
         for group in groups:

@@ -19,7 +19,10 @@ _SEEDS = 2**63
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """One claim: what it needs, what is done of it, and where its time went (seconds)."""
+    """One claim: what it needs, what is done of it, and where its time went (seconds).
+
+    `teacher` takes the first step, where the request wants that.
+    """
 
     claim: Claim
     student: LoadedStudent
@@ -27,6 +30,7 @@ class Ticket:
     solver: Solver
     due_s: float
     deadline_s: float
+    teacher: LoadedStudent | None = None
     missing: int = 0  # prompts that are not encoded yet
     prompt: Embedding | None = None
     negative: Embedding | None = None  # of guided requests
@@ -50,13 +54,27 @@ class Ticket:
     @property
     def guided(self) -> bool:
         """Whether some step is two rows: a network that reads its weight is asked once, and for no other prompt."""
-        return self.student.manifest.guidance.mode == "cfg" and any(step.w is not None for step in self.plan)
+        return any(
+            step.w is not None and self.performer(i).manifest.guidance.mode == "cfg" for i, step in enumerate(self.plan)
+        )
 
-    def lane(self, step: Step) -> LaneKey:
-        """Rows share a call if the same weights answer them: never the step count, tier or guidance."""
-        request, manifest = self.claim.request, self.student.manifest
-        engine = ":".join((manifest.components[step.net].weights, *sorted(manifest.inputs)))
+    def performer(self, i: int) -> LoadedStudent:
+        """Whose network takes step `i`."""
+        return self.teacher if i == 0 and self.teacher else self.student
+
+    def lane(self, i: int) -> LaneKey:
+        """Of step `i`. Rows share a call if the same weights answer them: never the step count, tier or guidance."""
+        request, manifest = self.claim.request, self.performer(i).manifest
+        engine = ":".join((manifest.components[self.plan[i].net].weights, *sorted(manifest.inputs)))
         return LaneKey("denoise", engine, manifest.latent_shape(request.width, request.height))
+
+    def network_rows(self, i: int) -> int:
+        """What one row of step `i` weighs in a batch."""
+        return self.performer(i).family.network_rows(self.plan[i].w)
+
+    def needs(self, version: str) -> bool:
+        """Whether engines of this version have a part in it."""
+        return version == self.student.version or (self.teacher is not None and version == self.teacher.version)
 
     def seed(self, index: int) -> int:
         return (self.claim.request.seed + index) % _SEEDS
@@ -82,6 +100,7 @@ class Ticket:
             text_tokens=prompt.tokens if prompt else 0,
             num_images=request.n,
             downgraded_from=request.downgraded_from,
+            first_step_by=request.first_step_by,
         )
 
     def failure(self, body: ErrorBody, *, worker: str, now_s: float) -> GenerateResult:
@@ -155,12 +174,11 @@ LiveRow = PromptRow | PictureRow | LatentRow
 
 def rows_of(ticket: Ticket) -> list[PictureRow]:
     """The pictures of a request, before their first step."""
-    step = ticket.plan[0]
-    weight = ticket.student.family.network_rows(step.w)
+    lane, weight = ticket.lane(0), ticket.network_rows(0)
     return [
         PictureRow(
             request_id=ticket.id,
-            lane=ticket.lane(step),
+            lane=lane,
             due_s=ticket.due_s,
             deadline_s=ticket.deadline_s,
             network_rows=weight,
@@ -185,7 +203,7 @@ def prompts_of(ticket: Ticket) -> list[PromptRow]:
             due_s=ticket.due_s,
             deadline_s=ticket.deadline_s,
             alone=ticket.claim.returned,
-            feeds=ticket.lane(ticket.plan[0]),
+            feeds=ticket.lane(0),
             ticket=ticket,
             prompt=text,
             is_negative=is_negative,

@@ -161,29 +161,31 @@ class Worker:
         if request.id in self._tickets or request.id in self._later:
             return None
         student = self._students.loaded(request.model, request.version)
-        if student is None:
+        teacher = self._students.loaded(request.model, request.first_step_by) if request.first_step_by else None
+        if student is None or (request.first_step_by and teacher is None):
             self._later.add(request.id)
             self._aside(self._admit_later(claim))
             return None
         try:
-            solver = self._plans.solver(student, request.steps, request.guidance)
+            solver = self._plans.solver(student, request.steps, request.guidance, teacher)
         except FewstepError as error:
             self._answer_failed(claim, error)
             return None
         deadline_s = claim.deadline_ms / 1000
         urgency = due(
-            arrived_s=claim.enqueued_ms / 1000,
+            arrived_s=claim.arrived_s,
             deadline_s=deadline_s,
             cost_s=request.cost_s or request.n * self._students.cost_s(student, len(solver.plan)),
             priority=request.priority,
             ageing_s=self._settings.ageing_s,
         )
-        return Ticket(claim, student, solver.plan, solver, due_s=urgency, deadline_s=deadline_s)
+        return Ticket(claim, student, solver.plan, solver, due_s=urgency, deadline_s=deadline_s, teacher=teacher)
 
     async def _admit_later(self, claim: Claim) -> None:
         """A request pinned to a version that is not here, such as one that a dead worker had."""
         try:
-            await self._students.fetch(claim.request.model, claim.request.version)
+            for version in filter(None, (claim.request.version, claim.request.first_step_by)):
+                await self._students.fetch(claim.request.model, version)
         except FewstepError as error:
             self._later.discard(claim.request.id)
             self._answer_failed(claim, error)
@@ -216,7 +218,7 @@ class Worker:
 
     def _uses(self, version: str) -> bool:
         """Whether a request here still needs the engines of a version."""
-        return any(ticket.student.version == version for ticket in self._tickets.values())
+        return any(ticket.needs(version) for ticket in self._tickets.values())
 
     # --- answers ---------------------------------------------------------------------------------
 

@@ -101,6 +101,7 @@ class Painter:
             text_tokens=len(request.prompt.split()),
             num_images=request.n,
             downgraded_from=request.downgraded_from,
+            first_step_by=request.first_step_by,
         )
         await self.broker.finish(claim, result, images)
 

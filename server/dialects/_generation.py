@@ -50,6 +50,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     images: list[GenerationImage] = []
     ignored_words: list[str] = []
     downgraded_from: TierSteps | None = None
+    first_step_by: str | None = None
 
 
 def in_progress(status: Status) -> Generation:
@@ -93,6 +94,7 @@ def finished(signer: Signer, answer: Answer, *, store: bool, model: str, status:
         images=_images(signer, answer, store=store),
         ignored_words=result.ignored_words,
         downgraded_from=result.downgraded_from,
+        first_step_by=shown(result.first_step_by) if result.first_step_by else None,
     )
 
 
@@ -116,6 +118,7 @@ def headers_of(result: GenerateResult) -> dict[str, str]:
         "x-backend": result.backend,
         "server-timing": spent,
         **_downgraded(result.downgraded_from),
+        **({"x-first-step-by": shown(result.first_step_by)} if result.first_step_by else {}),
     }
 
 

@@ -5,7 +5,9 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engines.manifest import shown
+from engines import refine
+from engines.errors import InvalidRequest
+from engines.manifest import StudentManifest, shown
 from engines.registry.base import TierTarget
 from server import leases
 from server.catalog import Deployment
@@ -23,12 +25,16 @@ class GuidanceRange(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TierCapability(msgspec.Struct, frozen=True, kw_only=True):
-    """`p50_ms` and `p95_ms` are of this gateway's last answers, `alone_ms` is predicted from the engines' costs."""
+    """`p50_ms` and `p95_ms` are of this gateway's last answers, `alone_ms` is predicted from the engines' costs.
+
+    `refine` lists what the teacher can add in a request of this tier.
+    """
 
     model_version: str
     steps: int
     allowed_steps: list[int]
     guidance: GuidanceRange
+    refine: list[str]
     alone_ms: float | None
     p50_ms: float | None
     p95_ms: float | None
@@ -107,7 +113,19 @@ def _tier(gateway: Gateway, deployment: Deployment, target: TierTarget) -> TierC
         guidance=GuidanceRange(
             mode=guidance.mode, default=guidance.default, minimum=guidance.minimum, maximum=guidance.maximum
         ),
+        refine=_refine(deployment, manifest, target.steps),
         alone_ms=None if alone_s is None else 1000 * alone_s,
         p50_ms=seen.p50_ms if seen else None,
         p95_ms=seen.p95_ms if seen else None,
     )
+
+
+def _refine(deployment: Deployment, manifest: StudentManifest, steps: int) -> list[str]:
+    version = refine.teacher_of(manifest, deployment.current.versions)
+    if version is None:
+        return []
+    try:
+        refine.first_step(manifest, deployment.manifests[version], steps)
+    except InvalidRequest:
+        return []
+    return ["first_step"]

@@ -186,6 +186,7 @@ def _intent(body: ImageGenerationRequest, traceparent: str | None) -> Intent:
             max_latency_ms=body.max_latency_ms,
             guidance=body.guidance_scale,
             size=_size(body.size),
+            refine=body.refine,
             names=_NAMES,
         ),
         prompt=body.prompt,

@@ -380,3 +380,21 @@ def test_tier_auto_gives_way_to_load_and_no_word_means_the_default_tier() -> Non
         later = stack.client.post(PATH, json={"prompt": "x", "tier": "auto"}, headers={"prefer": "respond-async"})
         assert later.headers["x-downgraded-from"] == "medium;steps=4"
         assert stack.client.post(PATH, json={"prompt": "x"}).json()["downgraded_from"] is None
+
+
+def test_a_first_step_by_the_teacher_is_asked_for_told_and_offered() -> None:
+    made = manifest("shapes-fast", 1, 2, 4, mark=2, base=TEACHER)
+    registry = MemoryRegistry()
+    publish(registry, TEACHER, made)
+    now = revision(1, {"low": (made, 1), "medium": (made, 4), "high": (TEACHER, 8)})
+    teacher = f"shapes@{TEACHER.digest[:12]}"
+    with running(now, registry=registry) as stack:
+        tiers = stack.client.get("/v1/capabilities").json()["data"][0]["tiers"]
+        assert {tier: one["refine"] for tier, one in tiers.items()} == {"low": [], "medium": ["first_step"], "high": []}
+        told = stack.client.post(PATH, json={"prompt": "x", "refine": "first_step"})
+        assert (told.json()["first_step_by"], told.headers["x-first-step-by"]) == (teacher, teacher)
+        openai = stack.client.post("/v1/images/generations", json={"prompt": "x", "refine": "first_step"})
+        assert openai.json()["x_fewstep"]["first_step_by"] == teacher
+        refused = stack.client.post(PATH, json={"prompt": "x", "tier": "low", "refine": "first_step"})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "refine")
+        assert stack.client.post(PATH, json={"prompt": "x", "refine": "more"}).status_code == 400

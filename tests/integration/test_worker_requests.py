@@ -12,13 +12,14 @@ from PIL import Image
 from torch import Tensor
 
 from engines.backends.base import tolerance
+from engines.loader import load_student
 from engines.student import sample
 from server.brokers.base import Broker
 from server.brokers.memory import MemoryBroker, MemoryServer
 from server.brokers.redis import RedisBroker
 from tests.contract.conftest import redis_server
 from tests.eventually import aeventually
-from tests.integration.worker_stack import MODEL, Running, running, weighted_student
+from tests.integration.worker_stack import MODEL, Running, running, student, weighted_student
 
 __all__ = ["redis_server"]
 
@@ -186,3 +187,21 @@ async def test_costs_and_versions_are_in_the_lease(up: Running) -> None:
     assert lease.costs[version].decode.row_s > 0
     [worker] = await up.gateway.workers()
     assert MODEL in worker.info["deployments"]
+
+
+async def test_a_teacher_takes_the_first_step_of_its_student_though_it_was_unloaded(up: Running) -> None:
+    base = up.student().manifest
+    candidate = up.propose(student(up.registry, 0.9), 4)
+    assert (await up.outcome(candidate)).state == "live"
+    await aeventually(lambda: unloaded(up, base.version), 20)
+    request = up.request("r1", first_step_by=base.version)
+    result = await up.answer(request)
+    assert (result.status, result.first_step_by) == ("succeeded", base.version)
+    made, teacher = (load_student(up.registry, up.registry.student(one)) for one in (request.version, base.version))
+    expected = sample(made, ["a red circle"], [7], 4, teacher=teacher)[0]
+    same(await picture(up, "r1"), expected)
+    assert not torch.equal(expected, sample(made, ["a red circle"], [7], 4)[0])
+
+
+async def unloaded(up: Running, version: str) -> bool:
+    return up.students.loaded(MODEL, version) is None

@@ -8,14 +8,21 @@ from engines.registry.base import Registry, Revision, TierTarget
 SIZE = 32
 
 
-def manifest(name: str, *steps: int, mark: int = 0, guidance: Guidance | None = None) -> StudentManifest:
-    """A student that allows these step counts; `mark` makes another digest of it."""
+def manifest(
+    name: str, *steps: int, mark: int = 0, guidance: Guidance | None = None, base: StudentManifest | None = None
+) -> StudentManifest:
+    """A student that allows these step counts; `mark` makes another digest of it. It shares its base's encoder."""
     component = Component(weights=hashlib.sha256(_blob(mark)).hexdigest(), files={})
     return StudentManifest(
         name=name,
         family="sd",
         kind="full",
-        components={"encoder": component, "denoiser": component, "decoder": component},
+        base=base.version if base else None,
+        components={
+            "encoder": base.components["encoder"] if base else component,
+            "denoiser": component,
+            "decoder": component,
+        },
         schedules={k: Schedule(times=tuple(1 - i / k for i in range(k + 1))) for k in steps},
         guidance=guidance or Guidance(),
         resolutions=((SIZE, SIZE), (64, 48)),

@@ -1,7 +1,7 @@
 import pytest
 
 from engines.errors import Overloaded, Unavailable
-from server.admission import Bookings, Limits, Load, Loading, admit
+from server.admission import Limits, Load, Loading, admit
 
 LIMITS = Limits(max_wait_s=10.0, worker_grace_s=15.0)
 
@@ -53,8 +53,6 @@ def test_who_is_refused_waits_for_those_who_were_refused_before_and_for_the_next
     assert again_s(Load(1, 11.0, 0.1, booked_s=2.0), Limits(10.0, 15.0, look_s=0.5)) == pytest.approx(3.5)
 
 
-def test_bookings_are_of_those_who_have_yet_to_come() -> None:
-    bookings = Bookings()
-    bookings.add(5.0, 0.2)
-    bookings.add(6.0, 0.3)
-    assert [bookings.total_s(now_s) for now_s in (0.0, 5.0, 6.0)] == [0.5, 0.3, 0.0]
+def test_who_is_refused_waits_longer_where_requests_wait_longer_than_predicted() -> None:
+    load = Load(1, 11.0, 0.1, lump_s=3.0, booked_s=2.0, stretch=1.5)
+    assert again_s(load, Limits(10.0, 15.0, look_s=0.5)) == pytest.approx(1.5 * 6.0 + 0.5)

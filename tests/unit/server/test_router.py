@@ -11,7 +11,7 @@ from engines.errors import (
     Overloaded,
     StepsNotAllowed,
 )
-from engines.manifest import Guidance
+from engines.manifest import Guidance, StudentManifest
 from engines.registry.base import Revision, TierTarget
 from server.messages import TierSteps
 from server.router import AUTO, UNTIERED, Choice, Expected, Names, Wanted, resolve
@@ -254,3 +254,29 @@ def test_who_names_steps_gets_them_and_no_ladder(tier: str | None) -> None:
 def test_auto_of_a_named_version_stays_with_it() -> None:
     ladder = choices(Wanted(f"shapes-fast@{OLD.digest}", tier=AUTO))
     assert [(choice.version, choice.steps) for choice in ladder] == [(OLD.version, 4), (OLD.version, 1)]
+
+
+TAUGHT = manifest("shapes-fast", 1, 2, 4, mark=2, base=TEACHER)
+
+
+def refined(wanted: Wanted, **tiers: tuple[StudentManifest, int]) -> tuple[Choice, ...]:
+    manifests = {student.version: student for student, _ in tiers.values()}
+    return resolve(wanted, [revision(1, tiers)], manifests, expect=unmeasured)
+
+
+def test_a_first_step_by_the_teacher_needs_it_in_the_deployment() -> None:
+    wanted = Wanted("shapes", refine="first_step")
+    (choice,) = refined(wanted, medium=(TAUGHT, 4), high=(TEACHER, 32))
+    assert (choice.version, choice.steps, choice.teacher) == (TAUGHT.version, 4, TEACHER.version)
+    with pytest.raises(InvalidRequest, match="needs the teacher of shapes-fast@"):
+        refined(wanted, medium=(TAUGHT, 4))
+    with pytest.raises(InvalidRequest, match="none is left for it"):
+        refined(
+            Wanted("shapes", tier="low", refine="first_step"), low=(TAUGHT, 1), medium=(TAUGHT, 4), high=(TEACHER, 32)
+        )
+
+
+def test_auto_keeps_a_step_for_the_student_where_the_first_is_the_teacher_s() -> None:
+    wanted = Wanted("shapes", tier=AUTO, refine="first_step")
+    ladder = refined(wanted, low=(TAUGHT, 1), medium=(TAUGHT, 4), high=(TEACHER, 32))
+    assert [choice.steps for choice in ladder] == [4, 2]

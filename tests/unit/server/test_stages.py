@@ -10,6 +10,7 @@ from engines.errors import InternalError
 from engines.manifest import Guidance, ProcessSpec
 from engines.noise import noise
 from engines.student import LoadedStudent, sample
+from server.batcher import LaneKey
 from server.prompt_cache import PromptCache
 from server.stages import Plans, Stages, partial_steps
 from server.tickets import LatentRow, PictureRow, Ticket, latent_row, prompts_of, rows_of
@@ -21,10 +22,12 @@ def stages() -> Stages:
     return Stages(PromptCache(1 << 20))
 
 
-def ticket(student: LoadedStudent, request_id: str = "r", **given: object) -> Ticket:
+def ticket(
+    student: LoadedStudent, request_id: str = "r", teacher: LoadedStudent | None = None, **given: object
+) -> Ticket:
     claimed = toy.claim(student, request_id, **given)  # type: ignore[arg-type]
-    solver = Plans().solver(student, claimed.request.steps, claimed.request.guidance)
-    return Ticket(claimed, student, solver.plan, solver, due_s=0.0, deadline_s=60.0)
+    solver = Plans().solver(student, claimed.request.steps, claimed.request.guidance, teacher)
+    return Ticket(claimed, student, solver.plan, solver, due_s=0.0, deadline_s=60.0, teacher=teacher)
 
 
 def encoded(stages: Stages, *tickets: Ticket) -> list[PictureRow]:
@@ -168,3 +171,37 @@ def test_partial_pictures_are_spread_and_never_the_last(total: int, wanted: int,
 def test_a_seed_wraps_where_generators_end() -> None:
     one = ticket(toy.student(), n=2, seed=2**63 - 1)
     assert [one.seed(0), one.seed(1)] == [2**63 - 1, 0]
+
+
+def test_first_steps_of_a_teacher_share_its_calls_with_its_own_rows_and_the_rest_the_student_s(stages: Stages) -> None:
+    """Each row ends as it does alone: teacher's own, student's own, and the one that begins with the teacher."""
+    teacher = toy.student(toy.ToyFamily(slope=0.3), name="teacher", weights="t", guided=True)
+    student = toy.student(toy.ToyFamily(slope=0.7), base=teacher.version)
+    plain, guided = ticket(student, "s", steps=4), ticket(teacher, "t", steps=4)
+    mixed = ticket(student, "m", teacher, steps=4)
+    rows = encoded(stages, plain, guided, mixed)
+    latents: dict[str, LatentRow] = {}
+    while left := [row for row in rows if not row.done]:
+        lanes: dict[LaneKey, list[PictureRow]] = {}
+        for row in left:
+            lanes.setdefault(row.ticket.lane(row.step), []).append(row)
+        for batch in lanes.values():
+            stages.denoise(batch)
+        latents |= {row.request_id: latent_row(row, row.state.x) for row in left if row.done and row.state}
+    pictures = {name: torch.from_numpy(stages.decode([row]))[0] for name, row in latents.items()}
+    prompt, seed = ["a red circle"], [7]
+    assert torch.equal(pictures["s"], sample(student, prompt, seed, 4)[0])
+    assert torch.equal(pictures["t"], sample(teacher, prompt, seed, 4)[0])
+    assert torch.equal(pictures["m"], sample(student, prompt, seed, 4, teacher=teacher)[0])
+    assert not torch.equal(pictures["m"], pictures["s"])
+    assert teacher.family.calls.count(("denoise", 2)) == 1  # type: ignore[attr-defined]
+    assert student.family.calls.count(("denoise", 2)) == 3  # type: ignore[attr-defined]
+
+
+def test_a_negative_prompt_is_what_the_teacher_s_first_step_is_guided_away_from(stages: Stages) -> None:
+    teacher = toy.student(toy.ToyFamily(slope=0.3), name="teacher", weights="t", guided=True)
+    student = toy.student(toy.ToyFamily(slope=0.7), base=teacher.version)
+    rows = encoded(stages, ticket(student, "r", teacher, steps=4, negative_prompt="two squares"))
+    expected = sample(student, ["a red circle"], [7], 4, teacher=teacher, negative=["two squares"])
+    assert torch.equal(run(stages, rows)["r0"], expected[0])
+    assert not torch.equal(expected, sample(student, ["a red circle"], [7], 4, teacher=teacher))

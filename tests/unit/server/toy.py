@@ -96,6 +96,7 @@ def manifest(
     guidance: Guidance | None = None,
     process: ProcessSpec = ProcessSpec(),  # noqa: B008 - frozen
     nets: dict[int, tuple[str, ...]] | None = None,
+    base: str | None = None,
 ) -> StudentManifest:
     asked = {"denoiser", *(net for named in (nets or {}).values() for net in named)}
     parts = {role: Component(weights=sha(role + weights), files={}) for role in asked}
@@ -105,6 +106,7 @@ def manifest(
         name=name,
         family="sd",
         kind="full",
+        base=base,
         components=parts,
         schedules={k: Schedule(times=times[k], eta=eta, nets=(nets or {}).get(k)) for k in counts},
         solver=solver,
