@@ -320,7 +320,10 @@ PRESETS = {
         {"warmup": 300, "floor": 0.01},
     ),
     "esd": Preset(
-        ESD, "Eulerian flow map: where a jump ends must not move along the path.", "2505.18825", {"power": 0.0}
+        ESD,
+        "Eulerian flow map: where a jump ends must not move along the path.",
+        "2505.18825",
+        {"power": 0.0, "warmup": 200},
     ),
     "psd": Preset(PSD, "Progressive flow map: a jump is two jumps, parted anywhere.", "2505.18825", {"power": 0.0}),
     "traflow": Preset(
