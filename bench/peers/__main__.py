@@ -41,7 +41,7 @@ def main() -> None:
     given = _arguments()
     report = described("bench.peers")
     found = choose(given.backend)
-    closed, poisson = (Shape(0.5, 2.0), Shape(0.5, 3.0)) if given.quick else (Shape(0.5, 3.5), Shape(1.0, 7.0))
+    closed, poisson = (Shape(0.5, 2.0), Shape(0.5, 3.0)) if given.quick else (Shape(0.5, 3.5), Shape(1.0, 6.0))
     options = Options(
         servers=_chosen(given.peers, SERVERS, lambda name: (name, name.split()[0])),
         cells=_chosen(given.workloads, QUICK if given.quick else CELLS, lambda cell: (cell.mix,)),
@@ -51,7 +51,12 @@ def main() -> None:
         python=given.python.absolute(),
         folder=_WORK,
     )
-    settings = {"engine": [found.backend, found.precision], "threads": given.threads, "batches": _BATCHES}
+    settings = {
+        "engine": [found.backend, found.precision],
+        "threads": given.threads,
+        "batches": _BATCHES,
+        "weights": given.peer_weights,
+    }
     settings |= {"windows": repr((closed, poisson)), "cpu": report["machine"]["cpu"]}
     path = _WORK / "ledger.jsonl"
     if given.fresh:
@@ -67,10 +72,12 @@ def main() -> None:
             precision=found.precision,
             batches=_BATCHES,
             threads=given.threads,
+            weights=given.peer_weights,
         )
         cells, slo_ms = _measured(options, config, Ledger(path, settings))
     report |= {
-        "engine": f"{found.backend} {found.precision}, {given.threads} threads, batches {list(_BATCHES)}",
+        "engine": f"{found.backend} {found.precision}, {given.threads} threads, batches {list(_BATCHES)}, "
+        f"denoiser weights of the peers {given.peer_weights}",
         "runs": options.runs,
         "mixes": MIXES,
         "slo": f"{SLO_FACTOR:g} times what the same request takes alone at plain FastAPI",
@@ -93,6 +100,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=0, help="of each cell: 3, quick 1")
     parser.add_argument("--threads", type=int, default=2, help="of the engine")
     parser.add_argument("--backend", default="auto")
+    parser.add_argument(
+        "--peer-weights",
+        choices=("set", "constant"),
+        default="set",
+        help="how peers and bare loop hold denoiser weights; Fewstep sets them, so that students can be swapped",
+    )
     parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
     parser.add_argument("--python", type=Path, default=Path(".venv-peers/bin/python"), help="the peers' interpreter")
     parser.add_argument("--out", type=Path, default=_BENCH / "peers.json")

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -41,6 +41,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     precision: Precision
     batches: tuple[int, ...]
     threads: int
+    weights: Literal["set", "constant"] = "set"
     grouped: bool = False
     port: int = 0
 
@@ -69,7 +70,12 @@ class Painter:
         self.config = config
         torch.set_num_threads(threads or config.threads)
         choice = Choice(config.backend, config.precision)
-        profile = Profile(batches=config.batches, precision=config.precision, threads=threads or config.threads)
+        profile = Profile(
+            batches=config.batches,
+            precision=config.precision,
+            threads=threads or config.threads,
+            weights=config.weights,
+        )
         loader = Loader(
             FilesRegistry(Path(config.registry)), choice, profile, GraphStore(DiskCache(Path(config.cache)))
         )

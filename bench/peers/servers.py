@@ -152,6 +152,7 @@ def serving(server: str, config: Config, folder: Path, python: Path) -> Iterator
 @contextlib.contextmanager
 def _fewstep(config: Config, folder: Path) -> Iterator[Running]:
     data = Path(config.registry).parent  # the stack looks for the registry there
+    shutil.rmtree(data / "redis", ignore_errors=True)  # answers that an earlier start has kept
     env = {
         "WORKER_BACKEND": config.backend,
         "WORKER_PRECISION": config.precision,

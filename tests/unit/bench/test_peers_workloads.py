@@ -14,7 +14,8 @@ from bench.peers.workloads import CELLS, MIXES, QUICK, capacity_cell, requests
 ROOT = Path(__file__).parents[3]
 CAPTIONS = [f"caption {index}" for index in range(20_000)]
 ENGINE_PACKAGES = (
-    "torch", "openvino", "numpy", "safetensors", "transformers", "diffusers", "onnx", "onnxscript", "msgspec", "pillow",
+    "torch", "openvino", "onnxruntime", "numpy", "safetensors", "transformers", "diffusers", "onnx", "onnxscript",
+    "msgspec", "pillow",
 )  # fmt: skip
 
 
