@@ -18,6 +18,7 @@ from server import leases, router
 from server.admission import Loading
 from server.brokers.base import Broker, QueueState
 from server.leases import WorkerLease
+from server.menu import Choice, Wanted
 from server.messages import CLASSES, RequestClass
 
 _logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class View:
     deployments: dict[str, Deployment] = field(default_factory=dict)
     workers: dict[str, WorkerLease] = field(default_factory=dict)
     queues: dict[str, QueueState] = field(default_factory=dict)
-    choices: dict[router.Wanted, tuple[router.Choice, ...]] = field(default_factory=dict)
+    choices: dict[Wanted, tuple[Choice, ...]] = field(default_factory=dict)
     evaluations: dict[tuple[str, int, float | None, str | None], int] = field(default_factory=dict)
     published_s: dict[tuple[str, str], float] = field(default_factory=dict)  # by us since this look
 
@@ -122,7 +123,7 @@ class Catalog:
             raise InvalidRequest(f"'model' is needed: choose from {', '.join(names)}", param="model")
         return names[0]
 
-    def choices(self, wanted: router.Wanted, expect: Expect) -> tuple[router.Choice, ...]:
+    def choices(self, wanted: Wanted, expect: Expect) -> tuple[Choice, ...]:
         """`router.resolve` on the present view, remembered where it does not depend on measurements."""
         view = self.view
         choices = view.choices.get(wanted)
@@ -182,7 +183,7 @@ class Catalog:
 
     # --- looking ---------------------------------------------------------------------------------
 
-    def _resolve(self, wanted: router.Wanted, expect: Expect) -> tuple[router.Choice, ...]:
+    def _resolve(self, wanted: Wanted, expect: Expect) -> tuple[Choice, ...]:
         name, at, digest = wanted.model.partition("@")
         deployment = self._serving(name, digest) if at else self.deployment(name)
         revisions = [revision for revision in (deployment.current, deployment.previous) if revision is not None]

@@ -16,9 +16,10 @@ from server.catalog import Catalog
 from server.degrader import Degrader, Thresholds
 from server.intent import Decision, Intent
 from server.latencies import Latencies, Work
+from server.menu import Choice
 from server.messages import RequestClass, class_of
 from server.metrics import Metrics
-from server.router import Choice, Expected
+from server.router import Expected
 from server.settings import GatewaySettings
 from server.waits import Waits
 

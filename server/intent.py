@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from server.latencies import Work
+from server.menu import Choice, Wanted
 from server.messages import GenerateResult, RequestClass
-from server.router import Choice, Wanted
 
 ImageFormat = Literal["png", "webp", "jpeg"]
 

@@ -81,11 +81,12 @@ SERVING = (
     ),
     Panel(
         "Queue",
-        "Requests that no worker has claimed, and rows inside workers.",
+        "Requests that no worker has claimed, rows inside workers, and how many rungs below its tier auto serves for it.",
         "short",
         (
             Query(f"sum by (class) (fewstep_waiting{{{MODEL}}})", "waiting {{class}}"),
             Query(f"sum(fewstep_running{{{MODEL}}})", "running rows"),
+            Query(f"max by (class) (fewstep_degraded{{{MODEL}}})", "auto down {{class}}"),
         ),
     ),
     Panel("Queue time", "From queue entry to the first engine call.", "s", p50_p95("queue_seconds", "model")),

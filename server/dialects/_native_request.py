@@ -10,7 +10,7 @@ from engines.errors import ContradictoryFields, InvalidRequest
 from engines.refine import Refine
 from server.dialects.base import MIME
 from server.intent import ImageFormat, Intent
-from server.router import Wanted
+from server.menu import Wanted
 
 Pixels = Annotated[int, Meta(ge=1, le=16384)]
 MAX_PROMPT_CHARS = 8192

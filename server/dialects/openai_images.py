@@ -29,7 +29,7 @@ from server.dialects._openai_records import (
 from server.dialects.base import Event
 from server.gateway import Gateway
 from server.intent import Answer, Intent, Ticket
-from server.router import AUTO, Names, Wanted
+from server.menu import AUTO, Names, Wanted
 
 _NAMES = Names(tier="quality", steps="num_inference_steps")
 _TIERS = {"standard": "medium", "hd": "high"}

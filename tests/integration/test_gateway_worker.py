@@ -10,7 +10,7 @@ from server.auth import Principal
 from server.brokers.memory import MemoryBroker, MemoryServer
 from server.gateway import Gateway
 from server.intent import Intent
-from server.router import Wanted
+from server.menu import Wanted
 from server.settings import GatewaySettings
 from tests import tiny_sd
 from tests.eventually import aeventually

@@ -10,9 +10,9 @@ from server import leases
 from server.dispatcher import Dispatcher
 from server.intent import Decision, Intent
 from server.latencies import Latencies, Work
+from server.menu import AUTO, Wanted
 from server.messages import TierSteps
 from server.metrics import make
-from server.router import AUTO, Wanted
 from server.settings import GatewaySettings
 from tests.gateway_stack import COST
 from tests.unit.server.manifests import manifest, revision

@@ -15,8 +15,8 @@ from server.brokers.base import Entry, StaleVersion
 from server.brokers.memory import MemoryBroker, MemoryServer
 from server.gateway import Gateway
 from server.intent import Intent
+from server.menu import Wanted
 from server.messages import GenerateRequest, GenerateResult
-from server.router import Wanted
 from server.settings import GatewaySettings
 from tests.gateway_stack import COST
 from tests.unit.server.manifests import manifest, publish, revision

@@ -13,8 +13,9 @@ from engines.errors import (
 )
 from engines.manifest import Guidance, StudentManifest
 from engines.registry.base import Revision, TierTarget
+from server.menu import AUTO, UNTIERED, Choice, Names, Wanted
 from server.messages import TierSteps
-from server.router import AUTO, UNTIERED, Choice, Expected, Names, Wanted, resolve
+from server.router import Expected, resolve
 from tests.unit.server.manifests import CFG, manifest, revision
 
 TEACHER = manifest("shapes", 32, mark=1, guidance=CFG)
