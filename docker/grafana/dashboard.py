@@ -81,7 +81,7 @@ SERVING = (
     ),
     Panel(
         "Queue",
-        "Requests that no worker has claimed, rows inside workers, and how many rungs below its tier auto serves for it.",
+        "Requests that no worker has claimed, rows inside workers, and how far below its tier auto serves for it.",
         "short",
         (
             Query(f"sum by (class) (fewstep_waiting{{{MODEL}}})", "waiting {{class}}"),
