@@ -8,7 +8,7 @@ TORCH_PIP_ARGS ?=
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev system-packages demo test test-unit test-faults check fmt bench bench-serve bench-swap bench-student bench-distill bench-searches bench-peers teacher dashboards clean
+.PHONY: help install install-dev system-packages demo test test-unit test-faults test-tensorrt test-gpu check fmt bench bench-serve bench-swap bench-student bench-distill bench-searches bench-peers bench-tensorrt teacher dashboards clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -40,15 +40,21 @@ system-packages:
 demo: install  ## the whole loop on this machine: teacher, job, gate, swap under traffic, students
 	$(BIN)/fewstep demo
 
-test: install-dev system-packages  ## every test
+test: install-dev system-packages test-tensorrt  ## every test
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 tests/unit/distill_jobs tests/unit/engines
-	$(ONE_THREAD) $(BIN)/python -m pytest --ignore tests/unit/distill_jobs --ignore tests/unit/engines
+	$(ONE_THREAD) $(BIN)/python -m pytest --ignore tests/unit/distill_jobs --ignore tests/unit/engines --ignore tests/tensorrt
 
 test-unit: install-dev  ## only the quick ones
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/unit tests/test_architecture.py
 
 test-faults: install-dev  ## kill -9 and SIGSTOP of every process, under load
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/faults
+
+test-tensorrt: install-dev  ## real plans of every graph of every family, without a GPU
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadgroup tests/tensorrt
+
+test-gpu: install-dev  ## what takes an NVIDIA GPU: the contract of backends, refit, CUDA graphs
+	$(BIN)/python -m pytest -rs tests/gpu tests/contract/test_backends.py
 
 check: install-dev  ## ruff, mypy --strict, the rules of the tree
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m pytest -q tests/test_architecture.py
@@ -83,6 +89,9 @@ $(VENV)-peers/.installed: bench/peers/requirements.txt
 
 bench-peers: install-dev $(VENV)-peers/.installed  ## beside FastAPI, LitServe, Ray Serve, BentoML and diffusers' server: an hour, ARGS=--quick 10 minutes
 	$(BIN)/python -m bench.peers --python $(VENV)-peers/bin/python $(ARGS)
+
+bench-tensorrt: install-dev  ## seconds to build and size of TensorRT plans; on a GPU also refit against rebuild
+	$(BIN)/python -m bench.tensorrt $(ARGS)
 
 teacher: install-dev  ## train the embedded teacher of shapes again (two hours), or of ARGS="--task digits"
 	$(BIN)/python -m distill_jobs.teachers.training.train all --out .fewstep/teacher $(ARGS)

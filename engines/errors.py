@@ -30,6 +30,7 @@ FewstepError
 ├── ArtefactRejected          artefact_rejected      (a student may not serve)
 │   ├── CorruptBlob           corrupt_blob
 │   ├── GraphMismatch         graph_mismatch
+│   ├── UnsupportedGraph      unsupported_graph      (a backend cannot compile it: which node, and why)
 │   └── GoldenMismatch        golden_mismatch
 ├── SwapRejected              swap_rejected
 ├── GateFailed                gate_failed
@@ -170,6 +171,10 @@ class CorruptBlob(ArtefactRejected):
 
 class GraphMismatch(ArtefactRejected):
     code = "graph_mismatch"
+
+
+class UnsupportedGraph(ArtefactRejected):
+    code = "unsupported_graph"
 
 
 class GoldenMismatch(ArtefactRejected):

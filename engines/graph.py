@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,11 +26,13 @@ from engines.cache import DiskCache
 from engines.errors import InternalError
 from engines.families.base import ComponentNetwork, ReadFile
 from engines.manifest import StudentManifest
+from engines.onnx_repairs import repaired
 
 OPSET = 21
 WEIGHT = "weight:"
 _GRAPH = "graph.onnx"
 _EXAMPLE_ROWS = 2
+_REVISION = 2  # counts up when the same network would be exported otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ class ComponentGraph:
 
     spec: ComponentSpec
     folder: Callable[[], Path] = field(repr=False, compare=False)
+    cache: DiskCache | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def id(self) -> str:
@@ -125,6 +128,11 @@ class ComponentGraph:
     def onnx(self) -> bytes:
         return (self.folder() / _GRAPH).read_bytes()
 
+    def kept(self, what: Sequence[str], build: Callable[[Path], None]) -> Path:
+        if self.cache is None:
+            raise InternalError("what is built from a graph needs a cache folder")
+        return self.cache.get(_sha([self.key, *_versions(), *what]), build)
+
     def example(self, rows: int) -> dict[str, torch.Tensor]:
         """Zero inputs of `rows` rows, for a warm-up or an export."""
         return {p.name: torch.zeros((rows, *p.shape), dtype=p.dtype) for p in self._empty.ports}
@@ -150,7 +158,7 @@ class GraphStore:
                 raise InternalError("an export needs a cache folder")
             return self._cache.get(_sha([spec.key, _versions()]), lambda to: self._export(spec, to))
 
-        return self._known.setdefault(spec.key, ComponentGraph(spec, folder))
+        return self._known.setdefault(spec.key, ComponentGraph(spec, folder, self._cache))
 
 
 def export(spec: ComponentSpec, folder: Path) -> None:
@@ -177,7 +185,7 @@ def export(spec: ComponentSpec, folder: Path) -> None:
     assert program is not None
     used = _used(program.exported_program)
     names = {inner: name for name, inner in network.graph_names().items() if inner in used}
-    model = without_weights(without_idle_squeezes(program.model_proto), names)
+    model = without_weights(repaired(program.model_proto), names)
     (folder / _GRAPH).write_bytes(onnx.ModelProto.SerializeToString(model, deterministic=True))
 
 
@@ -222,24 +230,6 @@ def without_weights(model: Any, names: Mapping[str, str]) -> Any:
     return onnxscript.optimizer.optimize(model)
 
 
-def without_idle_squeezes(model: Any) -> Any:
-    """torch leaves an axis longer than 1 as it is when told to squeeze it; the exporter writes what ONNX forbids."""
-    import onnx
-
-    ports = [*model.graph.value_info, *model.graph.input]
-    shapes = {port.name: port.type.tensor_type.shape.dim for port in ports}
-    constants = {init.name: init for init in model.graph.initializer}
-    constants |= {node.output[0]: node.attribute[0].t for node in model.graph.node if node.op_type == "Constant"}
-    for node in model.graph.node:
-        squeezes = node.op_type == "Squeeze" and node.input[0] in shapes and node.input[-1] in constants
-        if squeezes:
-            axes = onnx.numpy_helper.to_array(constants[node.input[1]]).flatten()
-            if any(shapes[node.input[0]][int(axis)].dim_value > 1 for axis in axes):
-                node.op_type = "Identity"
-                del node.input[1:]
-    return model
-
-
 def graph_id(model: bytes) -> str:
     """sha256 of the weightless model: the same in every process that exports the same network."""
     return hashlib.sha256(model).hexdigest()
@@ -271,7 +261,8 @@ def _as_role(name: str, role: str) -> str:
 def _versions() -> list[str]:
     from importlib.metadata import version
 
-    return [f"{name} {version(name)}" for name in ("torch", "onnx", "onnxscript", "diffusers", "transformers")]
+    names = ("torch", "onnx", "onnxscript", "diffusers", "transformers")
+    return [f"export {_REVISION}", *(f"{name} {version(name)}" for name in names)]
 
 
 def _sha(value: Any) -> str:

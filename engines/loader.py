@@ -83,13 +83,15 @@ class Loader:
     def is_known(self, manifest: StudentManifest, role: str, graph: ComponentGraph) -> bool:
         """Whether this component needs no more than weights set, if that."""
         key = EngineKey(graph.key, manifest.components[role].weights)
-        return key in self._engines or (graph.key in self._compiled and _profile(self.profile, graph).weights == "set")
+        return key in self._engines or (
+            graph.key in self._compiled and profile_of(self.profile, graph).weights == "set"
+        )
 
     def compile(self, graph: ComponentGraph) -> Any:
         """The graph, compiled; the heavy part, once per graph."""
         with self._building:
             if graph.key not in self._compiled:
-                self._compiled[graph.key] = self._backend.build(graph, _profile(self.profile, graph))
+                self._compiled[graph.key] = self._backend.build(graph, profile_of(self.profile, graph))
             return self._compiled[graph.key]
 
     def load(self, manifest: StudentManifest) -> LoadedStudent:
@@ -150,7 +152,7 @@ class Loader:
         return LoadedStudent(manifest, family, made, self.choice.backend, self.choice.precision)
 
 
-def _profile(profile: Profile, graph: ComponentGraph) -> Profile:
+def profile_of(profile: Profile, graph: ComponentGraph) -> Profile:
     """Every student brings a denoiser; encoder and decoder are its teacher's, so theirs need not be replaceable."""
     return profile if graph.spec.role == "denoiser" else replace(profile, weights="constant")
 

@@ -64,6 +64,7 @@ def make_loader(settings: WorkerSettings, registry: Registry) -> Loader:
         precision=choice.precision,
         threads=threads,
         device=settings.device,
+        targets=settings.targets,
     )
     cache = DiskCache(settings.cache_dir, settings.cache_bytes)
     return Loader(registry, choice, profile, GraphStore(cache, in_process=False))

@@ -4,8 +4,9 @@ An engine is a compiled graph that holds one set of weights. `reload` says what 
 "refit" sets tensors in milliseconds, "recompile" builds again.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -24,6 +25,7 @@ class Profile:
 
     `weights`: "set" makes other weights cheap to load, "constant" makes each call cheaper and other weights a build.
     `device` is where inputs come from and outputs go, as torch names it.
+    `targets`: the GPUs to build for where that is done ahead, without one, such as SM89; none means the device here.
     """
 
     batches: tuple[int, ...] = BATCHES
@@ -31,6 +33,7 @@ class Profile:
     threads: int = 2
     weights: Literal["set", "constant"] = "set"
     device: str = "cpu"
+    targets: tuple[str, ...] = ()
 
 
 class Engine(Protocol):
@@ -73,6 +76,15 @@ class Graph(Protocol):
 
     def onnx(self) -> bytes:
         """The ONNX model with its weights as inputs, named `weight:<name>`."""
+
+    def example(self, rows: int) -> dict[str, Tensor]:
+        """Zero inputs."""
+
+    def kept(self, what: Sequence[str], build: Callable[[Path], None]) -> Path:
+        """The folder of something built from this graph, by `build` if the engine cache has it not.
+
+        `what` is all that it depends on besides: backend, profile, device and the versions of what builds it.
+        """
 
 
 class Compiled(Protocol):
@@ -226,7 +238,7 @@ def choose(backend: str = "auto", precision: str = "auto") -> Choice:
     """
     name = backend
     if backend == "auto":
-        name = "openvino" if load_backend("openvino").available() else "eager"
+        name = next(name for name in ("tensorrt", "openvino", "eager") if load_backend(name).available())
     elif not load_backend(name).available():
         raise UnknownPlugin(f"backend {name!r} cannot run here: install its package, or choose 'auto'")
     wanted = plugins.load("engines.backends", name, "automatic_precision")() if precision == "auto" else precision

@@ -2,7 +2,7 @@
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.table import Table
@@ -13,6 +13,7 @@ from engines.registry.base import open_registry
 from server.commands.terminal import DEFAULT_URL, Key, Url, connected, out
 
 if TYPE_CHECKING:
+    from engines.backends.base import Precision
     from engines.verify import Verification
 
 app = typer.Typer(invoke_without_command=True, help="List the students; export one, or check that its forms agree.")
@@ -86,6 +87,34 @@ def verify(
         out.print(f"Not compared with diffusers: {found.missing}", highlight=False)
     if not found.passed:
         raise GoldenMismatch(f"{version}: a form of it makes other pictures; do not publish or ship it")
+
+
+@app.command()
+def plans(
+    version: Version,
+    targets: Annotated[
+        list[str], typer.Option("--target", help="A GPU's compute capability, such as SM89; repeat it.")
+    ],
+    registry_url: RegistryUrl = DEFAULT_REGISTRY,
+    cache_dir: Annotated[Path, typer.Option(help="The engine cache of the workers.")] = Path(".fewstep/engines"),
+    batch_sizes: Annotated[list[int], typer.Option("--batch-size", help="As WORKER_BATCH_SIZES.")] = [1, 2, 4, 8],  # noqa: B006
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "bf16",
+) -> None:
+    """Build a student's TensorRT plans for GPUs that are not here; a worker with the same WORKER_TARGETS finds them.
+
+    Example: fewstep students plans shapes-fast@3f2a91c0de11 --target SM89 --target SM120
+    """
+    _known(registry_url)
+    from engines.ahead import build_ahead
+    from engines.backends.base import Profile, tolerance
+    from engines.cache import DiskCache
+    from engines.graph import GraphStore
+
+    tolerance("tensorrt", precision)
+    profile = Profile(tuple(sorted(batch_sizes)), cast("Precision", precision), targets=tuple(targets))
+    made = build_ahead(open_registry(registry_url), version, profile, GraphStore(DiskCache(cache_dir)))
+    for role, folder in made.items():
+        out.print(f"{role}: {folder}", highlight=False)
 
 
 def _known(registry_url: str) -> None:

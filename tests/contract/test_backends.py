@@ -24,6 +24,8 @@ CHOICES = [
     Choice("onnxruntime", "fp32"),
     Choice("openvino", "fp32"),
     Choice("openvino", "bf16"),
+    Choice("tensorrt", "fp32"),
+    Choice("tensorrt", "bf16"),
 ]
 ROLES = ("encoder", "denoiser", "decoder")
 PROFILE = Profile(batches=(1, 4), threads=1)
@@ -46,6 +48,8 @@ def teacher() -> tiny_sd.Teacher:
 @pytest.fixture(scope="module", params=CHOICES, ids=by_name)
 def loader(request: pytest.FixtureRequest, teacher: tiny_sd.Teacher) -> Loader:
     choice: Choice = request.param
+    if not load_backend(choice.backend).available():
+        pytest.skip(f"{choice.backend} cannot run here: its library or its GPU is missing")
     profile = Profile(PROFILE.batches, choice.precision, PROFILE.threads)
     return Loader(teacher.registry, choice, profile, teacher.graphs)
 

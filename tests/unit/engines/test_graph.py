@@ -5,16 +5,7 @@ import torch
 
 from engines.cache import DiskCache
 from engines.errors import InternalError
-from engines.graph import (
-    WEIGHT,
-    ComponentGraph,
-    ComponentSpec,
-    GraphStore,
-    export,
-    graph_id,
-    spec,
-    without_idle_squeezes,
-)
+from engines.graph import WEIGHT, ComponentGraph, ComponentSpec, GraphStore, export, graph_id, spec
 from engines.loader import reader
 from tests import tiny_families, tiny_sd
 
@@ -100,19 +91,3 @@ def test_ports_and_outputs_are_known_without_an_export() -> None:
     graph = GraphStore(None).graph(denoiser(inputs=frozenset("s")))
     assert graph.inputs == {"x", "t", "cond", "s"}
     assert graph.output_shapes == {"pred": tiny_sd.LATENT}
-
-
-@pytest.mark.parametrize(("axis", "length", "left"), [(1, 16, "Identity"), (-2, 16, "Identity"), (1, 1, "Squeeze")])
-def test_only_a_squeeze_that_torch_would_not_do_is_left_out(axis: int, length: int, left: str) -> None:
-    from onnx import TensorProto, helper
-
-    graph = helper.make_graph(
-        [helper.make_node("Squeeze", ["x", "axes"], ["y"])],
-        "squeezed",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", length, 32])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [helper.make_tensor("axes", TensorProto.INT64, [1], [axis])],
-    )
-    (node,) = without_idle_squeezes(helper.make_model(graph)).graph.node
-    assert node.op_type == left
-    assert list(node.input) == (["x"] if left == "Identity" else ["x", "axes"])

@@ -1,0 +1,28 @@
+"""Plans of a student for GPUs that are not here: built on any machine, found by the workers that have one.
+
+A worker finds them where it has the same engine cache, batch sizes, precision, targets and version of the library.
+"""
+
+from pathlib import Path
+
+from engines.backends import tensorrt
+from engines.backends.base import Profile
+from engines.graph import GraphStore, spec
+from engines.loader import load_weights, profile_of, reader
+from engines.registry.base import Registry
+
+
+def build_ahead(registry: Registry, version: str, profile: Profile, graphs: GraphStore) -> dict[str, Path]:
+    """Component -> the folder with its plan, for the targets of `profile`.
+
+    Raises:
+        BackendUnavailable: no TensorRT that builds for others.
+        UnsupportedGraph: which node of a graph it cannot take.
+    """
+    manifest = registry.student(version)
+    read, found = reader(registry, manifest), {}
+    for role, component in manifest.components.items():
+        graph = graphs.graph(spec(manifest, role, read))
+        weights = graph.select(load_weights(registry, component))
+        found[role] = tensorrt.plan(graph, profile_of(profile, graph), weights)
+    return found

@@ -1,0 +1,54 @@
+"""Every graph of every family, at most once: what the real library builds plans of in these tests."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from torch import Tensor
+
+from engines.cache import DiskCache
+from engines.graph import ComponentGraph, GraphStore, spec
+from engines.loader import load_weights, reader
+from tests import tiny_families
+
+ROLES = ("encoder", "denoiser", "decoder")
+NO_GRAPH = {
+    ("qwen_image", "denoiser"): "it turns positions as complex numbers, which ONNX has not",
+    ("z_image", "denoiser"): "it reads a list of sequences of any length, which no one graph does",
+}
+# Names of `tiny_families` by the graphs that no other name has; so each is exported and built once.
+_OWN = {"sd-edm": (), "sdxl-edm": ("decoder",), "flux-schnell": ("denoiser",)}
+GRAPHS = [
+    (name, role) for name in tiny_families.FAMILIES for role in _OWN.get(name, ROLES) if (name, role) not in NO_GRAPH
+]
+
+
+def each(graphs: Iterable[tuple[str, str]]) -> pytest.MarkDecorator:
+    """A test of each; processes that share the tests do not share a family, whose exports they would both make."""
+    params = [pytest.param(*one, id="-".join(one), marks=pytest.mark.xdist_group(one[0])) for one in graphs]
+    return pytest.mark.parametrize(("name", "role"), params)
+
+
+_FOLDER = TemporaryDirectory(prefix="fewstep-tensorrt-")
+
+
+@dataclass(frozen=True)
+class Case:
+    graph: ComponentGraph
+    weights: dict[str, Tensor]
+
+
+@cache
+def case(name: str, role: str) -> Case:
+    """A graph and its weights, with a cache of this process for what is exported and built."""
+    own = tiny_families.shipped(name)
+    graph = store().graph(spec(own.manifest, role, reader(own.registry, own.manifest)))
+    return Case(graph, graph.select(load_weights(own.registry, own.manifest.components[role])))
+
+
+@cache
+def store() -> GraphStore:
+    return GraphStore(DiskCache(Path(_FOLDER.name)))
