@@ -15,14 +15,19 @@ _PLAIN = "fastapi naive"
 
 
 def cell(where: Cell, server: str, runs: Sequence[Mapping[str, Any]], ceilings: Sequence[float]) -> dict[str, Any]:
-    """Medians of the runs, with their spread beside them."""
+    """Medians of the runs, with their spread beside them.
+
+    `overhead_ms` is what a lone request takes beyond the engine's own time; None in other cells.
+    """
     over = {name: spread([run[name] for run in runs], 4) for name in FIGURES}
+    lone, ceiling_per_s = where == LONE, statistics.median(ceilings)
     return {
         "workload": where.mix,
         "load": where.load,
         "peer": server,
         **{name: over[name]["median"] for name in FIGURES},
-        "ceiling_images_per_s": round(statistics.median(ceilings), 2),
+        "overhead_ms": round(over["p50_ms"]["median"] - 1000 / ceiling_per_s, 2) if lone else None,
+        "ceiling_images_per_s": round(ceiling_per_s, 2),
         "requests": sum(run["requests"] for run in runs),
         "failed": sum(run["failed"] for run in runs),
         "wrong": sum(run["wrong"] for run in runs),
@@ -35,8 +40,8 @@ def cell(where: Cell, server: str, runs: Sequence[Mapping[str, Any]], ceilings: 
 def capacity(where: Cell, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
     """Images a second that the best peer made at the closed loop of this cell's mix: `runs` by server."""
     rates = [statistics.median(run["images_per_s"] for run in mine) for name, mine in runs.items() if name != FEWSTEP]
-    if not rates:
-        raise SystemExit(f"no peer was measured at {capacity_cell(where)}: nothing says how fast requests should come")
+    if not any(rates):
+        raise SystemExit(f"no peer answered at {capacity_cell(where).name}: nothing says how fast requests should come")
     return float(max(rates))
 
 

@@ -11,6 +11,7 @@ _COLUMNS = (
     ("p95 ms", "p95_ms"),
     ("p99 ms", "p99_ms"),
     ("p95 1-step ms", "p95_1step_ms"),
+    ("overhead ms", "overhead_ms"),
     ("SLO", "slo_attainment"),
     ("goodput/s", "goodput_per_s"),
     ("CPU s", "cpu_s"),
@@ -69,4 +70,4 @@ def _table(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 def _value(one: Mapping[str, Any], name: str) -> str:
     if not name:
         return f"{100 * one['images_per_s'] / one['ceiling_images_per_s']:.0f} %"
-    return str(one[name])
+    return "" if one[name] is None else str(one[name])

@@ -30,6 +30,11 @@ def test_a_cell_has_the_median_of_its_runs_with_least_and_most_beside_it() -> No
     assert (made["requests"], made["failed"], len(made["runs"])) == (30, 3, 3)
 
 
+def test_overhead_is_what_a_lone_request_takes_beyond_the_engine() -> None:
+    assert summary.cell(LONE, FEWSTEP, [run(p50_ms=13.0)], [100.0])["overhead_ms"] == 3
+    assert summary.cell(MIXED, FEWSTEP, [run(p50_ms=13.0)], [100.0])["overhead_ms"] is None
+
+
 def test_the_ceiling_gives_every_kind_its_best_batch_that_the_load_can_fill() -> None:
     seconds = {"1": {1: 0.02, 8: 0.01}, "4": {1: 0.08, 8: 0.05}}
     assert summary.ceiling({"1": 1.0}, seconds, 1) == pytest.approx(50)
@@ -40,8 +45,10 @@ def test_the_ceiling_gives_every_kind_its_best_batch_that_the_load_can_fill() ->
 def test_capacity_is_the_best_peers_and_never_our_own() -> None:
     runs = {FEWSTEP: [run(images_per_s=99.0)], "a": [run(images_per_s=10.0), run(images_per_s=20.0)]}
     assert summary.capacity(AT_90, runs | {"b": [run(images_per_s=12.0)]}) == 15
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="50/30/20, closed, 64 clients"):
         summary.capacity(AT_90, {FEWSTEP: runs[FEWSTEP]})
+    with pytest.raises(SystemExit, match="no peer answered"):
+        summary.capacity(AT_90, {"a": [run(images_per_s=0.0)]})
 
 
 def test_every_ratio_is_against_the_best_peer_of_its_cell_and_the_worst_cell_counts() -> None:
