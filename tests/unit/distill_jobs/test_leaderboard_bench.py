@@ -94,10 +94,10 @@ def test_the_page_names_failures_and_recommends_the_best_of_each_situation() -> 
 
 
 def test_a_mark_is_explained_by_what_was_seen_on_its_own_task_and_a_new_task_has_no_reasons_yet() -> None:
-    marked = made("esd", {"1": 6.0, "2": 2.0, "4": 2.0})
+    marked = made("ladd", {"1": 6.0, "2": 2.0, "4": 2.0})
     tasks = {name: {"teacher": TEACHER, "screening": [marked], "final": []} for name in ("shapes", "digits", "new")}
-    lines = [line for line in table.readme(tasks).splitlines() if line.startswith("- `esd`")]
-    reasons = [WHY["shapes"]["esd"], WHY["digits"]["esd"], "No reason has been found yet."]
+    lines = [line for line in table.readme(tasks).splitlines() if line.startswith("- `ladd`")]
+    reasons = [WHY["shapes"]["ladd"], WHY["digits"]["ladd"], "No reason has been found yet."]
     assert [line.endswith(reason) for line, reason in zip(lines, reasons, strict=True)] == [True] * 3
 
 
