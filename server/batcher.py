@@ -49,7 +49,7 @@ CostOf = Callable[[LaneKey, int], float | None]
 
 
 def due(
-    *, arrived_s: float, deadline_s: float, cost_s: float, priority: int, ageing_s: float, stretch: float = 8.0
+    *, arrived_s: float, deadline_s: float, cost_s: float, priority: int, ageing_s: float, stretch: float = 64.0
 ) -> float:
     """When a row should be done: `stretch` times its own cost after it came, at the latest at its deadline.
 

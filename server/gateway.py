@@ -17,6 +17,7 @@ from engines.errors import DeadlineExceeded, Gone, NotFound, Unavailable
 from engines.manifest import shown
 from engines.registry.base import Registry
 from server.auth import Keys, Principal, Scope
+from server.batcher import due
 from server.brokers.base import Broker, Emitted, StaleVersion, Status
 from server.catalog import Catalog, View
 from server.dispatcher import Dispatcher
@@ -195,6 +196,7 @@ class Gateway:
                 created_at=self._now_s(),
                 traceparent=intent.traceparent,
                 cost_s=decision.cost_s,
+                due_after_s=self._due_after_s(intent, decision.cost_s, timeout_ms / 1000),
                 downgraded_from=choice.downgraded_from,
                 first_step_by=choice.teacher,
             )
@@ -208,6 +210,15 @@ class Gateway:
                 self.metrics.tier_downgraded.labels(choice.downgraded_from.tier, choice.tier).inc()
             return decision
         raise Unavailable(f"{intent.wanted.model} is being replaced just now: try again in a second", retry_after_s=1.0)
+
+    def _due_after_s(self, intent: Intent, cost_s: float, budget_s: float) -> float:
+        return due(
+            arrived_s=0.0,
+            deadline_s=budget_s,
+            cost_s=cost_s,
+            priority=intent.priority,
+            ageing_s=self.settings.ageing_s,
+        )
 
     async def _give_up(self, ticket: Ticket) -> GenerateResult:
         """Ends a request that nobody ended in time, and says how it ended."""

@@ -13,8 +13,8 @@ from engines.errors import FewstepError
 from server.brokers.base import Broker, Claim
 
 log = logging.getLogger(__name__)
-_BLOCK_S = 1.0
-_FULL_S = 0.05  # a worker that is full looks for high requests this often
+_BLOCK_S = 0.25  # a request that others left behind just as this worker began to wait is found after this
+_FULL_S = 0.05  # a worker that is full looks for urgent requests at least this often
 _RETRY_S = 0.5
 _RECLAIM_S = 1.0
 
@@ -25,13 +25,18 @@ class Room:
 
     rows: int
     below_high: int
+    slack_below_ms: int | None = None  # what should be done sooner than this may have the place kept for high
 
 
-def room(limit: int, held_high: int, held_below: int) -> Room:
-    """A quarter of `limit` is kept for class high. A row in its last step is no longer held (`Ticket.rows_left`):
-    it leaves its place when the step ends, and then the next batch must be there."""
+def room(limit: int, held_high: int, held_below: int, slack_below_ms: int | None = None) -> Room:
+    """A quarter of `limit` is kept for class high and for what would overtake something that is here.
+
+    Long rows would fill the whole worker otherwise, and short ones that should pass them could not come in. A row in
+    its last step is no longer held (`Ticket.rows_left`): it leaves its place when the step ends, and then the next
+    batch must be there.
+    """
     rows = limit - held_high - held_below
-    return Room(rows, min(rows, limit - limit // 4 - held_below))
+    return Room(rows, min(rows, limit - limit // 4 - held_below), slack_below_ms)
 
 
 class Intake:
@@ -76,10 +81,12 @@ class Intake:
             return
         if now.below_high > 0:
             block_s = _BLOCK_S
-        else:  # only high would be taken: a long wait for it would miss the moment when there is room for all
+        else:  # only what is urgent would be taken: a long wait for it would miss the moment when there is room for all
             await self._wait(_FULL_S)
             block_s, now = 0.0, self._room()
-        claims = await self._broker.claim(names, now.rows, block_s, max_rows_below_high=max(0, now.below_high))
+        claims = await self._broker.claim(
+            names, now.rows, block_s, max_rows_below_high=max(0, now.below_high), slack_below_ms=now.slack_below_ms
+        )
         self._admit(claims)
 
     async def _wait(self, within_s: float) -> None:

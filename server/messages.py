@@ -64,6 +64,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     created_at: float = 0.0  # Unix seconds of the gateway, for people only
     traceparent: str | None = None
     cost_s: float = 0.0  # predicted engine seconds of all rows; sums to the predicted queue wait
+    due_after_s: float = 0.0  # seconds in which it should be done, less what its priority is worth
     downgraded_from: TierSteps | None = None  # what would have served it with less load, or with more time
     first_step_by: str | None = None  # the full version of the teacher, where that one takes the first step
 

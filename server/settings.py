@@ -47,6 +47,7 @@ class GatewaySettings(BaseSettings):
     result_ttl_s: float = Field(600, gt=0, description="how long answers are kept after their end")
     drain_s: float = Field(0.5, ge=0, description="how long a stopping gateway answers 503 before it stops listening")
     max_wait_s: float = Field(60, gt=0, description="a longer predicted wait is refused with 429")
+    ageing_s: float = Field(1.0, ge=0, description="seconds of urgency per unit of priority")
     degrade_wait_s: float = Field(
         1.0,
         gt=0,
@@ -101,7 +102,6 @@ class WorkerSettings(BaseSettings):
     result_ttl_s: float = Field(600, gt=0, description="how long answers are kept after their end")
     keep_previous_s: float = Field(300, ge=0)
     swap_timeout_s: float = Field(120, gt=0)
-    ageing_s: float = Field(1.0, ge=0, description="seconds of urgency per unit of priority")
     poll_s: float = Field(0.5, gt=0)
     drain_s: float = Field(30, ge=0, description="how long a stopping worker finishes what it claimed")
     steps_log: Path | None = Field(None, description="a file that gets one JSON line per engine call, for benches")

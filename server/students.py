@@ -17,7 +17,7 @@ from server.batcher import LaneKey
 from server.brokers.base import Broker
 from server.engine_loop import EngineLoop
 from server.follower import Follower
-from server.leases import StageCost, VersionCost, WorkerLease, num_evaluations, write
+from server.leases import StageCost, VersionCost, WorkerLease, write
 from server.metrics import Metrics
 from server.residents import Residents
 from server.settings import WorkerSettings
@@ -127,15 +127,6 @@ class Students:
     def call_s(self, lane: LaneKey, size: int) -> float | None:
         """What one call of a lane takes at a warmed size, measured."""
         return self.cost.seconds(_key(lane), size)
-
-    def cost_s(self, student: LoadedStudent, steps: int, guidance: float | None = None) -> float:
-        """Engine seconds of one picture alone; 0 where nothing was measured."""
-        cost = self._version_cost(student)
-        return (
-            cost.encode.alone_s
-            + num_evaluations(student.manifest, steps, guidance) * cost.step.alone_s
-            + cost.decode.alone_s
-        )
 
     def lease(self) -> WorkerLease:
         """What this worker says of itself."""

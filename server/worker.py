@@ -10,12 +10,13 @@ import contextlib
 import logging
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 from engines.errors import DeadlineExceeded, FewstepError
 from server import leases
 from server.answers import Answers, Picture, collect, event
-from server.batcher import Batcher, due
+from server.batcher import Batcher
 from server.brokers.base import Broker, Claim, Finished
 from server.engine_loop import EngineLoop
 from server.intake import Intake, Room, room
@@ -58,6 +59,7 @@ class Worker:
         self._settings, self._broker, self._students, self._metrics = settings, broker, students, metrics
         self._loop = asyncio.get_running_loop()
         self._tickets: dict[str, Ticket] = {}
+        self._claimed = count()
         self._later: set[str] = set()  # ids of claims that wait for their version
         self._death: asyncio.Future[None] = self._loop.create_future()
         self._side: set[asyncio.Task[None]] = set()
@@ -143,7 +145,9 @@ class Worker:
         held = {True: 0, False: 0}
         for ticket in self._tickets.values():
             held[ticket.claim.request.request_class == "high"] += ticket.rows_left
-        return room(2 * max(self._settings.batch_sizes), held_high=held[True], held_below=held[False])
+        latest_s = max((ticket.due_s for ticket in self._tickets.values()), default=None)
+        slack_ms = None if latest_s is None else int(1000 * (latest_s - self._now_s())) - 1
+        return room(2 * max(self._settings.batch_sizes), held[True], held[False], slack_below_ms=slack_ms)
 
     def _admit(self, claims: Sequence[Claim]) -> None:
         """Hands claims to the engine at once; whether they are still wanted is asked meanwhile."""
@@ -171,15 +175,12 @@ class Worker:
         except FewstepError as error:
             self._answer_failed(claim, error)
             return None
+        # From the claim on: having waited behind requests of its own key makes none more urgent. Those claimed together
+        # keep their order, since rows due at the very same time would take turns and all end last.
         deadline_s = claim.deadline_ms / 1000
-        urgency = due(
-            arrived_s=claim.arrived_s,
-            deadline_s=deadline_s,
-            cost_s=request.cost_s or request.n * self._students.cost_s(student, len(solver.plan)),
-            priority=request.priority,
-            ageing_s=self._settings.ageing_s,
-        )
-        return Ticket(claim, student, solver.plan, solver, due_s=urgency, deadline_s=deadline_s, teacher=teacher)
+        claimed_s = self._now_s() + next(self._claimed) % 1000 * 1e-6
+        due_s = min(deadline_s, claimed_s + request.due_after_s)
+        return Ticket(claim, student, solver.plan, solver, due_s=due_s, deadline_s=deadline_s, teacher=teacher)
 
     async def _admit_later(self, claim: Claim) -> None:
         """A request pinned to a version that is not here, such as one that a dead worker had."""
@@ -257,6 +258,7 @@ class Worker:
     def ran(self, rows: Sequence[Any], seconds: float) -> None:
         self._students.observe(rows, seconds)
         count_call(self._metrics, rows, seconds, self._students.backend)
+        self.moved()  # a full worker looks at every step boundary for what is more urgent
 
     def stepped(self, rows: Sequence[PictureRow]) -> None:
         for row in rows:

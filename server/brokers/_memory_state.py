@@ -3,12 +3,14 @@ method of the broker is as atomic as a script is on Redis."""
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from server.brokers.base import Emitted, Entry, Phase, Remembered, WorkerInfo
-from server.messages import ENDINGS, GenerateRequest, GenerateResult, State
+from server.fair_queue import FairQueue, Waiting
+from server.messages import ENDINGS, GenerateRequest, GenerateResult, RequestClass, State
 
 
 def wall_ms() -> int:
@@ -52,6 +54,7 @@ class MemoryServer:
     def __init__(self, clock_ms: Callable[[], int] = wall_ms) -> None:
         self.clock_ms = clock_ms
         self.tickets: dict[str, Ticket] = {}
+        self.queues: defaultdict[tuple[str, RequestClass], FairQueue[str]] = defaultdict(FairQueue)
         self.servable: dict[str, set[str]] = {}
         self.idempotency: dict[tuple[str, str], tuple[Remembered, float]] = {}
         self.leases: dict[str, tuple[WorkerInfo, float]] = {}
@@ -71,6 +74,15 @@ class MemoryServer:
     def unfinished(self, deployment: str) -> list[Ticket]:
         tickets = (ticket for ticket in self.tickets.values() if ticket.request.model == deployment)
         return sorted((each for each in tickets if not each.ended), key=lambda each: each.sequence)
+
+    def queue(self, request: GenerateRequest) -> FairQueue[str]:
+        """Where a request waits until a worker has it."""
+        return self.queues[request.model, request.request_class]
+
+    def enqueue(self, ticket: Ticket) -> None:
+        request, came_s = ticket.request, ticket.entry.enqueued_ms / 1000
+        slack_s = request.due_after_s
+        self.queue(request).add(Waiting(request.id, request.owner, request.n, came_s, slack_s, request.cost_s))
 
     def changed(self) -> None:
         """Wakes everybody who waits for something."""

@@ -8,6 +8,7 @@ from typing import Any
 from engines.errors import RequestPoisoned
 from server.brokers._memory_state import MemoryServer, Ticket
 from server.brokers.base import POISONED_AT, Claim, Emitted, Finished, WorkerInfo
+from server.fair_queue import Source, take
 from server.messages import CLASSES, GenerateRequest, GenerateResult, StepEvent, ended_by
 
 _LOW_FIRST_EVERY = 8
@@ -33,6 +34,7 @@ class MemoryWorkerSide:
         block_s: float | None,
         *,
         max_rows_below_high: int | None = None,
+        slack_below_ms: int | None = None,
     ) -> list[Claim]:
         if max_rows <= 0 or not deployments:
             return []
@@ -42,14 +44,13 @@ class MemoryWorkerSide:
         classes = CLASSES if self._turn % _LOW_FIRST_EVERY else CLASSES[::-1]
         below = max_rows if max_rows_below_high is None else min(max_rows, max_rows_below_high)
 
-        def take() -> list[Claim]:
-            queued = [
-                [ticket for name in deployments for ticket in self._server.unfinished(name) if _waits(ticket, each)]
-                for each in classes
-            ]
-            return [self._hand_out(ticket) for ticket in _within(queued, max_rows, below)]
+        slack_s = float("-inf") if slack_below_ms is None else slack_below_ms / 1000
+        sources = [Source(self._server.queues[name, each], each != "high") for each in classes for name in deployments]
 
-        claims: list[Claim] = await self._server.until(take, block_s)
+        def handed_out() -> list[Claim]:
+            return [self._hand_out(self._server.tickets[one.key]) for one in take(sources, max_rows, below, slack_s)]
+
+        claims: list[Claim] = await self._server.until(handed_out, block_s)
         return claims
 
     async def reclaim(self, deployments: Sequence[str], *, max_requests: int = 32) -> list[Claim]:
@@ -133,22 +134,3 @@ class MemoryWorkerSide:
         for at in count(self._cancels_from):
             await self._server.until(lambda at=at: len(canceled) > at, None)  # type: ignore[misc]
             yield canceled[at]
-
-
-def _waits(ticket: Ticket, request_class: str) -> bool:
-    return ticket.claimed_by is None and ticket.request.request_class == request_class
-
-
-def _within(queues: Sequence[Sequence[Ticket]], max_rows: int, below: int) -> list[Ticket]:
-    """The first of each queue that fit, as claim.lua takes them."""
-    taken: list[Ticket] = []
-    for queue in queues:
-        for ticket in queue:
-            is_below, rows = ticket.request.request_class != "high", ticket.request.n
-            room = min(max_rows, below) if is_below else max_rows
-            if room <= 0 or (rows > room and taken):
-                break
-            taken.append(ticket)
-            max_rows -= rows
-            below -= rows if is_below else 0
-    return taken

@@ -50,6 +50,7 @@ class GatewaySide:
             "publish",
             *(request.id, request.model, request.request_class, request.version, request.owner, request.reply_to),
             *(request.n, request.budget_ms, round(request.cost_s * 1e6), encode(request), queued, self._result_ttl_ms),
+            round(request.due_after_s * 1000),
         )
         if reply[0] == -1:
             raise StaleVersion(request.model, request.version)
@@ -85,8 +86,8 @@ class GatewaySide:
             return None
         position = None
         if with_position and text["status"] == "queued":
-            stream = self._link.key("queue", text["deployment"], text["class"])
-            position = await self._link.script("queue", "place", stream, text["entry"])
+            place = f"{text['deployment']}:{text['class']}"
+            position = await self._link.script("queue", "place", place, text["owner"], text["entry"])
         result = found[_STATUS_FIELDS.index("result")]
         return Status(
             id=request_id,

@@ -43,7 +43,8 @@ logger = logging.getLogger(__name__)
 
 @cache
 def _script(name: str) -> str:
-    return resources.files("server.brokers").joinpath(f"{name}.lua").read_text()
+    folder = resources.files("server.brokers")
+    return folder.joinpath("order.lua").read_text() + folder.joinpath(f"{name}.lua").read_text()
 
 
 @cache

@@ -48,6 +48,7 @@ class WorkerSide:
         block_s: float | None,
         *,
         max_rows_below_high: int | None = None,
+        slack_below_ms: int | None = None,
     ) -> list[Claim]:
         below = max_rows if max_rows_below_high is None else min(max_rows, max_rows_below_high)
         if max_rows <= 0 or not deployments:
@@ -58,7 +59,7 @@ class WorkerSide:
         until_s = None if block_s is None else time.monotonic() + block_s
         streams = self._streams(deployments)
         while True:
-            claims = await self._take(streams, max_rows, below)
+            claims = await self._take(streams, max_rows, below, slack_below_ms)
             left_s = LONGEST_BLOCK_S if until_s is None else min(LONGEST_BLOCK_S, until_s - time.monotonic())
             if claims or left_s <= 0:
                 return claims
@@ -74,9 +75,12 @@ class WorkerSide:
         rotated = [*deployments[shift:], *deployments[:shift]]
         return [(self._link.key("queue", name, each), each != "high") for each in classes for name in rotated]
 
-    async def _take(self, streams: list[tuple[str, bool]], max_rows: int, below: int) -> list[Claim]:
+    async def _take(
+        self, streams: list[tuple[str, bool]], max_rows: int, below: int, slack_below_ms: int | None
+    ) -> list[Claim]:
         flat = [part for name, low in streams for part in (name, "1" if low else "0")]
-        found = await self._link.script("claim", self.identity, max_rows, below, *flat)
+        slack = "" if slack_below_ms is None else slack_below_ms
+        found = await self._link.script("claim", self.identity, max_rows, below, slack, *flat)
         return await self._claims(_delivered(found))
 
     async def _await_one(self, streams: Sequence[str], block_s: float) -> list[Claim]:

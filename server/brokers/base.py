@@ -64,14 +64,6 @@ class Claim:
         return self.enqueued_ms + self.request.budget_ms
 
     @property
-    def arrived_s(self) -> float:
-        """When it was queued, in the order of the queue also within one millisecond.
-
-        Rows that were due at the very same time would take turns, and all end as late as the last.
-        """
-        return self.enqueued_ms / 1000 + int(self.entry_id.rpartition("-")[2]) * 1e-6
-
-    @property
     def returned(self) -> bool:
         """A worker died with it: run it alone."""
         return self.deliveries > 1
@@ -95,7 +87,7 @@ class Status:
     started_ms: int | None = None
     ended_ms: int | None = None
     worker: str | None = None
-    position: int | None = None  # requests of its class ahead of it; only when asked for, only while queued
+    position: int | None = None  # requests of its class that may go before it; only when asked for, only while queued
     result: GenerateResult | None = None  # once ended
 
 
@@ -230,12 +222,15 @@ class Broker(Protocol):
         block_s: float | None,
         *,
         max_rows_below_high: int | None = None,
+        slack_below_ms: int | None = None,
     ) -> list[Claim]:
         """Takes requests of at most `max_rows` rows in all, high before normal before low; waits for the first.
 
-        Now and then low goes first, so that it does not starve. `max_rows_below_high` caps the rows of
-        class normal and low. A request with more rows than `max_rows` is handed out alone. Messages
-        that cannot be read are answered `unsupported_message` here. A lapsed lease is renewed first.
+        Within a class, owners take turns by the engine time they were handed out, and of an owner's requests the
+        most due goes first (`server.fair_queue`). Now and then low goes first, so that it does not starve.
+        `max_rows_below_high` caps the rows of class normal and low, but for those whose `due_after_s` is below
+        `slack_below_ms`. A request with more rows than `max_rows` is handed out alone. Messages that cannot be
+        read are answered `unsupported_message` here. A lapsed lease is renewed first.
         """
 
     async def running(self, claims: Sequence[Claim]) -> list[Claim]:

@@ -15,7 +15,7 @@ local function leave(stream, entry)
 end
 
 local f = redis.call('HMGET', req, 'status', 'attempt', 'deployment', 'class', 'version', 'entry', 'reply_to',
-  'cost_us', 'events')
+  'cost_us', 'events', 'owner')
 if f[1] ~= 'queued' and f[1] ~= 'running' then
   if ARGV[10] ~= '' then leave(ARGV[10], ARGV[11]) end
   return (f[1] and f[2] == attempt) and 1 or 0
@@ -45,6 +45,7 @@ elseif tell == '1' then
   redis.call('XADD', prefix .. 'control', 'MAXLEN', '~', 1000, '*', 'id', id)
 end
 leave(stream, entry)
+order_leave(prefix, deployment .. ':' .. class, f[10], entry)
 
 for gateway in string.gmatch(f[7], '[^,]+') do
   local replies = prefix .. 'replies:' .. gateway

@@ -52,6 +52,7 @@ class MemoryBroker(MemoryWorkerSide, MemorySwapSide):
         now_ms, sequence = self._server.clock_ms(), self._server.next_sequence()
         entry = Entry(request.id, f"{now_ms}-{sequence}", now_ms, now_ms + request.budget_ms)
         ticket = self._server.tickets[request.id] = Ticket(request, entry, sequence)
+        self._server.enqueue(ticket)
         if request.events:
             ticket.events.append(Emitted(StepEvent(id=request.id, kind="queued", total=request.steps)))
         self._server.changed()
@@ -122,9 +123,7 @@ class MemoryBroker(MemoryWorkerSide, MemorySwapSide):
         )
 
     def _position(self, ticket: Ticket) -> int:
-        queue = self._server.unfinished(ticket.request.model)
-        ahead = (each for each in queue if each.sequence < ticket.sequence and each.claimed_by is None)
-        return sum(each.request.request_class == ticket.request.request_class for each in ahead)
+        return self._server.queue(ticket.request).ahead(ticket.request.id, ticket.request.owner)
 
     async def cancel(self, request_id: str) -> bool:
         error = RequestCanceled(f"request {request_id} was canceled")
@@ -147,6 +146,7 @@ class MemoryBroker(MemoryWorkerSide, MemorySwapSide):
             return False
         ticket.state, ticket.result, ticket.images = result.status, result, list(images)
         ticket.ended_ms = self._server.clock_ms()
+        self._server.queue(ticket.request).remove(ticket.request.id, ticket.request.owner)
         if ticket.request.events:
             ticket.events.append(Emitted(StepEvent(id=result.id, kind="ended", status=result.status)))
         self._server.changed()

@@ -1,18 +1,19 @@
 -- The load of a deployment, or the place of one request in its queue.
 -- ARGV: prefix 'load' deployment      -> {waiting high, normal, low, running, cost_us high, normal, low}
--- ARGV: prefix 'place' stream entry   -> requests of the stream ahead of the entry that no worker has yet
+-- ARGV: prefix 'place' place owner entry -> requests that no worker has yet and that may go before the entry
 local prefix, group = ARGV[1], 'workers'
 
 if ARGV[2] == 'place' then
-  local from = '0-0'
-  local groups = redis.pcall('XINFO', 'GROUPS', ARGV[3])
-  for _, fields in ipairs(not groups.err and groups or {}) do
-    for i = 1, #fields, 2 do
-      if fields[i] == 'last-delivered-id' then from = fields[i + 1] end
+  local place, mine = ARGV[3], ARGV[4]
+  local rank = redis.call('ZRANK', prefix .. 'flow:' .. place .. ':' .. mine, ARGV[5])
+  if not rank then return 0 end
+  local ahead = rank
+  for _, owner in ipairs(redis.call('ZRANGE', prefix .. 'flows:' .. place, 0, 63)) do
+    if owner ~= mine then
+      ahead = ahead + math.min(redis.call('ZCARD', prefix .. 'flow:' .. place .. ':' .. owner), rank + 1)
     end
   end
-  local ahead = redis.call('XRANGE', ARGV[3], '(' .. from, '(' .. ARGV[4], 'COUNT', 1000)
-  return #ahead
+  return ahead
 end
 
 local waiting, running, costs = {}, 0, {}

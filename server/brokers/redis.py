@@ -2,7 +2,8 @@
 
 Keys, all under `fewstep:v1:` (the major version of the messages):
 
-    queue:<deployment>:<class>   stream, consumer group `workers`: id, n (rows), m (GenerateRequest)
+    queue:<deployment>:<class>   stream, consumer group `workers`: id, n (rows), c (cost, µs), m (GenerateRequest)
+    flows:<…>  flow:<…>:<owner>  in which order a stream is claimed, see order.lua; with passes:<…>
     req:<id>                     hash: status, deployment, class, version, owner, reply_to (a,b), entry, enqueued_ms,
                                  deadline_ms, cost_us, events, worker, started_ms, ended_ms, attempt, result;
                                  expires `result_ttl_s` after its end
@@ -20,7 +21,8 @@ Keys, all under `fewstep:v1:` (the major version of the messages):
     lease:<name>  fence:<name>   hash owner, fence; last fencing number
     announce                     pub/sub channel
 
-Every change of several keys is one script beside this file, named after what it does.
+Every change of several keys is one script beside this file, named after what it does. Streams say what waits and who
+has what; the order is a help that scripts keep beside them, and what has no place in it gets one when it is looked at.
 """
 
 from typing import Any

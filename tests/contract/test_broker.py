@@ -270,6 +270,60 @@ class TestClaiming:
         assert ids(await claim_all(worker, 4, max_rows_below_high=1)) == ["high0", "high1", "normal0"]
         assert await claim_all(worker, 4, max_rows_below_high=0) == []
 
+    async def test_what_is_due_first_goes_first_and_equal_ones_as_they_came(self, hub: Hub) -> None:
+        gateway, worker = await hub("gateway"), await hub("w1")
+        for i, due_after_s in enumerate((90.0, 30.0, 60.0, 30.0, -30.0)):
+            await gateway.publish(request_of(f"r{i}", due_after_s=due_after_s))
+        assert ids(await claim_all(worker)) == ["r4", "r1", "r3", "r2", "r0"]
+
+    async def test_a_key_that_floods_waits_behind_itself(self, hub: Hub) -> None:
+        gateway, worker = await hub("gateway"), await hub("w1")
+        for i in range(20):
+            await gateway.publish(request_of(f"flood{i}", owner="flood", cost_s=0.1))
+        assert ids(await claim_all(worker, 4)) == [f"flood{i}" for i in range(4)]
+        await gateway.publish(request_of("other", owner="other", cost_s=0.1))
+        assert "other" in ids(await claim_all(worker, 2))
+
+    async def test_keys_share_engine_time_and_not_requests(self, hub: Hub) -> None:
+        gateway, worker = await hub("gateway"), await hub("w1")
+        for i in range(20):
+            await gateway.publish(request_of(f"cheap{i}", owner="cheap", cost_s=0.1))
+            await gateway.publish(request_of(f"dear{i}", owner="dear", cost_s=0.4))
+        taken = ids(await claim_all(worker, 15))
+        assert sum(name.startswith("dear") for name in taken) == 3
+
+    async def test_a_request_that_ended_while_it_waited_takes_no_turn(self, hub: Hub) -> None:
+        gateway, worker = await hub("gateway"), await hub("w1")
+        for i in range(3):
+            await gateway.publish(request_of(f"a{i}", owner="a", cost_s=0.1))
+            await gateway.publish(request_of(f"b{i}", owner="b", cost_s=0.1))
+        await gateway.cancel("a0")
+        await gateway.expire("b0")
+        assert ids(await claim_all(worker, 3)) == ["a1", "b1", "a2"]
+        assert ids(await claim_all(worker)) == ["b2"]
+
+    async def test_what_should_be_done_soon_may_have_the_place_of_high(self, hub: Hub) -> None:
+        gateway, worker = await hub("gateway"), await hub("w1")
+        await gateway.publish(request_of("late", due_after_s=300.0))
+        await gateway.publish(request_of("soon", owner="z", due_after_s=1.0))
+        assert await claim_all(worker, 4, max_rows_below_high=0) == []
+        assert await claim_all(worker, 4, max_rows_below_high=0, slack_below_ms=1000) == []
+        assert ids(await claim_all(worker, 4, max_rows_below_high=0, slack_below_ms=1001)) == ["soon"]
+        assert ids(await claim_all(worker, 4, max_rows_below_high=1)) == ["late"]
+
+    async def test_what_a_blocked_claim_took_is_not_handed_out_again(self, hub: Hub) -> None:
+        gateway, first, second = await hub("gateway"), await hub("w1"), await hub("w2")
+        claiming = asyncio.create_task(first.claim(["shapes"], 8, None))
+        await asyncio.wait([claiming], timeout=0.05)
+        await gateway.publish(request_of("r1"))
+        [claim] = await asyncio.wait_for(claiming, 5)
+        await gateway.publish(request_of("r2"))
+        assert ids(await claim_all(second)) == ["r2"]
+        await first.running([claim])
+        status = await gateway.status("r1", with_position=True)
+        assert status is not None
+        assert status.worker == "w1"
+
     async def test_a_worker_takes_only_from_its_deployments(self, hub: Hub) -> None:
         gateway, worker = await hub("gateway"), await hub("w1")
         await gateway.publish(request_of("r1", model="other"))

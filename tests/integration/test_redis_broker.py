@@ -1,6 +1,7 @@
 """What only the Redis broker has to bear: foreign messages, lost deliveries, other servers than it wants."""
 
 import asyncio
+import random
 import secrets
 from collections.abc import AsyncIterator
 
@@ -8,7 +9,7 @@ import pytest
 
 from engines.errors import NotBuilt, Unavailable
 from server.brokers.base import open_broker
-from server.brokers.memory import MemoryBroker
+from server.brokers.memory import MemoryBroker, MemoryServer
 from server.brokers.redis import RedisBroker
 from tests.contract.conftest import Hub, redis_server
 from tests.contract.test_broker import claim_all, done, ids, request_of
@@ -168,6 +169,53 @@ async def test_a_claim_that_is_canceled_loses_no_request(hub: Hub) -> None:
 
     await aeventually(all_found)
     assert sorted(found) == [f"r{i}" for i in range(10)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_requests_are_claimed_in_the_order_of_the_fair_queue(hub: Hub, seed: int) -> None:
+    """Redis keeps in Lua what the broker in memory keeps in Python: one history, one order."""
+    rng = random.Random(seed)
+    gateway, worker = await hub("gateway"), await hub("w1")
+    server = MemoryServer()
+    plain = MemoryBroker(server, "plain")
+    order: list[str] = []
+    for number in range(120):
+        request = request_of(
+            f"r{number}",
+            owner=rng.choice(["a", "b", "c"]),
+            n=rng.choice([1, 1, 2]),
+            cost_s=rng.choice([0.0, 0.125, 0.25, 1.0]),
+            due_after_s=10.0 * rng.randrange(1000),
+            priority=rng.choice([0, 0, 9]),
+        )
+        await gateway.publish(request)
+        await plain.publish(request)
+        if rng.random() < 0.1:
+            await gateway.cancel(request.id)
+            await plain.cancel(request.id)
+        if rng.random() < 0.3:
+            options = {"max_rows_below_high": rng.randrange(4), "slack_below_ms": 5_000_000}
+            rows = rng.randrange(1, 8)
+            found = ids(await claim_all(worker, rows, **options))
+            assert found == ids(await claim_all(plain, rows, **options))
+            order += found
+    rest = ids(await claim_all(worker))
+    assert rest == ids(await claim_all(plain))
+    assert len({*order, *rest}) == len(order) + len(rest) > 90
+
+
+async def test_a_message_of_a_release_without_the_order_is_claimed(
+    hub: Hub, redis_server: RedisServer, namespace: str
+) -> None:
+    gateway, worker = await hub("gateway"), await hub("w1")
+    entry = await gateway.publish(request_of("r1"))
+    with redis_server.client() as client:
+        [(_, fields)] = client.xrange(f"{namespace}:v1:queue:shapes:normal")
+        client.xdel(f"{namespace}:v1:queue:shapes:normal", entry.entry_id)
+        old = {"id": fields[b"id"], "n": fields[b"n"], "m": fields[b"m"]}
+        client.hset(f"{namespace}:v1:req:r1", "entry", client.xadd(f"{namespace}:v1:queue:shapes:normal", old))
+    await gateway.publish(request_of("r2", due_after_s=10.0))
+    assert ids(await claim_all(worker)) == ["r1", "r2"]
 
 
 async def test_a_cluster_is_refused_with_what_to_use_instead() -> None:

@@ -161,15 +161,15 @@ def test_a_cheap_request_passes_a_dear_one_that_came_before() -> None:
 
 
 def test_a_dear_request_is_not_passed_by_cheap_ones_for_ever() -> None:
-    dear = due(arrived_s=0.0, deadline_s=60.0, cost_s=1.0, priority=0, ageing_s=1.0)
-    cheap = due(arrived_s=8.1, deadline_s=61.0, cost_s=0.02, priority=0, ageing_s=1.0)
+    dear = due(arrived_s=0.0, deadline_s=90.0, cost_s=1.0, priority=0, ageing_s=1.0)
+    cheap = due(arrived_s=64.1, deadline_s=150.0, cost_s=0.02, priority=0, ageing_s=1.0)
     assert dear < cheap
 
 
 def test_the_deadline_counts_when_it_is_near_and_priority_beats_arrival() -> None:
     urgent = due(arrived_s=5.0, deadline_s=5.2, cost_s=1.0, priority=0, ageing_s=1.0)
     relaxed = due(arrived_s=4.0, deadline_s=64.0, cost_s=1.0, priority=0, ageing_s=1.0)
-    high = due(arrived_s=5.0, deadline_s=65.0, cost_s=0.1, priority=5, ageing_s=1.0)
+    high = due(arrived_s=5.0, deadline_s=65.0, cost_s=0.05, priority=5, ageing_s=1.0)
     assert high < urgent < relaxed
 
 
@@ -206,7 +206,8 @@ def test_no_row_starves_under_a_stream_of_more_urgent_ones(stream: list[tuple[in
     batcher: Batcher[Row] = Batcher(sizes=(1,))
 
     def arriving(name: str, now_s: float, priority: int, cost_s: float) -> Row:
-        due_s = due(arrived_s=now_s, deadline_s=now_s + 60, cost_s=cost_s, priority=priority, ageing_s=1.0)
+        deadline_s = now_s + 60
+        due_s = due(arrived_s=now_s, deadline_s=deadline_s, cost_s=cost_s, priority=priority, ageing_s=1.0, stretch=8.0)
         return row(name, due_s=due_s, deadline_s=1e9)
 
     batcher.add(arriving("low", 0.0, -low, 1.0))

@@ -1,0 +1,119 @@
+"""What a simulation is told and tells: requests, the measured costs of workers, and what may be decided otherwise."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from engines.cost import CostKey, CostModel
+from server.batcher import Batcher, CostOf, LaneKey, Row, Stage, due
+from server.fair_queue import FairQueue
+from server.messages import RequestClass, class_of
+
+Ending = Literal["succeeded", "expired", "canceled", "shed"]
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Asked:
+    """A request as it comes. Requests of one `model` share calls; a guided step (`network_rows` 2) weighs two."""
+
+    at_s: float
+    steps: int
+    model: str = "student"
+    network_rows: int = 1
+    n: int = 1
+    owner: str = "anonymous"
+    priority: int = 0
+    budget_s: float = 60.0
+    leaves_s: float | None = None  # seconds after it came, its client goes away
+    prompt_known: bool = False  # its embedding is cached
+
+    @property
+    def request_class(self) -> RequestClass:
+        return class_of(self.priority)
+
+
+@dataclass(slots=True, eq=False)
+class Told:
+    """What became of a request. Times are seconds of the simulation's clock."""
+
+    id: str
+    asked: Asked
+    claimed_s: float | None = None
+    queued_s: float = 0.0  # predicted engine seconds of its rows in large batches
+    ending: Ending | None = None
+    ended_s: float = 0.0
+    begun_s: float | None = None
+    worker: int | None = None
+    missing: int = 0  # prompts that are not encoded yet
+    evaluations: int = 0  # network rows that ran
+    decoded: int = 0  # pictures
+
+    @property
+    def latency_s(self) -> float:
+        return self.ended_s - self.asked.at_s
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class SimRow(Row):
+    """A row whose engine calls take time and make nothing."""
+
+    told: Told
+    step: int = 0  # steps done
+
+
+Slack = Callable[[Told, int], float]
+"""In how many seconds a row should be done that has so many steps behind it."""
+Decide = Callable[[tuple[int, ...], CostOf], Batcher[SimRow]]
+
+
+def production(told: Told, _step: int) -> float:
+    asked = told.asked
+    return due(
+        arrived_s=0.0,
+        deadline_s=asked.budget_s,
+        cost_s=told.queued_s,
+        priority=asked.priority,
+        ageing_s=1.0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What may be decided otherwise than in production, for comparisons; the defaults are production."""
+
+    slack: Slack = production
+    queue: Callable[[], FairQueue[Told]] = FairQueue
+    batcher: Decide = Batcher
+    overtaking: bool = True  # what is more urgent than something held may use the place that is kept for class high
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """Workers of one deployment that share its queue. `max_wait_s` None admits everybody."""
+
+    costs: CostModel
+    workers: int = 1
+    sizes: tuple[int, ...] = (1, 2, 4, 8)
+    max_wait_s: float | None = None
+
+    def call_s(self, lane: LaneKey, size: int) -> float | None:
+        return self.costs.seconds(CostKey(lane.stage, lane.stage, ()), size)
+
+    def seconds(self, stage: Stage, rows: int) -> float:
+        """One call with so many network rows, padded."""
+        size = min((each for each in self.sizes if each >= rows), default=self.sizes[-1])
+        found = self.call_s(LaneKey(stage, stage), size)
+        assert found is not None, f"the recorded costs have no {stage} of {size} rows"
+        return found
+
+    def alone_s(self, asked: Asked) -> float:
+        """A request of one picture on an idle worker."""
+        encode = 0.0 if asked.prompt_known else self.seconds("encode", asked.network_rows)
+        return encode + asked.steps * self.seconds("denoise", asked.network_rows) + self.seconds("decode", 1)
+
+    def queued_s(self, asked: Asked) -> float:
+        """As gateways predict it: each row's share of the largest batch."""
+        largest = self.sizes[-1]
+        evaluations = asked.steps * asked.network_rows
+        row_s = self.seconds("encode", largest) + self.seconds("decode", largest)
+        return asked.n * (row_s + evaluations * self.seconds("denoise", largest)) / largest

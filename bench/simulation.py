@@ -1,0 +1,231 @@
+"""The whole scheduler on recorded costs: a discrete-event simulation around the code that decides in production.
+
+Arrivals go through `admit` into the queues that brokers keep (`FairQueue`, `take`), `room` says what each worker may
+claim, and its `Batcher` what it runs. Simulated are only the engines, which take what the cost model says, and the
+clock. What the simulation leaves out: everything outside engine calls (HTTP, Redis, image bytes) takes no time.
+"""
+
+import heapq
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+
+from bench.fleet import Asked, Ending, Fleet, Policy, SimRow, Told
+from engines.errors import Overloaded
+from server.admission import Limits, Load, admit
+from server.batcher import Batcher, LaneKey, Stage
+from server.fair_queue import Source, Waiting, take
+from server.intake import Room, room
+from server.messages import CLASSES
+
+_LOW_FIRST_EVERY = 8  # claims, as brokers do
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    number: int
+    batcher: Batcher[SimRow]
+    held: dict[Told, int] = field(default_factory=dict)  # rows that need a place after the call that runs now
+    running: Sequence[SimRow] = ()
+
+    def room(self, limit: int, now_s: float, due_s: Callable[[Told], float]) -> Room:
+        high = sum(rows for told, rows in self.held.items() if told.asked.request_class == "high")
+        latest_s = max((due_s(told) for told in self.held), default=None)
+        slack_ms = None if latest_s is None else int(1000 * (latest_s - now_s)) - 1
+        return room(limit, high, sum(self.held.values()) - high, slack_below_ms=slack_ms)
+
+
+class Simulation:
+    """`run` once. `calls` counts engine calls; `wasted_s` are the seconds of idle workers while a request waited."""
+
+    def __init__(self, fleet: Fleet, policy: Policy = Policy()) -> None:  # noqa: B008 - frozen
+        self.fleet, self.policy = fleet, policy
+        self.now_s = 0.0
+        self.calls, self.wasted_s = 0, 0.0
+        self._queues = {each: policy.queue() for each in CLASSES}
+        self._waiting = 0  # requests in the queues
+        self._cost_s = dict.fromkeys(CLASSES, 0.0)  # predicted, of what is unfinished
+        self._workers = [Worker(i, policy.batcher(fleet.sizes, fleet.call_s)) for i in range(fleet.workers)]
+        self._idle = dict.fromkeys(self._workers)
+        self._open = dict.fromkeys(self._workers)  # those with room for every class, longest waiting first
+        self._reserved: dict[Worker, None] = {}  # those with room for class high and what overtakes
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._number, self._turn, self._claimed = count(), count(1), count()
+
+    def run(self, asked: Iterable[Asked]) -> list[Told]:
+        """Every request with its end, in the order in which they came."""
+        told = [Told(str(number), each) for number, each in enumerate(asked)]
+        for each in told:
+            self._at(each.asked.at_s, partial(self._arrive, each))
+        while self._events:
+            at_s, _, happen = heapq.heappop(self._events)
+            if self._waiting:
+                self.wasted_s += (at_s - self.now_s) * len(self._idle)
+            self.now_s = at_s
+            happen()
+        return told
+
+    def _at(self, at_s: float, happen: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (at_s, next(self._number), happen))
+
+    # --- requests --------------------------------------------------------------------------------
+
+    def _arrive(self, told: Told) -> None:
+        asked, fleet = told.asked, self.fleet
+        told.queued_s = fleet.queued_s(asked)
+        if not self._admitted(told):
+            told.ending, told.ended_s = "shed", self.now_s
+            return
+        self._cost_s[asked.request_class] += told.queued_s
+        waiting = Waiting(told, asked.owner, asked.n, self.now_s, self.policy.slack(told, 0), told.queued_s)
+        self._queues[asked.request_class].add(waiting)
+        self._waiting += 1
+        self._at(self.now_s + asked.budget_s, partial(self._give_up, told, "expired"))
+        if asked.leaves_s is not None:
+            self._at(self.now_s + asked.leaves_s, partial(self._give_up, told, "canceled"))
+        self._offer()
+
+    def _admitted(self, told: Told) -> bool:
+        fleet, asked = self.fleet, told.asked
+        if fleet.max_wait_s is None:
+            return True
+        ahead = CLASSES[: CLASSES.index(asked.request_class) + 1]
+        load = Load(fleet.workers, sum(self._cost_s[each] for each in ahead), fleet.alone_s(asked))
+        try:
+            admit(load, Limits(fleet.max_wait_s, worker_grace_s=0.0), budget_s=asked.budget_s)
+        except Overloaded:
+            return False
+        return True
+
+    def _due_s(self, told: Told, step: int) -> float:
+        """As the worker has it: counted from the claim."""
+        deadline_s = told.asked.at_s + told.asked.budget_s
+        return min(deadline_s, (told.claimed_s or 0.0) + self.policy.slack(told, step))
+
+    def _give_up(self, told: Told, ending: Ending) -> None:
+        """Its time is over, or its client has gone. What runs of it now ends with its call."""
+        if told.ending is not None:
+            return
+        if told.worker is None:
+            self._queues[told.asked.request_class].remove(told, told.asked.owner)
+            self._waiting -= 1
+        self._end(told, ending)
+        self._offer()
+
+    def _end(self, told: Told, ending: Ending) -> None:
+        told.ending, told.ended_s = ending, self.now_s
+        self._cost_s[told.asked.request_class] -= told.queued_s
+        if told.worker is not None:
+            worker = self._workers[told.worker]
+            worker.batcher.remove([told.id])
+            worker.held.pop(told, None)
+            self._listen(worker)
+
+    # --- workers ---------------------------------------------------------------------------------
+
+    def _offer(self) -> None:
+        """Gives what waits to those that have room for it."""
+        while self._waiting and (worker := next(iter(self._open), None)):
+            self._claim(worker)
+        for worker in list(self._reserved) if self._waiting else ():
+            self._claim(worker)
+
+    def _claim(self, worker: Worker) -> None:
+        now = self._room(worker)
+        order = CLASSES if next(self._turn) % _LOW_FIRST_EVERY else CLASSES[::-1]
+        sources = [Source(self._queues[each], below=each != "high") for each in order]
+        overtaking = self.policy.overtaking and now.slack_below_ms is not None
+        slack_s = (now.slack_below_ms or 0) / 1000 if overtaking else float("-inf")
+        for one in take(sources, now.rows, max(0, now.below_high), slack_s):
+            self._waiting -= 1
+            self._admit(worker, one.key)
+        self._listen(worker, last=True)
+        self._turn_of(worker)
+
+    def _room(self, worker: Worker) -> Room:
+        return worker.room(2 * self.fleet.sizes[-1], self.now_s, lambda told: self._due_s(told, 0))
+
+    def _admit(self, worker: Worker, told: Told) -> None:
+        asked = told.asked
+        told.worker, told.claimed_s = worker.number, self.now_s + next(self._claimed) % 1000 * 1e-6
+        worker.held[told] = asked.n
+        if not asked.prompt_known:
+            told.missing = asked.network_rows  # a guided request has two
+            for _ in range(told.missing):
+                worker.batcher.add(self._row(told, "encode"))
+        self._join(worker, told)
+
+    def _join(self, worker: Worker, told: Told) -> None:
+        if not told.missing and told.ending is None:
+            for _ in range(told.asked.n):
+                worker.batcher.add(self._row(told, "denoise"))
+
+    def _row(self, told: Told, stage: Stage) -> SimRow:
+        network = LaneKey("denoise", told.asked.model)
+        return SimRow(
+            request_id=told.id,
+            lane=network if stage == "denoise" else LaneKey(stage, stage),
+            due_s=self._due_s(told, told.asked.steps if stage == "decode" else 0),
+            deadline_s=told.asked.at_s + told.asked.budget_s,
+            network_rows=told.asked.network_rows if stage == "denoise" else 1,
+            feeds=network if stage == "encode" else None,
+            told=told,
+        )
+
+    def _listen(self, worker: Worker, *, last: bool = False) -> None:
+        """Puts a worker among those that wait for requests it has room for; `last` behind the others."""
+        now = self._room(worker)
+        if last or now.below_high <= 0:
+            self._open.pop(worker, None)
+        if last or now.rows <= 0 or now.below_high > 0:
+            self._reserved.pop(worker, None)
+        if now.below_high > 0:
+            self._open.setdefault(worker)
+        elif now.rows > 0:
+            self._reserved.setdefault(worker)
+
+    def _turn_of(self, worker: Worker) -> None:
+        """Begins a worker's next call if none runs."""
+        if worker.running:
+            return
+        batch = worker.batcher.next_batch()
+        if not batch:
+            self._idle.setdefault(worker)
+            return
+        self._idle.pop(worker, None)
+        worker.running = batch
+        self.calls += 1
+        for row in batch:
+            told = row.told
+            told.begun_s = self.now_s if told.begun_s is None else told.begun_s
+            if row.lane.stage == "denoise" and row.step + 1 == told.asked.steps:
+                worker.held[told] -= 1
+        seconds = self.fleet.seconds(batch[0].lane.stage, sum(row.network_rows for row in batch))
+        self._at(self.now_s + seconds, partial(self._called, worker))
+        self._listen(worker)
+
+    def _called(self, worker: Worker) -> None:
+        """A step boundary."""
+        batch, worker.running = worker.running, ()
+        for row in batch:
+            if row.told.ending is None:
+                self._advance(worker, row)
+        self._offer()
+        self._turn_of(worker)
+        self._offer()  # rows in their last step have made room
+
+    def _advance(self, worker: Worker, row: SimRow) -> None:
+        told, stage = row.told, row.lane.stage
+        if stage == "encode":
+            told.missing -= 1
+            self._join(worker, told)
+        elif stage == "denoise":
+            row.step += 1
+            told.evaluations += row.network_rows
+            row.due_s = self._due_s(told, row.step)
+            worker.batcher.add(row if row.step < told.asked.steps else self._row(told, "decode"))
+        else:
+            told.decoded += 1
+            if told.decoded == told.asked.n:
+                self._end(told, "succeeded")

@@ -1,0 +1,41 @@
+-- In which order waiting requests of a deployment and class are claimed. Every script begins with these functions.
+-- `place` is <deployment>:<class>. server/fair_queue.py says what the order is; the two are tested against each other.
+--   flows:<place>         sorted set: owner -> pass, microseconds of engine time; owners that wait
+--   flow:<place>:<owner>  sorted set: entry -> when it is due, milliseconds
+--   passes:<place>        hash: owner -> pass of those that wait no more while others do
+local function order_add(prefix, place, owner, entry, due_ms)
+  local flows = prefix .. 'flows:' .. place
+  local sequence = math.min(tonumber(string.match(entry, '-(%d+)$')), 4095) / 4096
+  redis.call('ZADD', prefix .. 'flow:' .. place .. ':' .. owner, due_ms + sequence, entry)
+  if not redis.call('ZSCORE', flows, owner) then
+    local first = redis.call('ZRANGE', flows, 0, 0, 'WITHSCORES')[2] or 0
+    local before = redis.call('HGET', prefix .. 'passes:' .. place, owner) or 0
+    redis.call('ZADD', flows, math.max(tonumber(first), tonumber(before)), owner)
+  end
+end
+
+local function order_leave(prefix, place, owner, entry)
+  local flow, flows = prefix .. 'flow:' .. place .. ':' .. owner, prefix .. 'flows:' .. place
+  if redis.call('ZREM', flow, entry) == 0 or redis.call('EXISTS', flow) == 1 then return end
+  local pass = redis.call('ZSCORE', flows, owner)
+  redis.call('ZREM', flows, owner)
+  if redis.call('EXISTS', flows) == 0 then
+    redis.call('DEL', prefix .. 'passes:' .. place)
+  else
+    redis.call('HSET', prefix .. 'passes:' .. place, owner, pass)
+  end
+end
+
+-- The next entry and its owner; with slack_ms of the first 64 owners whose next is due sooner than that after it came.
+local function order_peek(prefix, place, slack_ms)
+  for _, owner in ipairs(redis.call('ZRANGE', prefix .. 'flows:' .. place, 0, slack_ms and 63 or 0)) do
+    local head = redis.call('ZRANGE', prefix .. 'flow:' .. place .. ':' .. owner, 0, 0, 'WITHSCORES')
+    local came_ms = tonumber(string.match(head[1], '^%d+'))
+    if not slack_ms or tonumber(head[2]) - came_ms < slack_ms then return head[1], owner end
+  end
+end
+
+local function order_charge(prefix, place, owner, cost_us, rows)
+  redis.call('ZINCRBY', prefix .. 'flows:' .. place, math.max(cost_us, 1000 * rows), owner)
+end
+

@@ -1,0 +1,124 @@
+"""Requests of one deployment and class that no worker has yet: keys in turn, and of each key's own the most due.
+
+A key that floods so waits behind its own requests and not others behind it. Keys are served in the order of their
+`pass`: the engine seconds that a key was handed out, counted from where the least served stood when it came. That is
+start-time fair queueing at equal weights: of two keys that both wait, neither is handed out more than the other by
+more than the dearest request of each. Which of its requests a key is served is left to the due time.
+
+`order.lua` keeps the same order on Redis; a test holds the two together.
+"""
+
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+K = TypeVar("K")
+LEAST_COST_S = 0.001
+"""What a row counts for at least, so that keys take turns where nothing was measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting(Generic[K]):
+    """A request in its queue: `rows` pictures which take `cost_s` of an engine. `owner` is its API key's name."""
+
+    key: K
+    owner: str
+    rows: int
+    came_s: float
+    slack_s: float  # in which it should be done
+    cost_s: float
+
+    @property
+    def due_s(self) -> float:
+        return self.came_s + self.slack_s
+
+    @property
+    def charge_s(self) -> float:
+        return max(self.cost_s, self.rows * LEAST_COST_S)
+
+
+@dataclass(slots=True)
+class FairQueue(Generic[K]):
+    """Plain data: no clock, no waiting."""
+
+    _flows: dict[str, list[Waiting[K]]] = field(default_factory=dict)  # by owner, most due first
+    _passes: dict[str, float] = field(default_factory=dict)  # engine seconds, until nobody waits
+
+    def __len__(self) -> int:
+        return sum(map(len, self._flows.values()))
+
+    def add(self, one: Waiting[K]) -> None:
+        if one.owner not in self._flows:
+            least = min((self._passes[name] for name in self._flows), default=0.0)
+            self._passes[one.owner] = max(least, self._passes.get(one.owner, 0.0))
+        insort(self._flows.setdefault(one.owner, []), one, key=lambda each: each.due_s)
+
+    def peek(self, slack_below_s: float = float("inf")) -> Waiting[K] | None:
+        """The request that is next, of those owners whose next has less slack than this."""
+        owners = [name for name, flow in self._flows.items() if flow[0].slack_s < slack_below_s]
+        owner = min(owners, key=lambda name: (self._passes[name], name), default=None)
+        return None if owner is None else self._flows[owner][0]
+
+    def pop(self, one: Waiting[K]) -> None:
+        """Removes what `peek` found and charges its owner for it."""
+        self._passes[one.owner] += one.charge_s
+        self._leave(one)
+
+    def remove(self, key: K, owner: str) -> None:
+        """Forgets a request that ended before a worker had it; nobody is charged. One that is not here is none."""
+        for one in self._flows.get(owner, ()):
+            if one.key == key:
+                self._leave(one)
+                return
+
+    def ahead(self, key: K, owner: str) -> int:
+        """How many requests may go before one, were all equally dear; 0 for one that is not here."""
+        rank = next((i for i, one in enumerate(self._flows.get(owner, ())) if one.key == key), None)
+        if rank is None:
+            return 0
+        return rank + sum(min(len(flow), rank + 1) for name, flow in self._flows.items() if name != owner)
+
+    def _leave(self, one: Waiting[K]) -> None:
+        flow = self._flows[one.owner]
+        flow.remove(one)
+        if not flow:
+            del self._flows[one.owner]
+        if not self._flows:  # nobody waits: everybody begins anew
+            self._passes.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class Source(Generic[K]):
+    """A queue that a worker may take from. `below` is whether it is of a class below high."""
+
+    queue: FairQueue[K]
+    below: bool
+
+
+def take(
+    sources: Iterable[Source[K]], max_rows: int, max_rows_below: int, slack_below_s: float = float("-inf")
+) -> list[Waiting[K]]:
+    """Removes and returns the next requests of some queues, in their order, up to a number of rows.
+
+    `max_rows_below` caps rows of classes below high, but for those with less slack than `slack_below_s`. A request with
+    more rows than there is room is taken if nothing else has been.
+    """
+    taken: list[Waiting[K]] = []
+    for source in sources:
+        while True:
+            room = min(max_rows, max_rows_below) if source.below else max_rows
+            one = _fitting(source.queue.peek(), room, first=not taken)
+            if one is None and source.below:
+                one = _fitting(source.queue.peek(slack_below_s), max_rows, first=not taken)
+            if one is None:
+                break
+            source.queue.pop(one)
+            taken.append(one)
+            max_rows -= one.rows
+            max_rows_below -= one.rows if source.below else 0
+    return taken
+
+
+def _fitting(one: Waiting[K] | None, room: int, *, first: bool) -> Waiting[K] | None:
+    return one if one is not None and room > 0 and (one.rows <= room or first) else None

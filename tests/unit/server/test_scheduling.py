@@ -1,0 +1,181 @@
+"""What the whole scheduler promises, on recorded costs and a simulated clock; batcher, queues, room and admission are
+those of production."""
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench.fleet import Asked, Fleet, Policy, Told, production
+from bench.simulation import Simulation
+from engines.cost import CostKey, CostModel
+from server.batcher import Stage
+
+TEACHER = {"model": "teacher", "network_rows": 2}
+STAGES: tuple[Stage, ...] = ("encode", "denoise", "decode")
+quick = settings(max_examples=20, deadline=None)
+few = settings(max_examples=6, deadline=None)
+
+
+def costs(sizes: Sequence[int] = (1, 2, 4, 8)) -> CostModel:
+    model = CostModel()
+    for stage, call_s, row_s in (("encode", 0.0005, 0.0002), ("denoise", 0.003, 0.0025), ("decode", 0.001, 0.0015)):
+        for size in sizes:
+            model.observe(CostKey(stage, stage, ()), size, call_s + row_s * size)
+    return model
+
+
+ONE = Fleet(costs())
+UNBATCHED = Fleet(costs(), sizes=(1,))
+
+
+def run(asked: Sequence[Asked], fleet: Fleet = ONE, policy: Policy | None = None) -> list[Told]:
+    simulation = Simulation(fleet, policy or Policy())
+    told = simulation.run(asked)
+    assert simulation.wasted_s == 0.0, "a worker was idle while a request waited"
+    return told
+
+
+def every(seconds: float, until_s: float, **given: object) -> list[Asked]:
+    return [Asked(at_s=i * seconds, **given) for i in range(int(until_s / seconds))]  # type: ignore[arg-type]
+
+
+requests = st.lists(
+    st.builds(
+        Asked,
+        at_s=st.floats(0, 1),
+        steps=st.sampled_from([1, 2, 4, 8]),
+        model=st.sampled_from(["student", "other"]),
+        network_rows=st.sampled_from([1, 2]),
+        n=st.integers(1, 3),
+        owner=st.sampled_from("ab"),
+        priority=st.integers(-10, 10),
+        budget_s=st.sampled_from([0.05, 0.3, 60.0]),
+        leaves_s=st.none() | st.floats(0, 0.3),
+        prompt_known=st.booleans(),
+    ),
+    max_size=40,
+)
+
+
+@given(requests, st.integers(1, 4))
+@quick
+def test_every_request_has_its_one_end_and_all_of_its_work(asked: list[Asked], workers: int) -> None:
+    for told in run(asked, Fleet(costs(), workers)):
+        one = told.asked
+        if told.ending == "succeeded":
+            assert (told.evaluations, told.decoded) == (one.n * one.steps * one.network_rows, one.n)
+            assert told.latency_s <= min(one.budget_s, one.leaves_s or 1e9) + 1e-9
+        elif told.ending == "canceled":
+            assert told.latency_s == pytest.approx(one.leaves_s)
+        else:
+            assert told.ending == "expired"
+            assert told.latency_s == pytest.approx(one.budget_s)
+
+
+@given(st.sampled_from([1, 2, 4, 32]), st.sampled_from([1, 2]), st.booleans())
+@quick
+def test_one_request_after_the_other_is_as_fast_as_without_batching(steps: int, rows: int, known: bool) -> None:
+    for told in run(every(1.0, 3.0, steps=steps, network_rows=rows, prompt_known=known)):
+        assert told.latency_s == pytest.approx(ONE.alone_s(told.asked))
+
+
+@given(st.lists(st.sampled_from([1, 2, 4, 32]), min_size=1, max_size=30))
+@quick
+def test_an_engine_with_work_never_pauses(steps: list[int]) -> None:
+    told = run([Asked(at_s=0.0, steps=each) for each in steps], UNBATCHED)
+    assert max(one.ended_s for one in told) == pytest.approx(sum(UNBATCHED.alone_s(one.asked) for one in told))
+
+
+@given(st.lists(st.integers(0, 1000), min_size=2, max_size=12, unique=True))
+@quick
+def test_of_equally_dear_requests_the_earliest_deadline_ends_first(order: list[int]) -> None:
+    budgets_s = [0.2 + each / 10_000 for each in order]  # all can be met: 12 requests take .12 s
+    told = run([Asked(at_s=0.0, steps=1, budget_s=budget_s) for budget_s in budgets_s], UNBATCHED)
+    # One call has begun before the others came; everything else is in order.
+    later = sorted(told[1:], key=lambda one: one.ended_s)
+    assert [one.asked.budget_s for one in later] == sorted(one.asked.budget_s for one in later)
+
+
+@given(st.floats(0.5, 4.0), st.sampled_from([0, 4, 9]), st.integers(4, 40))
+@quick
+def test_long_teacher_rows_delay_an_urgent_step_by_at_most_one_of_theirs(at_s: float, priority: int, rows: int) -> None:
+    teachers = [Asked(at_s=i / 20, steps=32, **TEACHER) for i in range(rows)]  # type: ignore[arg-type]
+    urgent = Asked(at_s=at_s, steps=1, priority=priority)
+    [told] = [one for one in run([*teachers, urgent]) if one.asked is urgent]
+    longest_s = max(ONE.seconds(stage, 8) for stage in STAGES)
+    in_company_s = sum(ONE.seconds(stage, 8) - ONE.seconds(stage, 1) for stage in ("encode", "decode"))
+    assert told.latency_s <= ONE.alone_s(urgent) + longest_s + in_company_s + 1e-9
+
+
+def test_without_a_place_for_what_overtakes_long_rows_would_shut_short_ones_out() -> None:
+    """What the bound above owes to `slack_below_ms`."""
+    teachers = [Asked(at_s=i / 50, steps=32, **TEACHER) for i in range(20)]  # type: ignore[arg-type]
+    latest = {}
+    for overtaking in (True, False):
+        urgent = [Asked(at_s=at_s, steps=1) for at_s in (0.3, 0.5, 0.7)]
+        told = run([*teachers, *urgent], policy=Policy(overtaking=overtaking))
+        latest[overtaking] = max(one.latency_s for one in told if one.asked in urgent)
+    assert latest[False] > 5 * latest[True]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([1, 4]), st.integers(-4, 4)), min_size=1, max_size=3),
+    st.sampled_from([4, 8]),
+    st.integers(-4, 0),
+)
+@few
+def test_no_row_starves(stream: list[tuple[int, int]], steps: int, priority: int) -> None:
+    """At twice the load that there is room for. What comes `stretch` times a row's cost (and eight priorities) after
+    its claim is due later, so that all that can go before it, with one request that was begun, is what came before."""
+    pace_s = sum(UNBATCHED.alone_s(Asked(at_s=0, steps=each)) for each, _ in stream) / 2
+    row = Asked(at_s=0.5, steps=steps, priority=priority, budget_s=1e6)
+    others = [
+        Asked(at_s=i * pace_s, steps=each, priority=urgency, budget_s=1e6)
+        for i in range(int(1.5 / pace_s))
+        for each, urgency in stream
+    ]
+    told = run([*others, row], UNBATCHED)
+    mine = told[-1]
+    queued_s = production(mine, 0)
+    one_s = max(UNBATCHED.alone_s(one.asked) for one in told)
+
+    def before_s(until_s: float) -> float:
+        return sum(UNBATCHED.alone_s(one.asked) for one in told if one.asked.at_s + production(one, 0) <= until_s)
+
+    assert mine.claimed_s is not None
+    assert mine.claimed_s - 0.5 <= before_s(0.5 + queued_s) + one_s
+    assert mine.latency_s <= before_s(mine.claimed_s + queued_s) + one_s
+    assert queued_s <= 64 * UNBATCHED.queued_s(row) + 4
+
+
+@given(st.integers(1, 3), st.sampled_from([1, 4]), st.floats(0.1, 0.4))
+@few
+def test_a_key_that_floods_holds_nobody_else_up(workers: int, steps: int, pause_s: float) -> None:
+    """What a worker holds when another key's request comes may end first, and no more of the flood."""
+    fleet = Fleet(costs(), workers)
+    flood_s = fleet.queued_s(Asked(at_s=0, steps=steps)) / workers / 2  # twice what there is room for
+    flood = every(flood_s, 1.5, steps=steps, owner="flood")
+    calm = [Asked(at_s=0.5 + i * pause_s, steps=1, owner="calm") for i in range(4)]
+    told = run([*flood, *calm], fleet)
+    worst_s = max(one.latency_s for one in told if one.asked.owner == "calm")
+    held = 2 * fleet.sizes[-1]
+    calls = steps * held / fleet.sizes[-1] + 2
+    held_s = calls * fleet.seconds("denoise", 8) + 3 * (fleet.seconds("decode", 8) + fleet.seconds("encode", 8))
+    assert worst_s <= 2 * held_s + fleet.alone_s(calm[0])
+    assert max(one.latency_s for one in told if one.asked.owner == "flood") > 0.4
+
+
+def test_what_would_wait_too_long_is_refused_and_the_rest_waits_no_longer() -> None:
+    fleet = Fleet(costs(), max_wait_s=0.5)
+    told = run(every(fleet.queued_s(Asked(at_s=0, steps=2)) / 2, 4.0, steps=2), fleet)
+    served = [one for one in told if one.ending == "succeeded"]
+    assert 0.3 < len(served) / len(told) < 0.7
+    assert max(one.latency_s for one in served) < 2 * 0.5
+
+
+def test_workers_share_one_queue() -> None:
+    asked = [Asked(at_s=0.0, steps=4, prompt_known=True) for _ in range(400)]
+    last = {workers: max(one.ended_s for one in run(asked, Fleet(costs(), workers))) for workers in (1, 4)}
+    assert 3.5 < last[1] / last[4] <= 4.0
