@@ -62,7 +62,8 @@ class Loader:
         self._backend = load_backend(choice.backend)
         self._graphs = graphs
         self._compiled: dict[str, Any] = {}
-        self._engines: dict[EngineKey, Engine] = {}
+        self._engines: dict[EngineKey, Padded] = {}
+        self._specialised: set[EngineKey] = set()
         self._users: Counter[EngineKey] = Counter()
         self._lock = threading.Lock()  # of the counts
         self._building = threading.Lock()  # one graph and one engine at a time, whoever asks
@@ -112,9 +113,36 @@ class Loader:
             self._let_go(keys.values())
             raise
 
-    def engine(self, manifest: StudentManifest, role: str) -> Engine:
+    def engine(self, manifest: StudentManifest, role: str) -> Padded:
         """The engine of one component of a student that is loaded."""
         return self._engines[self._keys(manifest, self.graphs(manifest))[role]]
+
+    def unspecialised(self, manifest: StudentManifest) -> list[str]:
+        """The components of a loaded student whose weights are set, though calls would be cheaper with constants."""
+        if not self._backend.constants_pay:
+            return []
+        graphs = self.graphs(manifest)
+        new = [role for role, key in self._keys(manifest, graphs).items() if key not in self._specialised]
+        return [role for role in new if profile_of(self.profile, graphs[role]).weights == "set"]
+
+    def specialised(self, manifest: StudentManifest, role: str) -> Engine:
+        """A component once more, its weights compiled in: the heavy part before `replace`. It is the caller's."""
+        graph = self.graphs(manifest)[role]
+        compiled = self._backend.build(graph, replace(self.profile, weights="constant"))
+        return self._backend.load(compiled, graph.select(load_weights(self.registry, manifest.components[role])))
+
+    def beside(self, manifest: StudentManifest, engines: Mapping[str, Engine]) -> LoadedStudent:
+        """A loaded student with these engines instead of its own ones, to try them; it is not to be released."""
+        own = {role: self._engines[key] for role, key in self._keys(manifest, self.graphs(manifest)).items()}
+        return self._student(manifest, own | {role: Padded(one, self.profile.batches) for role, one in engines.items()})
+
+    def replace(self, manifest: StudentManifest, role: str, engine: Engine) -> None:
+        """From the next call on `engine` answers for all who use this component. Call it in the engine's thread."""
+        key = self._keys(manifest, self.graphs(manifest))[role]
+        padded = self._engines[key]
+        before, padded.engine = padded.engine, engine
+        self._specialised.add(key)
+        before.close()
 
     def _ensure(self, key: EngineKey, graph: ComponentGraph, component: Component) -> None:
         compiled = self.compile(graph)
@@ -133,6 +161,7 @@ class Loader:
             self._users.subtract(given)
             for key in {key for key in given if self._users[key] <= 0}:
                 del self._users[key]
+                self._specialised.discard(key)
                 if engine := self._engines.pop(key, None):
                     engine.close()
 

@@ -3,7 +3,8 @@
 `stage` takes students through staged → building → warming → verifying as a series of pieces. Whatever is heavy and
 touches no engine runs aside in a niced thread; every engine call is one small piece for the engine's own thread,
 which puts live steps first. Nothing that serves is touched before `switch`, one assignment; what served stays warm
-until it is retired.
+until it is retired. A version goes live with its weights set, which takes milliseconds; `specialise` then compiles
+them in, where that makes its calls cheaper.
 """
 
 import os
@@ -17,6 +18,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from engines.backends.base import Engine
 from engines.cost import CostKey, CostModel
 from engines.errors import Conflict, FewstepError, GoldenMismatch, StudentNotFound
 from engines.golden import Golden, verification
@@ -25,7 +27,7 @@ from engines.loader import Loader
 from engines.manifest import StudentManifest, shown
 from engines.student import LoadedStudent
 
-Phase = Literal["staged", "building", "warming", "verifying", "ready", "rejected"]
+Phase = Literal["staged", "building", "warming", "verifying", "specialising", "ready", "rejected"]
 STAGES = {"encoder": "encode", "decoder": "decode"}
 _NICE = 10
 
@@ -143,6 +145,19 @@ class EngineSlot:
         self.draining = (self.draining | self.serving) - wanted
         self.serving = wanted
 
+    def specialise(self, version: str) -> Staging:
+        """Compiles the weights of a loaded version in and switches its engines, if they reproduce the golden samples.
+
+        It serves as it is meanwhile, and where this is rejected it goes on so.
+        """
+        made: dict[str, Engine] = {}
+
+        def undo() -> None:
+            for engine in made.values():
+                engine.close()
+
+        return Staging((version,), self._specialising(self.family(version), made), undo)
+
     def drain(self, version: str) -> None:
         """Takes one version out of what is served; it still answers what it is pinned to."""
         self.family(version)
@@ -181,6 +196,26 @@ class EngineSlot:
         for student in list(fresh.values()):
             yield from self._verifying(student)
         self._loaded.update(fresh)
+
+    def _specialising(self, student: LoadedStudent, made: dict[str, Engine]) -> Iterator[Piece]:
+        manifest = student.manifest
+        roles = self.loader.unspecialised(manifest)
+        for role in roles:
+            yield Piece("specialising", partial(self._compile_in, manifest, role, made), False)
+        if roles:
+            yield from self._verifying(self.loader.beside(manifest, made))
+            yield Piece("specialising", partial(self._replace, manifest, made), True)
+        for role in roles:
+            for size in self.loader.profile.batches:
+                inputs = self.loader.graphs(manifest)[role].example(size)
+                yield Piece("warming", partial(self._warm, student, role, inputs), True)
+
+    def _compile_in(self, manifest: StudentManifest, role: str, made: dict[str, Engine]) -> None:
+        made[role] = self.loader.specialised(manifest, role)
+
+    def _replace(self, manifest: StudentManifest, made: dict[str, Engine]) -> None:
+        while made:
+            self.loader.replace(manifest, *made.popitem())
 
     def _new(self, manifest: StudentManifest) -> list[tuple[str, ComponentGraph]]:
         """The components that have to be compiled, and so are warmed at every batch size."""

@@ -50,6 +50,9 @@ class Residents(Protocol):
             FewstepError: one of them may not serve here; what was loaded of the others stays.
         """
 
+    async def specialise(self, versions: Iterable[str]) -> None:
+        """Has versions that serve answer faster, if they can; gives way to every load."""
+
     async def unload(self, version: str) -> bool:
         """Frees a version; False if a request here still needs it."""
 
@@ -94,6 +97,7 @@ class Follower:
         self._coordinator = Coordinator(deployment, broker, registry, metrics, timeout_s=settings.swap_timeout_s)
         self._swaps: dict[str, Swap] = {}
         self._leaving: Swap | None = None  # the swap whose old version is still pinned
+        self._specialising: asyncio.Task[None] | None = None
         self.wake = asyncio.Event()
 
     async def run(self) -> None:
@@ -110,6 +114,8 @@ class Follower:
             for swap in self._swaps.values():
                 if swap.task:
                     swap.task.cancel()
+            if self._specialising:
+                self._specialising.cancel()
 
     async def look(self) -> None:
         """One round: follow the current revision, try the newest candidate, coordinate, unload."""
@@ -129,6 +135,7 @@ class Follower:
             await self._try(candidate)
         await self._watch_leaving()
         await self._tidy(candidate)
+        self._specialise()
 
     # --- following -------------------------------------------------------------------------------
 
@@ -274,6 +281,15 @@ class Follower:
         if version in self._residents.held and await self._residents.unload(version):
             log.info("retired", extra={"deployment": self.deployment, "version": shown(version)})
             self._metrics.forget_version(self.deployment, shown(version))
+
+    def _specialise(self) -> None:
+        """Between swaps, and of versions that stay: compiling beside traffic is what a swap spares."""
+        if self._specialising is not None and self._specialising.done():
+            self._specialising.result()
+            self._specialising = None
+        stays = time.monotonic() - self._current_since_s >= self._settings.specialise_after_s
+        if stays and self._specialising is None and self.current and not self._busy():
+            self._specialising = asyncio.create_task(self._residents.specialise(self.current.versions))
 
     # --- small things ----------------------------------------------------------------------------
 

@@ -10,7 +10,8 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from engines.errors import StudentNotFound
+from engines.errors import FewstepError, StudentNotFound
+from engines.manifest import shown
 from engines.slot import EngineSlot, Piece, Staging
 from engines.student import LoadedStudent
 from server.engine_loop import EngineLoop
@@ -27,6 +28,8 @@ class Residents:
         self._slot, self._engine, self._uses = slot, engine, uses
         self._lock = asyncio.Lock()
         self._hurry = ThreadPoolExecutor(1, thread_name_prefix="load")
+        self._wanted = 0  # how many loads wait or run
+        self._settled: set[str] = set()  # versions that are specialised, or cannot be
 
     @property
     def backend(self) -> str:
@@ -47,10 +50,28 @@ class Residents:
         self._slot.switch(versions)
 
     async def load(self, versions: Sequence[str], phase: OnPhase | None = None, *, beside: bool = False) -> None:
-        async with self._lock:
-            missing = [version for version in versions if version not in self._slot.versions]
-            if missing:
-                await self._bring(self._slot.stage(missing), phase, beside=beside)
+        self._wanted += 1
+        try:
+            async with self._lock:
+                missing = [version for version in versions if version not in self._slot.versions]
+                if missing:
+                    await self._bring(self._slot.stage(missing), phase, beside=beside)
+        finally:
+            self._wanted -= 1
+
+    async def specialise(self, versions: Iterable[str]) -> None:
+        """Has loaded versions answer faster where their backend can, beside live traffic; gives way to every load."""
+        for version in sorted(set(versions) - self._settled):
+            async with self._lock:
+                if self._wanted or version not in self._slot.versions:
+                    continue
+                try:
+                    await self._bring(self._slot.specialise(version), None, beside=True, gives_way=True)
+                except _GaveWay:
+                    continue
+                except (FewstepError, OSError, ValueError, RuntimeError) as error:
+                    log.warning("serves with weights set", extra={"version": shown(version), "error": str(error)})
+                self._settled.add(version)
 
     async def unload(self, version: str) -> bool:
         """After what is in the engine thread now: a row of a request that was canceled may still be there."""
@@ -59,9 +80,10 @@ class Residents:
             if self._uses(version) or version in self._slot.serving:
                 return False
             await asyncio.to_thread(self._slot.retire, version)
+            self._settled.discard(version)
             return True
 
-    async def _bring(self, staging: Staging, phase: OnPhase | None, *, beside: bool) -> None:
+    async def _bring(self, staging: Staging, phase: OnPhase | None, *, beside: bool, gives_way: bool = False) -> None:
         pieces = iter(staging)
         said = ""
         try:
@@ -70,6 +92,8 @@ class Residents:
                     said = piece.phase
                     await phase(said)
                 await self._do(piece, staging, beside=beside)
+                if gives_way and self._wanted:
+                    raise _GaveWay
         except Exception as error:
             await asyncio.to_thread(staging.reject, error)
             raise
@@ -89,6 +113,10 @@ class Residents:
                 lambda _: self._engine.background(lambda: staging.reject(asyncio.CancelledError()))
             )
             raise
+
+
+class _GaveWay(Exception):
+    """A load waits; what was begun is begun again later."""
 
 
 def _nothing() -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from engines.artefact import import_diffusers
-from engines.cache import DiskCache
 from engines.graph import GraphStore
 from engines.manifest import Guidance, Schedule, StudentManifest
 from engines.registry.memory import MemoryRegistry
+from tests.exported import graphs
 
 WORDS = ("a", "red", "blue", "small", "circle", "square", "two", "shapes", "on", "white", "the", "left")
 LATENT = (4, 8, 8)
@@ -110,7 +110,7 @@ GUIDANCE = Guidance(mode="cfg", default=3.0, maximum=8.0)
 
 @dataclass(frozen=True)
 class Teacher:
-    """The tiny pipeline as a directory and as a version of a registry, and a cache that holds its graphs."""
+    """The tiny pipeline as a directory and as a version of a registry, and the store of its graphs."""
 
     directory: Path
     registry: MemoryRegistry
@@ -124,10 +124,10 @@ class Teacher:
 
 @cache
 def teacher() -> Teacher:
-    """One for the whole test run, because an export takes seconds. Publish what you like; change nothing."""
+    """One for the whole process. Publish what you like; change nothing."""
     folder = Path(tempfile.mkdtemp(prefix="fewstep-tiny-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     registry = MemoryRegistry()
     directory = write(folder / "pipeline")
     version = import_diffusers(directory, registry, name="tiny", schedules=SCHEDULES, guidance=GUIDANCE)
-    return Teacher(directory, registry, version, GraphStore(DiskCache(folder / "graphs")))
+    return Teacher(directory, registry, version, graphs())

@@ -77,6 +77,14 @@ class Graph(Protocol):
     def onnx(self) -> bytes:
         """The ONNX model with its weights as inputs, named `weight:<name>`."""
 
+    @property
+    def spec(self) -> Any:
+        """`engines.graph.ComponentSpec`: the whole of it, for a process that builds elsewhere."""
+
+    @property
+    def graph_names(self) -> Mapping[str, str]:
+        """Weight name -> name of the parameter in `module()`."""
+
     def example(self, rows: int) -> dict[str, Tensor]:
         """Zero inputs."""
 
@@ -93,8 +101,11 @@ class Compiled(Protocol):
 
 
 class Backend(Protocol):
+    """`constants_pay` says whether calls are cheaper where `Profile.weights` is "constant"."""
+
     name: str
     reload: Literal["refit", "recompile"]
+    constants_pay: bool
 
     def available(self) -> bool: ...
 

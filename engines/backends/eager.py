@@ -44,6 +44,7 @@ class EagerEngine:
 class Eager:
     name = "eager"
     reload: Literal["refit", "recompile"] = "refit"
+    constants_pay = False
 
     def available(self) -> bool:
         return True

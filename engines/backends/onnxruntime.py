@@ -79,6 +79,7 @@ class OnnxRuntimeEngine:
 class OnnxRuntime:
     name = "onnxruntime"
     reload: Literal["refit", "recompile"] = "refit"
+    constants_pay = True
 
     def available(self) -> bool:
         return importlib.util.find_spec("onnxruntime") is not None

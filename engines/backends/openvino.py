@@ -123,6 +123,7 @@ class _Request:
 class OpenVino:
     name = "openvino"
     reload: Literal["refit", "recompile"] = "refit"
+    constants_pay = True
 
     def available(self) -> bool:
         return importlib.util.find_spec("openvino") is not None

@@ -66,6 +66,7 @@ def _spread(shade: Tensor, rows: int, shape: tuple[int, ...], name: str) -> Tens
 class Paced:
     name = "paced"
     reload: Literal["refit", "recompile"] = "refit"
+    constants_pay = False
 
     def available(self) -> bool:
         return True

@@ -29,6 +29,7 @@ class ToyResidents:
     loaded: set[str] = field(default_factory=set)
     bad: set[str] = field(default_factory=set)
     used: set[str] = field(default_factory=set)
+    specialised: list[frozenset[str]] = field(default_factory=list)
     served: frozenset[str] = frozenset()
     cancelled: int = 0
     gate: asyncio.Event = field(default_factory=asyncio.Event)
@@ -56,6 +57,9 @@ class ToyResidents:
                 raise GoldenMismatch("does not reproduce sample 0")
             self.loaded.add(version)
 
+    async def specialise(self, versions: Iterable[str]) -> None:
+        self.specialised.append(frozenset(versions))
+
     async def unload(self, version: str) -> bool:
         if version in self.used:
             return False
@@ -72,7 +76,14 @@ class World:
         self.broker = MemoryBroker(self.server, "gateway")
         self.now_ms = 0
 
-    def follower(self, name: str, *, keep_previous_s: float = 0.0, swap_timeout_s: float = 120.0) -> Follower:
+    def follower(
+        self,
+        name: str,
+        *,
+        keep_previous_s: float = 0.0,
+        swap_timeout_s: float = 120.0,
+        specialise_after_s: float = float("inf"),
+    ) -> Follower:
         broker = MemoryBroker(self.server, name)
         residents = ToyResidents()
         residents.gate.set()
@@ -82,6 +93,7 @@ class World:
             poll_s=0.02,
             keep_previous_s=keep_previous_s,
             swap_timeout_s=swap_timeout_s,
+            specialise_after_s=specialise_after_s,
         )
 
         async def changed() -> None:
@@ -361,3 +373,32 @@ async def at_phase(one: Follower, phase: str) -> bool:
 
 def toy_residents(one: Follower) -> ToyResidents:
     return one.toy  # type: ignore[attr-defined, no-any-return]
+
+
+async def test_what_is_served_is_specialised_between_swaps_and_not_during_one(world: World) -> None:
+    a = world.follower("a", specialise_after_s=0.0)
+    async with Running(a):
+        await world.outcome(world.promote(V1))
+        await aeventually(_is(lambda: frozenset({V1}) in toys(a).specialised, True))
+        toys(a).gate.clear()
+        candidate = world.promote(V2)
+
+        async def building() -> bool:
+            return bool(await world.phases(candidate))
+
+        await aeventually(building)
+        before = len(toys(a).specialised)
+        for _ in range(3):
+            await a.look()
+        assert len(toys(a).specialised) == before
+        toys(a).gate.set()
+        await aeventually(_is(lambda: frozenset({V2}) in toys(a).specialised, True))
+
+
+async def test_a_version_is_not_specialised_before_it_has_stayed(world: World) -> None:
+    a = world.follower("a", specialise_after_s=3600.0)
+    async with Running(a):
+        await world.outcome(world.promote(V1))
+        for _ in range(3):
+            await a.look()
+        assert toys(a).specialised == []

@@ -1,0 +1,97 @@
+"""How a worker's students are specialised beside traffic: once, and behind every load."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+
+import pytest
+
+from engines.errors import GoldenMismatch
+from engines.slot import Piece, Staging
+from server.residents import Residents
+
+V1, V2 = "toy@" + "1" * 64, "toy@" + "2" * 64
+
+
+class Engine:
+    """Does at once what it is given."""
+
+    def background(self, work: Callable[[], object]) -> "Future[object]":
+        future: Future[object] = Future()
+        future.set_result(work())
+        return future
+
+
+class Slot:
+    """Versions that load at once. `during` is called by the first piece of every specialisation."""
+
+    def __init__(self, during: Callable[[], None]) -> None:
+        self.versions = {V1}
+        self.during = during
+        self.staged: list[Staging] = []
+
+    def stage(self, versions: list[str]) -> Staging:
+        return Staging(tuple(versions), iter([Piece("building", lambda: self.versions.update(versions), False)]), _none)
+
+    def specialise(self, version: str) -> Staging:
+        self.staged.append(Staging((version,), self._pieces(), _none))
+        return self.staged[-1]
+
+    def _pieces(self) -> Iterator[Piece]:
+        yield Piece("specialising", self.during, False)
+        yield Piece("verifying", _none, True)
+
+
+def _none() -> None: ...
+
+
+def residents(slot: Slot) -> Residents:
+    return Residents(slot, Engine(), lambda version: False)  # type: ignore[arg-type]
+
+
+async def test_a_version_is_specialised_once() -> None:
+    slot = Slot(_none)
+    made = residents(slot)
+    for _ in range(2):
+        await made.specialise([V1])
+    assert [one.phase for one in slot.staged] == ["ready"]
+
+
+async def test_specialising_gives_way_to_a_load_and_is_done_later() -> None:
+    loop = asyncio.get_running_loop()
+    loads: list[asyncio.Future[None]] = []
+
+    def asks() -> None:
+        if not loads:
+            loads.append(asyncio.wrap_future(asyncio.run_coroutine_threadsafe(made.load([V2]), loop), loop=loop))
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(10)
+
+    slot = Slot(asks)
+    made = residents(slot)
+    await made.specialise([V1])
+    assert [one.phase for one in slot.staged] == ["rejected"]
+    await loads[0]
+    assert slot.versions == {V1, V2}
+    await made.specialise([V1])
+    assert [one.phase for one in slot.staged] == ["rejected", "ready"]
+
+
+async def test_what_cannot_be_specialised_is_said_once_and_serves_on(caplog: pytest.LogCaptureFixture) -> None:
+    def fails() -> None:
+        raise GoldenMismatch("does not reproduce sample 0")
+
+    slot = Slot(fails)
+    made = residents(slot)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            await made.specialise([V1])
+    assert [one.phase for one in slot.staged] == ["rejected"]
+    assert [record.message for record in caplog.records] == ["serves with weights set"]
+    assert made.held == {V1}
+
+
+async def test_a_version_that_is_not_here_is_left_alone() -> None:
+    slot = Slot(_none)
+    await residents(slot).specialise([V2])
+    assert slot.staged == []
