@@ -128,6 +128,10 @@ class ComponentGraph:
     def onnx(self) -> bytes:
         return (self.folder() / _GRAPH).read_bytes()
 
+    @property
+    def graph_names(self) -> Mapping[str, str]:
+        return self._empty.graph_names()
+
     def kept(self, what: Sequence[str], build: Callable[[Path], None]) -> Path:
         if self.cache is None:
             raise InternalError("what is built from a graph needs a cache folder")

@@ -51,6 +51,7 @@ class Compiled:
 class TensorRt:
     name = "tensorrt"
     reload: Literal["refit", "recompile"] = "refit"
+    constants_pay = False  # not measured: building beside live calls shares the GPU with them
 
     def available(self) -> bool:
         """Whether plans can be run here; building them ahead takes the library alone."""
