@@ -48,11 +48,18 @@ _SHEET_COLUMNS = 8
 SEED = 0
 
 
-def sampler_of(student: LoadedStudent, *, guidance: float | None = None, batch: int = BATCH) -> Sampler:
-    """The evaluation's seam over a loaded student: what the server would answer for these seeds, before rounding."""
+def sampler_of(
+    student: LoadedStudent, *, guidance: float | None = None, batch: int = BATCH, teacher: LoadedStudent | None = None
+) -> Sampler:
+    """The evaluation's seam over a loaded student: what the server would answer for these seeds, before rounding.
+
+    A `teacher` takes the first step.
+    """
 
     def draw(captions: Sequence[str], seeds: Sequence[int], steps: int) -> Pixels:
-        made: Pixels = sample(student, captions, seeds, steps, guidance=guidance, batch=batch, rounded=False).numpy()
+        made: Pixels = sample(
+            student, captions, seeds, steps, guidance=guidance, batch=batch, rounded=False, teacher=teacher
+        ).numpy()
         return made
 
     return draw
