@@ -33,7 +33,6 @@ _FP32_ONLY = {"Resize": (1, 2), "Upsample": (1,)}
 # The first in which convolutions may be bf16; nothing else changed from 21.
 _BF16_OPSET = 22
 _DATA = "weights.bin"
-_ALIGNED = 4096
 
 
 def is_weight(name: str) -> bool:
@@ -76,7 +75,6 @@ def write(model: onnx.ModelProto, folder: Path, weights: Mapping[str, np.ndarray
         model.graph.input.extend(kept)
         with (folder / _DATA).open("wb") as data:
             for name in sorted(types):
-                data.seek(-(-data.tell() // _ALIGNED) * _ALIGNED)
                 model.graph.initializer.append(_outside(WEIGHT + name, _as(weights[name], types[name]), data))
     path = folder / "network.onnx"
     path.write_bytes(model.SerializeToString())

@@ -114,7 +114,7 @@ def plans(
     profile = Profile(tuple(sorted(batch_sizes)), cast("Precision", precision), targets=tuple(targets))
     made = build_ahead(open_registry(registry_url), version, profile, GraphStore(DiskCache(cache_dir)))
     for role, folder in made.items():
-        out.print(f"{role}: {folder}", highlight=False)
+        out.print(f"{role}: {folder}", highlight=False, soft_wrap=True)
 
 
 def _known(registry_url: str) -> None:

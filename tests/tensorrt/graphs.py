@@ -32,7 +32,8 @@ def each(graphs: Iterable[tuple[str, str]]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("name", "role"), params)
 
 
-_FOLDER = TemporaryDirectory(prefix="fewstep-tensorrt-")
+_TEMPORARY = TemporaryDirectory(prefix="fewstep-tensorrt-")
+FOLDER = Path(_TEMPORARY.name)
 
 
 @dataclass(frozen=True)
@@ -51,4 +52,4 @@ def case(name: str, role: str) -> Case:
 
 @cache
 def store() -> GraphStore:
-    return GraphStore(DiskCache(Path(_FOLDER.name)))
+    return GraphStore(DiskCache(FOLDER))

@@ -1,24 +1,44 @@
 """A student's plans built ahead, and found again by whoever asks for the same."""
 
 import json
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from engines.ahead import build_ahead
 from engines.backends import tensorrt
 from engines.backends._tensorrt_build import FACTS
 from engines.backends.base import Profile
+from engines.errors import UnknownPlugin
+from engines.registry.files import FilesRegistry
+from server.commands.students import app
 from tests import tiny_families
 from tests.tensorrt import graphs
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="pip install 'fewstep[tensorrt]'")
-pytestmark = [pytest.mark.xdist_group("sd"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.xdist_group("sd"), pytest.mark.timeout(600)]
+
+
+PROFILE = Profile((1, 4), "bf16", targets=("SM89",))
 
 
 def test_the_denoiser_of_a_student_gets_a_plan_for_any_weights_and_the_shared_parts_hold_theirs() -> None:
-    own, profile = tiny_families.shipped("sd"), Profile((1, 4), "bf16", targets=("SM89",))
-    made = build_ahead(own.registry, own.version, profile, graphs.store())
+    own = tiny_families.shipped("sd")
+    made = build_ahead(own.registry, own.version, PROFILE, graphs.store())
     forms = {role: json.loads((folder / FACTS).read_text())["form"] for role, folder in made.items()}
     assert forms == {"encoder": "constant", "denoiser": "input", "decoder": "constant"}
     denoiser = graphs.case("sd", "denoiser").graph
-    assert tensorrt.TensorRt().build(denoiser, profile).folder == made["denoiser"]
+    assert tensorrt.TensorRt().build(denoiser, PROFILE).folder == made["denoiser"]
+
+
+def test_the_command_builds_into_the_cache_that_it_is_given(tmp_path: Path) -> None:
+    own = tiny_families.shipped("sd")
+    made = build_ahead(own.registry, own.version, PROFILE, graphs.store())
+    version = tiny_families.imported(own.tiny, own.directory, FilesRegistry(str(tmp_path)))
+    told = ["plans", version, "--registry-url", str(tmp_path), "--cache-dir", str(graphs.FOLDER), "--target", "SM89"]
+    done = CliRunner().invoke(app, [*told, "--batch-size", "4", "--batch-size", "1"])
+    assert done.exit_code == 0, done.output
+    assert {Path(line).name for line in done.output.split() if "/" in line} >= {path.name for path in made.values()}
+    refused = CliRunner().invoke(app, [*told, "--precision", "fp8"])
+    assert isinstance(refused.exception, UnknownPlugin)

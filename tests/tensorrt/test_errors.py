@@ -18,7 +18,7 @@ from engines.errors import BackendUnavailable, InternalError, InvalidRequest, Un
 from tests.tensorrt.graphs import case
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="pip install 'fewstep[tensorrt]'")
-pytestmark = [pytest.mark.xdist_group("sd"), pytest.mark.timeout(300)]  # whose encoder is exported here
+pytestmark = [pytest.mark.xdist_group("sd"), pytest.mark.timeout(600)]  # whose encoder is exported here
 without_gpu = pytest.mark.skipif(libraries.gpu() is not None, reason="a GPU is here")
 AHEAD = Order("input", (1,), "fp32", ("SM89",))
 
@@ -171,6 +171,7 @@ WEIGHTS = {"a": torch.zeros(3), "b": torch.ones(2, 2)}
         {"here": None},
         {"weights": None},
         {"weights": WEIGHTS | {"a": torch.tensor([0.0, 0.0, 1.0])}},
+        {"weights": WEIGHTS | {"b": torch.zeros(2, 2)}},
         {"weights": WEIGHTS | {"a": torch.zeros(3, dtype=torch.int32)}},
         {"weights": {"a": torch.ones(2, 2), "b": torch.zeros(3)}},
     ],

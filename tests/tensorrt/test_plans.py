@@ -26,7 +26,7 @@ from tests import tiny_families
 from tests.tensorrt.graphs import GRAPHS, NO_GRAPH, ROLES, Case, case, each
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="pip install 'fewstep[tensorrt]'")
-pytestmark = pytest.mark.timeout(300)  # an export and a build
+pytestmark = pytest.mark.timeout(600)  # an export and a build
 every_graph = each(GRAPHS)
 of_sd = pytest.mark.xdist_group("sd")
 AHEAD = Profile(batches=(1, 4), precision="bf16", targets=("SM89",))
