@@ -8,7 +8,7 @@ TORCH_PIP_ARGS ?=
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev system-packages demo test test-unit test-faults test-tensorrt test-gpu check fmt bench bench-serve bench-swap bench-student bench-distill bench-searches bench-peers bench-tensorrt teacher dashboards clean
+.PHONY: help install install-dev system-packages demo test test-unit test-faults test-tensorrt test-gpu check fmt bench bench-serve bench-swap bench-student bench-distill bench-searches bench-growth bench-policies bench-peers bench-tensorrt teacher dashboards clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -86,6 +86,12 @@ $(VENV)-peers/.installed: bench/peers/requirements.txt
 	$(VENV)-peers/bin/pip install --quiet $(TORCH_PIP_ARGS) "$$(grep '^torch==' $<)"
 	$(VENV)-peers/bin/pip install --quiet -r $<
 	touch $@
+
+bench-growth: install-dev  ## a request beside 1,000,000 queued ones, decisions with many rows and workers
+	$(BIN)/python -m bench.growth $(ARGS)
+
+bench-policies: install-dev  ## other scheduling rules on the same traffic, in simulation on the costs of bench/costs.json
+	$(BIN)/python -m bench.costs && $(BIN)/python -m bench.policies $(ARGS)
 
 bench-peers: install-dev $(VENV)-peers/.installed  ## beside FastAPI, LitServe, Ray Serve, BentoML and diffusers' server: an hour, ARGS=--quick 10 minutes
 	$(BIN)/python -m bench.peers --python $(VENV)-peers/bin/python $(ARGS)
