@@ -50,7 +50,7 @@ class OnnxRuntimeEngine:
 
     def __init__(self, graph: Graph, session: Any, weights: Mapping[str, Any]) -> None:
         self.inputs = graph.inputs
-        self._outputs = graph.output_shapes
+        self._outputs = {port.name: tuple(port.shape[1:]) for port in session.get_outputs()}
         self._session = session
         self._binding = session.io_binding()
         self._reads = {port.name for port in session.get_inputs()}

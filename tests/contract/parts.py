@@ -149,6 +149,10 @@ def _inputs(graph: ComponentGraph) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
     found = {}
     for name, zero in graph.example(3).items():
-        drawn = torch.randn(zero.shape, generator=generator)
-        found[name] = torch.randint(3, 20, zero.shape, generator=generator) if name == "ids" else drawn
+        if name == "mask":
+            found[name] = (torch.arange(zero.shape[1]) < 0.75 * zero.shape[1]).to(zero.dtype).repeat(3, 1)
+        elif name == "ids":
+            found[name] = torch.randint(3, 20, zero.shape, generator=generator)
+        else:
+            found[name] = torch.randn(zero.shape, generator=generator)
     return found | ({"t": torch.tensor([0.701, 0.3, 0.999])} if "t" in found else {})
