@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.degrader import Degrader, Thresholds
@@ -73,6 +73,7 @@ def _rises_after(degrader: Degrader, start_s: float) -> float:
     return now_s - start_s
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0.01, 3)), max_size=200), st.integers(0, 5))
 def test_whatever_the_load_it_rises_only_after_a_low_hold_and_falls_only_where_it_is_high(
     looks: list[tuple[float, float]], depth: int
@@ -152,9 +153,10 @@ def test_what_fewer_steps_can_carry_is_never_refused_and_the_tier_does_not_flap(
     assert rises <= 20  # in ten minutes; one each hold of 5 s would be 120
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1000), st.floats(5, 60), st.floats(40, 95))
 def test_after_bursts_it_comes_back_to_the_default_tier(seed: int, burst_s: float, rate: float) -> None:
     queue = Queue(seed=seed).run(lambda now_s: rate if now_s < burst_s else 5.0, burst_s + 60.0)
     assert queue.shed == 0
+    assert queue.changes[0][1] > 0
     assert queue.changes[-1][1] == 0
-    assert queue.changes[-1][0] > burst_s
