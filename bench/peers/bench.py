@@ -98,8 +98,9 @@ class Bench:
         for server in [*order[turn:], *order[:turn]]:
             mine = [cell for cell, name in self._wanted(cells) if name == server]
             missing = [cell for cell in mine if _name(run, cell, server) not in self._ledger]
-            for cell in mine[: len(mine) - len(missing)]:
-                self._tick(_name(run, cell, server))
+            for cell in mine:
+                if cell not in missing:
+                    self._tick(f"{_name(run, cell, server)}: known")
             if missing:
                 with self._serving(server) as running:
                     for cell in missing:
