@@ -46,7 +46,7 @@ def main() -> None:
     choice = choose(given.backend)
     with tempfile.TemporaryDirectory(prefix="fewstep-bench-") as folder:
         registry = FilesRegistry(Path(folder))
-        [version] = ring(registry, shapes.TASK.pipeline, 1, 1)
+        [version] = ring(registry, shapes.TASK.pipeline, 1, [1])
         profile = Profile(batches=SIZES, precision=choice.precision, threads=given.threads)
         loader = Loader(registry, choice, profile, GraphStore(DiskCache(CACHE)))
         costs = measured(loader, version, given.calls)
