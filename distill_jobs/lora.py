@@ -17,6 +17,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from distill_jobs.student_spec import LoraSpec
+from engines import adapter
 from engines.denoiser import Denoiser
 from engines.errors import InvalidRequest
 
@@ -85,30 +86,25 @@ def layers(denoiser: Denoiser, lora: LoraSpec) -> list[str]:
     return sorted({name for found in chosen.values() for name in found})
 
 
-def merged(backbone: Mapping[str, Tensor], adapter: Mapping[str, Tensor], lora: LoraSpec) -> dict[str, Tensor]:
+def merged(backbone: Mapping[str, Tensor], trained: Mapping[str, Tensor], lora: LoraSpec) -> dict[str, Tensor]:
     """The full weights of an adapted network under the names of its backbone: W + (alpha / rank) B A."""
-    out = dict(backbone)
-    for stem, (a, b) in _pairs(adapter).items():
-        weight = backbone[f"{stem}.weight"]
-        update = lora.factor * b.flatten(1) @ a.flatten(1)  # of a convolution: B is 1 x 1
-        out[f"{stem}.weight"] = weight + update.reshape(weight.shape).to(weight)
-    return out
+    return adapter.merged(backbone, {stem: (a, lora.factor * b) for stem, (a, b) in _pairs(trained).items()})
 
 
-def portable(adapter: Mapping[str, Tensor], lora: LoraSpec) -> dict[str, Tensor]:
+def portable(trained: Mapping[str, Tensor], lora: LoraSpec) -> dict[str, Tensor]:
     """An adapter under peft's names in files: `<layer>.lora_A.weight` and `<layer>.lora_B.weight`.
 
     alpha / rank is multiplied into B, so that a loader which takes alpha for the rank, as all do where nothing else
     is said, has the same network.
     """
-    scaled = {name: lora.factor * value if _B in name else value for name, value in adapter.items()}
+    scaled = {name: lora.factor * value if _B in name else value for name, value in trained.items()}
     return {name.replace(f".{_NAME}.", "."): value.contiguous() for name, value in scaled.items()}
 
 
-def _pairs(adapter: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def _pairs(trained: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """Layer -> (A [rank, in, ...], B [out, rank, ...])."""
     return {
-        name.partition(_A)[0]: (value, adapter[name.replace(_A, _B)]) for name, value in adapter.items() if _A in name
+        name.partition(_A)[0]: (value, trained[name.replace(_A, _B)]) for name, value in trained.items() if _A in name
     }
 
 

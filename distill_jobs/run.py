@@ -19,8 +19,9 @@ from distill_jobs.estimate import teacher_version
 from distill_jobs.evaluate import networks
 from distill_jobs.experts import FIRST
 from distill_jobs.forgetting import unmeasured
-from distill_jobs.gate import Verdict, judge
+from distill_jobs.gate import Verdict
 from distill_jobs.jobs import DistillJob, JobState
+from distill_jobs.judgement import judged
 from distill_jobs.keeper import TrainerKeeper
 from distill_jobs.metrics import DistillMetrics
 from distill_jobs.preparation import SCHEDULE
@@ -192,19 +193,20 @@ class JobRun:
 
     def _evaluated(self, version: str, publish: PublishSpec | None) -> dict[str, Any]:
         """Metrics and verdict of a version; its report and its samples are put beside it."""
-        teacher, counts, n = self._teacher(), self.spec.student.steps, self.spec.eval.samples
-        reference = self.assessor.reference(teacher, n, self.spec.student.forgets, self.spec.eval.networks)
-        metrics = self.assessor.metrics(version, n, reference, counts)
-        speeds = self.assessor.speeds(version, teacher, counts)
-        latency_ms = {k: speeds[str(k)].latency_ms_p50 for k in counts}
-        verdict = judge(self.spec.gates, metrics, latency_ms, forgets=self.spec.student.forget is not None)
-        gates = verdict.as_dict(publish.tiers if publish else {})
-        figures = {
-            "metrics": {str(k): as_json(m, speeds[str(k)]) for k, m in metrics.items()},
-            "teacher": as_json(self.assessor.teacher_metrics(n, reference), speeds["teacher"])
-            | {"at": self.result.get("teacher_at", {})},
-            "gates": gates,
-        }
+        teacher, student, evals = self._teacher(), self.spec.student, self.spec.eval
+        figures, verdict = judged(
+            self.assessor,
+            version,
+            teacher,
+            student.steps,
+            evals.samples,
+            self.spec.gates,
+            forgets=student.forgets,
+            forgetting=student.forget is not None,
+            networks=evals.networks,
+            tiers=publish.tiers if publish else {},
+        )
+        figures["teacher"]["at"] = self.result.get("teacher_at", {})
         self._report(version, teacher, figures, verdict)
         return figures
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from engines import golden, plugins, policy, shipped
+from engines.directory import component, family_of, read_json, reads_configs, refuse_more
 from engines.errors import InvalidManifest, InvalidRequest, NotBuilt
-from engines.families.base import FamilyClass, ReadFile
+from engines.families.base import FamilyClass
 from engines.graph import ComponentGraph, spec
 from engines.grid import SCALES, Grid
 from engines.loader import load_student, load_weights, reader
@@ -57,13 +58,51 @@ def import_diffusers(
         NotBuilt: its pipeline class has no family file here, or its scheduler cannot be followed.
         InvalidManifest: it is not what its class says.
     """
-    index = _json(directory / "model_index.json")
-    family = _family_of(str(index.get("_class_name")))
+    manifest = describe(
+        directory,
+        registry,
+        name=name,
+        kind=kind,
+        schedules=schedules,
+        guidance=guidance,
+        inputs=inputs,
+        solver=solver,
+        process=process,
+        prediction=prediction,
+        resolution=resolution,
+        licence=licence,
+        task=task,
+    )
+    return publish(registry, manifest, golden_prompts)
+
+
+def describe(
+    directory: Path,
+    registry: Registry,
+    *,
+    name: str,
+    kind: Literal["teacher", "full"] = "teacher",
+    schedules: Mapping[int, Schedule] | Iterable[Schedule | int],
+    guidance: Guidance = Guidance(),  # noqa: B008 - frozen
+    inputs: Iterable[Literal["s", "w"]] = (),
+    solver: str | None = None,
+    process: ProcessSpec | None = None,
+    prediction: Kind | None = None,
+    resolution: tuple[int, int] | None = None,
+    licence: str = "apache-2.0",
+    task: str | None = None,
+) -> StudentManifest:
+    """A diffusers directory as a manifest that is not published: its blobs are in the registry, golden samples are not.
+
+    The arguments are those of `import_diffusers`, which raises the same.
+    """
+    index = read_json(directory / "model_index.json")
+    family = family_of(str(index.get("_class_name")))
     folders: dict[str, tuple[str, ...]] = plugins.load("engines.families", family, "FOLDERS")
-    _refuse_more(index, folders["denoiser"])
+    refuse_more(index, folders["denoiser"])
     family_class: FamilyClass = plugins.load("engines.families", family, "FAMILY")
-    scheduler = _json(directory / "scheduler" / "scheduler_config.json")
-    geometry = family_class.geometry(_reads_configs(directory, folders))
+    scheduler = read_json(directory / "scheduler" / "scheduler_config.json")
+    geometry = family_class.geometry(reads_configs(directory, folders))
     width, height = resolution or (geometry.width * geometry.downscale, geometry.height * geometry.downscale)
     if width % geometry.downscale or height % geometry.downscale:
         raise InvalidRequest(f"{width}x{height} are no multiples of {geometry.downscale}, the VAE's scale")
@@ -76,11 +115,11 @@ def import_diffusers(
         shipped.schedule(scheduler, one, latent, family_class.sigmas(one)) if isinstance(one, int) else one
         for one in asked
     ]
-    manifest = StudentManifest(
+    return StudentManifest(
         name=name,
         family=family,
         kind=kind,
-        components={role: _component(directory, role, names, registry) for role, names in folders.items()},
+        components={role: component(directory, role, names, registry) for role, names in folders.items()},
         process=own.process,
         prediction=own.prediction,
         solver=solver or own.solver,
@@ -93,12 +132,11 @@ def import_diffusers(
         licence=licence,
         task=task,
     )
-    return _publish(registry, manifest, golden_prompts)
 
 
 def make_student(
     registry: Registry,
-    base_version: str,
+    base: str | StudentManifest,
     name: str,
     *,
     denoiser_weights: Mapping[str, Tensor] | None = None,
@@ -113,12 +151,14 @@ def make_student(
     solver: str | None = None,
     prediction: Kind | None = None,
     process: ProcessSpec | None = None,
+    licence: str | None = None,
     kind: Literal["full", "schedule"] | None = None,
     dtype: Literal["fp32", "bf16", "fp16"] = "fp16",
     parents: Sequence[str] = (),
     golden_prompts: Sequence[str] | None = None,
 ) -> str:
-    """Publishes a student of `base_version` and returns its version; what is not given is the base's.
+    """Publishes a student of `base` and returns its version; what is not given is the base's. A base that is no version
+    of the registry, only described, is not named in it.
 
     Without weights it is a schedule-only student. Weights may lack the layers of `inputs`: those begin at zero,
     where the student is its base. Golden samples are of the base's prompts, unless others are given. `adapter` is the
@@ -132,12 +172,13 @@ def make_student(
         GraphMismatch: the weights are not those of the base's network.
         InvalidRequest: weights are not on their grid.
     """
-    base = registry.student(base_version)
+    origin = registry.student(base).version if isinstance(base, str) else None
+    base = registry.student(base) if isinstance(base, str) else base
     reads = base.inputs if inputs is None else frozenset(inputs)
     changed: dict[str, Any] = {
         "name": name,
         "kind": kind or ("schedule" if denoiser_weights is None else "full" if adapter is None else "lora"),
-        "base": base.version,
+        "base": origin,
         "schedules": _by_steps(schedules),
         "inputs": reads,
         "points": points,
@@ -145,7 +186,8 @@ def make_student(
         "solver": solver or ("dx" if points > 1 else base.solver),
         "prediction": prediction or base.prediction,
         "process": process or base.process,
-        "parents": tuple(parents) or (base.version,),
+        "licence": licence or base.licence,
+        "parents": tuple(parents) or ((origin,) if origin else ()),
         "golden": None,
     }
     if points > 1:
@@ -160,7 +202,7 @@ def make_student(
         changed["dtype"] = dtype
     bits = base.weight_bits if "components" not in changed else None if grid is None else grid.bits
     manifest = StudentManifest.model_validate(base.model_dump() | _dumped(changed) | {"weight_bits": bits})
-    return _publish(registry, manifest, golden_prompts or prompts_of(registry, base))
+    return publish(registry, manifest, golden_prompts or prompts_of(registry, base))
 
 
 def prompts_of(registry: Registry, manifest: StudentManifest) -> tuple[str, ...]:
@@ -214,7 +256,8 @@ def export_lora(registry: Registry, version: str, directory: Path) -> Path:
     return directory / ADAPTER
 
 
-def _publish(registry: Registry, manifest: StudentManifest, prompts: Sequence[str]) -> str:
+def publish(registry: Registry, manifest: StudentManifest, prompts: Sequence[str]) -> str:
+    """Draws a manifest's golden samples with the reference backend, publishes it and returns its version."""
     student = load_student(registry, manifest)
     samples = golden.make(student, tuple(prompts))
     whole = manifest.model_copy(update={"golden": registry.put_blob(samples.to_bytes())})
@@ -251,86 +294,6 @@ def _with_weights(
     return Component(weights=registry.put_blob(save(stored)), files=files)
 
 
-def _component(directory: Path, role: str, folders: Sequence[str], registry: Registry) -> Component:
-    files = {_inside(folders, folder, "config.json"): directory / folder / "config.json" for folder in folders}
-    if role == "encoder":
-        tokenizers = [file for file in sorted(directory.glob("tokenizer*/*")) if file.is_file()]
-        files |= {f"{file.parent.name}/{file.name}": file for file in tokenizers}
-    return Component(
-        weights=registry.put_blob(_blob({folder: _weights(directory / folder) for folder in folders})),
-        files={name: registry.put_blob(path) for name, path in files.items()},
-    )
-
-
-def _weights(folder: Path) -> list[Path]:
-    """The safetensors files of a component: one, or all shards that its index names."""
-    if indices := sorted(folder.glob("*.safetensors.index.json")):
-        names = {Path(str(name)).name for name in _json(indices[0])["weight_map"].values()}
-        return [folder / name for name in sorted(names)]
-    found = sorted(folder.glob("*.safetensors"))
-    plain = [path for path in found if ".fp16." not in path.name] or found
-    if len(plain) != 1:
-        raise InvalidManifest(f"{folder} has {len(plain)} safetensors files and no index: one is needed")
-    return plain
-
-
-def _blob(weights: Mapping[str, Sequence[Path]]) -> Path | bytes:
-    """One file as it is; of several folders or shards, all tensors under `<folder>.<name>` or their own names."""
-    first, *others = weights.values()
-    if not others and len(first) == 1:
-        return first[0]
-    merged = {
-        f"{folder}.{name}" if others else name: tensor
-        for folder, files in weights.items()
-        for file in files
-        for name, tensor in load_file(file).items()
-    }
-    blob: bytes = save(merged)
-    return blob
-
-
-def _family_of(pipeline: str) -> str:
-    known = {plugins.load("engines.families", name, "PIPELINE"): name for name in plugins.names("engines.families")}
-    if pipeline not in known:
-        raise NotBuilt(f"no file of engines/families is for {pipeline}: there are {', '.join(sorted(known))}; add one")
-    return known[pipeline]
-
-
-def _reads_configs(directory: Path, folders: Mapping[str, Sequence[str]]) -> ReadFile:
-    """Reads a directory's configs by the names that they will have in a student."""
-    found = {
-        f"{role}/{_inside(names, folder, 'config.json')}": directory / folder / "config.json"
-        for role, names in folders.items()
-        for folder in names
-    }
-
-    def read(name: str) -> bytes:
-        return json.dumps(_json(found[name])).encode()
-
-    return read
-
-
-def _inside(folders: Sequence[str], folder: str, name: str) -> str:
-    """A file or weight of one of a component's folders as the component names it."""
-    return name if len(folders) == 1 else f"{folder}/{name}"
-
-
-def _refuse_more(index: Mapping[str, Any], known: Sequence[str]) -> None:
-    """A pipeline with a second denoiser for some of its times, as Wan 2.2 has, is not its first one alone; and SDXL may
-    be guided away from the empty prompt's own encoding, where its family here has zeros."""
-    if index.get("force_zeros_for_empty_prompt") is False:
-        raise NotBuilt(f"{index['_class_name']} with force_zeros_for_empty_prompt=false is not built: set it to true")
-    more = [
-        name
-        for name, loaded in index.items()
-        if name.startswith(("transformer", "unet")) and isinstance(loaded, list) and loaded[0] and name not in known
-    ]
-    if more:
-        raise NotBuilt(
-            f"{index['_class_name']} has further denoisers ({', '.join(more)}): only a pipeline of one is imported yet"
-        )
-
-
 def _by_steps(schedules: Mapping[int, Schedule] | Iterable[Schedule]) -> dict[int, Schedule]:
     if isinstance(schedules, Mapping):
         return dict(schedules)
@@ -340,14 +303,6 @@ def _by_steps(schedules: Mapping[int, Schedule] | Iterable[Schedule]) -> dict[in
 def _dumped(changed: Mapping[str, Any]) -> dict[str, Any]:
     """As `model_dump` writes it, so that the whole is validated again."""
     return StudentManifest.model_construct(**changed).model_dump(include=set(changed), warnings=False)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        read: dict[str, Any] = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InvalidManifest(f"{path} cannot be read: {error}; give a diffusers directory") from error
-    return read
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -17,6 +17,7 @@ COMPOSITION_ROOTS = {
     "server/demo.py",
     "server/demo_report.py",
     "server/commands/processes.py",
+    "server/commands/imports.py",
 }
 TORCH_FREE = (
     "server.app",

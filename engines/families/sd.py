@@ -5,7 +5,8 @@ are built from configs alone, so a graph can be known before any weights are.
 
 A student may read a second time `s` or the guidance `w`: their sinusoids go through a zero-initialised layer
 each and are added to those of `t` before the UNet's own time MLP. That is diffusers' `timestep_cond` path, so
-the UNet keeps its names, and a teacher with these layers added is still exactly the teacher.
+the UNet keeps its names, and a teacher with these layers added is still exactly the teacher. A UNet that has this path
+of itself (`time_cond_proj_dim`, as LCMs have) reads w - 1 there, as its pipelines tell it.
 Checked against: diffusers/pipelines/stable_diffusion/pipeline_stable_diffusion.py at 0.42.1.
 """
 
@@ -69,11 +70,12 @@ class DenoiserNet(ComponentNetwork):
         self.packing = packing
         second_time, guidance = "s" in inputs, "w" in inputs
         width = unet.time_embedding.linear_1.in_features
+        self.own_guidance: int | None = unet.config.time_cond_proj_dim
+        if self.own_guidance and (second_time or not guidance):
+            raise InvalidManifest("a UNet with time_cond_proj_dim reads w, and nothing else beside t: inputs must be w")
         self.second_time = zero_linear(width) if second_time else None
-        self.guidance = zero_linear(width) if guidance else None
-        if second_time or guidance:
-            if unet.time_embedding.cond_proj is not None:
-                raise InvalidManifest("a UNet with time_cond_proj_dim cannot read s or w as well")
+        self.guidance = zero_linear(width) if guidance and not self.own_guidance else None
+        if self.second_time is not None or self.guidance is not None:
             unet.time_embedding.cond_proj = nn.Identity()
         size, config = unet.config.sample_size, unet.config
         height, wide = (size, size) if isinstance(size, int) else size
@@ -94,12 +96,14 @@ class DenoiserNet(ComponentNetwork):
         return pred
 
     def _extra(self, t: Tensor, s: Tensor | None, w: Tensor | None) -> Tensor | None:
+        if w is None and (self.guidance is not None or self.own_guidance):
+            raise InvalidRequest("this student reads its guidance weight: give w", param="guidance_scale")
+        if self.own_guidance and w is not None:
+            return _sinusoid(NETWORK_TIME * (w - 1), self.own_guidance)
         extra: Tensor | None = None
         if self.second_time is not None:
             extra = self.second_time(self.unet.time_proj(NETWORK_TIME * (t if s is None else s)))
-        if self.guidance is not None:
-            if w is None:
-                raise InvalidRequest("this student reads its guidance weight: give w", param="guidance_scale")
+        if self.guidance is not None and w is not None:
             added = self.guidance(self.unet.time_proj(100.0 * w))
             extra = added if extra is None else extra + added
         return extra
@@ -148,6 +152,14 @@ class StableDiffusion(TextToImage):
     @staticmethod
     def geometry(read: ReadFile) -> Geometry:
         return unet_geometry(read)
+
+
+def _sinusoid(value: Tensor, width: int) -> Tensor:
+    """[B] -> [B, width]: sines, then cosines, of frequencies from 1 to 1/10000."""
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    made: Tensor = get_timestep_embedding(value, width, downscale_freq_shift=1)
+    return made
 
 
 def unet(config: dict[str, Any]) -> Any:

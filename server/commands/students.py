@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from engines.backends.base import Precision
     from engines.verify import Verification
 
-app = typer.Typer(invoke_without_command=True, help="List the students; export one, or check that its forms agree.")
+app = typer.Typer(
+    invoke_without_command=True, help="List the students; import or export one, or check that its forms agree."
+)
 Version = Annotated[str, typer.Argument(help="name@ and at least 12 digits, as `fewstep students` shows it.")]
 RegistryUrl = Annotated[
     str,
@@ -52,7 +54,7 @@ def export(
     from engines.artefact import export_lora
     from engines.export import SAMPLING, export_pipeline
 
-    _known(registry_url)
+    known(registry_url)
     if directory.exists():
         raise NotBuilt(f"{directory} exists: name a folder that is not there yet")
     if lora:
@@ -74,7 +76,7 @@ def verify(
     """Compare a student's pictures by diffusers and by the compiled engine with the reference, on the same noise."""
     from diffusers.utils import logging
 
-    _known(registry_url)
+    known(registry_url)
     from engines.backends.base import choose
     from engines.verify import verify as compared
 
@@ -82,7 +84,7 @@ def verify(
     with tempfile.TemporaryDirectory() as cache:
         choice = choose(backend, precision)
         found = compared(open_registry(registry_url), version, choice=choice, cache=Path(cache), directory=directory)
-    out.print(_table(found))
+    out.print(table(found))
     if found.missing:
         out.print(f"Not compared with diffusers: {found.missing}", highlight=False)
     if not found.passed:
@@ -104,7 +106,7 @@ def plans(
 
     Example: fewstep students plans shapes-fast@3f2a91c0de11 --target SM89 --target SM120
     """
-    _known(registry_url)
+    known(registry_url)
     from engines.ahead import build_ahead
     from engines.backends.base import Profile, tolerance
     from engines.cache import DiskCache
@@ -117,16 +119,17 @@ def plans(
         out.print(f"{role}: {folder}", highlight=False, soft_wrap=True)
 
 
-def _known(registry_url: str) -> None:
+def known(registry_url: str) -> None:
     """Refuses a folder that is not there: opening it would make an empty registry in the wrong place."""
     if "://" not in registry_url and not Path(registry_url).is_dir():
         message = f"there is no registry at {registry_url}: name one with --registry-url, such as that of `fewstep up`"
         raise InvalidRequest(message, param="registry_url")
 
 
-def _table(found: "Verification") -> Table:
-    table = Table("form", "steps", "worst level", "mean level", "PSNR dB", "against eager fp32")
+def table(found: "Verification") -> Table:
+    """What `verify` and `import` print of each form and step count."""
+    made = Table("form", "steps", "worst level", "mean level", "PSNR dB", "against eager fp32")
     for one in found.comparisons:
         numbers = (str(one.worst_levels), f"{one.mean_levels:.4f}", f"{one.psnr_db:.1f}")
-        table.add_row(one.form, str(one.steps), *numbers, one.fault or "agrees")
-    return table
+        made.add_row(one.form, str(one.steps), *numbers, one.fault or "agrees")
+    return made
