@@ -2,11 +2,14 @@
 
 from typing import Any
 
+_SMALL = 1e-7
+
 
 def repaired(model: Any) -> Any:
     """A model fresh from the exporter, which still says the shape of every tensor; changed in place."""
     without_idle_squeezes(model)
     without_sequences(model)
+    with_small_terms_kept(model)
     return model
 
 
@@ -42,6 +45,21 @@ def without_sequences(model: Any) -> None:
             node.CopyFrom(onnx.helper.make_node("Identity", [part], list(node.output), name=node.name))
 
 
+def with_small_terms_kept(model: Any) -> None:
+    """The optimizer takes a scalar below 1e-8 for 0 and leaves the sum out, and with it what keeps 0 / (0 + 1e-15) from
+    being no number; a vector of one value it lets be."""
+    import onnx
+
+    constants = _constants(model, kinds=(1,))
+    for node in model.graph.node:
+        if node.op_type in ("Add", "Sub"):
+            for i, name in enumerate(node.input):
+                if name in constants and constants[name].ndim == 0 and 0 < abs(float(constants[name])) <= _SMALL:
+                    node.input[i] = f"{node.name or node.output[0]}:term"
+                    kept = onnx.numpy_helper.from_array(constants[name].reshape(1), node.input[i])
+                    model.graph.initializer.append(kept)
+
+
 def _parts(split: Any, length: int) -> list[int]:
     """Lengths of the parts: a number is that of each but the last, a list is those of all."""
     if split.ndim:
@@ -54,9 +72,10 @@ def _shapes(model: Any) -> dict[str, Any]:
     return {port.name: port.type.tensor_type.shape.dim for port in [*model.graph.value_info, *model.graph.input]}
 
 
-def _constants(model: Any) -> dict[str, Any]:
+def _constants(model: Any, kinds: tuple[int, ...] = (6, 7)) -> dict[str, Any]:
+    """By name, those of these element types; int32 and int64 if none are named."""
     import onnx
 
     values = {init.name: init for init in model.graph.initializer}
     values |= {node.output[0]: node.attribute[0].t for node in model.graph.node if node.op_type == "Constant"}
-    return {name: onnx.numpy_helper.to_array(value) for name, value in values.items() if value.data_type in (6, 7)}
+    return {name: onnx.numpy_helper.to_array(value) for name, value in values.items() if value.data_type in kinds}

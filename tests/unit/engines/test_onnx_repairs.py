@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxscript.optimizer
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
@@ -48,3 +49,16 @@ def test_a_sequence_of_parts_becomes_one_split(split: Any, sizes: list[int]) -> 
     assert [part.shape[1] for part in found] == sizes[:2]
     for part, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(part, other)
+
+
+@pytest.mark.parametrize("term", [1e-15, 1e-9, 0.5])
+def test_a_small_term_of_a_divisor_outlives_the_optimizer(term: float) -> None:
+    nodes = [
+        helper.make_node("Sub", ["x", "x"], ["zero"]),
+        helper.make_node("Add", ["zero", "term"], ["divisor"]),
+        helper.make_node("Div", ["zero", "divisor"], ["y"]),
+    ]
+    made = onnxscript.optimizer.optimize(repaired(model(nodes, 4, {"term": np.float32(term)})))
+    assert any(node.op_type == "Add" for node in made.graph.node)
+    (found,) = ReferenceEvaluator(made).run(None, {"x": np.ones((2, 4, 32), np.float32)})
+    np.testing.assert_array_equal(found, np.zeros((2, 4, 32), np.float32))
