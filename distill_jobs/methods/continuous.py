@@ -17,6 +17,7 @@ Checked against: the closed-form flow map of Gaussian data (tests).
 """
 
 from abc import abstractmethod
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -129,6 +130,8 @@ class TBCM(Consistency):
         self.pairs: Pairs | None = None
         self._path = TeacherPath(config.rungs, config.teacher_steps, config.teacher_solver)
         self._grid = times.grid(self.process, self._path.levels)
+        falls = [i for i, (t, s) in enumerate(pairwise(self._grid)) if t > s]  # rungs may fall on one step of the path
+        self._starts = torch.tensor(falls)
 
     def prepare(self, source: Source, space: Workspace) -> bool:
         self.pairs = collect(self.cast.teacher, source, space, self._path, self.config.pairs)
@@ -141,7 +144,7 @@ class TBCM(Consistency):
 
     def point(self, batch: Batch) -> tuple[Tensor, Tensor]:
         assert batch.rows.pair is not None
-        rows, rung = torch.arange(len(batch)), batch.picks(len(self._grid) - 1)
+        rows, rung = torch.arange(len(batch)), self._starts.to(batch.noise.device)[batch.picks(len(self._starts))]
         x, there = batch.rows.pair[rows, rung], batch.rows.pair[rows, rung + 1]
         grid = batch.noise.new_tensor(self._grid)
         t, s = grid[rung], grid[rung + 1]

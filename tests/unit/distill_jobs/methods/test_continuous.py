@@ -241,9 +241,11 @@ class MixedRungs(TBCM):
         return x, t.roll(1)
 
 
-def points_of(cls: type[TBCM]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def points_of(
+    cls: type[TBCM], levels: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(noise levels kept [R + 1], states there [B, R + 1, N], levels trained at [B], states [B, N]), rectified flow."""
-    levels, rows = (1.0, 0.75, 0.5, 0.25), 256
+    rows = 256
     config = resolve("tbcm").config({"rungs": levels, "teacher_steps": 4, "batch": rows, "pairs": rows})
     method = cls(Cast(teacher_of(RF(), "flow"), student=student_of(RF(), "flow")), config)
     source = TensorSource(torch.ones(rows, dtype=torch.float64), SHAPE)
@@ -275,6 +277,12 @@ def test_tbcm_is_trained_at_every_time_and_not_at_the_rungs_alone() -> None:
     _, _, level, _ = points_of(TBCM)
     assert len(level.unique()) == len(level)
     assert all(((level > low) & (level < low + 0.05)).any() for low in torch.arange(0.05, 0.95, 0.05))
+
+
+def test_rungs_of_tbcm_that_fall_on_one_step_of_the_path_are_one() -> None:
+    _, _, level, seen = points_of(TBCM, (1.0, 0.9, 0.75, 0.7, 0.5, 0.3, 0.25, 0.2))
+    assert bool(seen.isfinite().all())
+    assert len(level.unique()) == len(level)
 
 
 def test_rcm_is_scm_and_weighted_distribution_matching() -> None:
