@@ -157,9 +157,9 @@ def test_a_key_that_floods_holds_nobody_else_up(workers: int, steps: int, pause_
     fleet = Fleet(costs(), workers)
     flood_s = fleet.queued_s(Asked(at_s=0, steps=steps)) / workers / 2  # twice what there is room for
     flood = every(flood_s, 1.5, steps=steps, owner="flood")
-    calm = [Asked(at_s=0.5 + i * pause_s, steps=1, owner="calm") for i in range(4)]
+    calm = [Asked(at_s=0.5 + i * pause_s, steps=1, owner="quiet") for i in range(4)]
     told = run([*flood, *calm], fleet)
-    worst_s = max(one.latency_s for one in told if one.asked.owner == "calm")
+    worst_s = max(one.latency_s for one in told if one.asked.owner == "quiet")
     held = 2 * fleet.sizes[-1]
     calls = steps * held / fleet.sizes[-1] + 2
     held_s = calls * fleet.seconds("denoise", 8) + 3 * (fleet.seconds("decode", 8) + fleet.seconds("encode", 8))
