@@ -15,11 +15,9 @@ from bench.fleet import Asked, Ending, Fleet, Policy, SimRow, Told
 from engines.errors import Overloaded
 from server.admission import Limits, Load, admit
 from server.batcher import Batcher, LaneKey, Stage
-from server.fair_queue import Source, Waiting, take
+from server.fair_queue import Source, Waiting, in_turn, take
 from server.intake import Room, room
 from server.messages import CLASSES
-
-_LOW_FIRST_EVERY = 8  # claims, as brokers do
 
 
 @dataclass(slots=True, eq=False)
@@ -51,7 +49,7 @@ class Simulation:
         self._open = dict.fromkeys(self._workers)  # those with room for every class, longest waiting first
         self._reserved: dict[Worker, None] = {}  # those with room for class high and what overtakes
         self._events: list[tuple[float, int, Callable[[], None]]] = []
-        self._number, self._turn, self._claimed = count(), count(1), count()
+        self._number, self._turn, self._claimed = count(), 1, count()
 
     def run(self, asked: Iterable[Asked]) -> list[Told]:
         """Every request with its end, in the order in which they came."""
@@ -133,11 +131,12 @@ class Simulation:
 
     def _claim(self, worker: Worker) -> None:
         now = self._room(worker)
-        order = CLASSES if next(self._turn) % _LOW_FIRST_EVERY else CLASSES[::-1]
-        sources = [Source(self._queues[each], below=each != "high") for each in order]
+        sources = [Source(self._queues[each], below=each != "high") for _, each in in_turn(self._turn, ("",))]
         overtaking = self.policy.overtaking and now.slack_below_ms is not None
         slack_s = (now.slack_below_ms or 0) / 1000 if overtaking else float("-inf")
-        for one in take(sources, now.rows, max(0, now.below_high), slack_s):
+        taken = take(sources, now.rows, max(0, now.below_high), slack_s)
+        self._turn += bool(taken and now.below_high > 0)
+        for one in taken:
             self._waiting -= 1
             self._admit(worker, one.key)
         self._listen(worker, last=True)

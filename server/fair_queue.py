@@ -9,13 +9,16 @@ more than the dearest request of each. Which of its requests a key is served is 
 """
 
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
+
+from server.messages import CLASSES, RequestClass
 
 K = TypeVar("K")
 LEAST_COST_S = 0.001
 """What a row counts for at least, so that keys take turns where nothing was measured."""
+_LOW_FIRST_EVERY = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,18 @@ class Source(Generic[K]):
 
     queue: FairQueue[K]
     below: bool
+
+
+def in_turn(turn: int, deployments: Sequence[str]) -> list[tuple[str, RequestClass]]:
+    """The queues in the order in which a worker's `turn`-th claim, from 1, looks at them.
+
+    Every eighth begins with class low, so that it does not starve; deployments take turns too. Claims that got nothing
+    are no turns: a full worker makes them at every step, and a cycle of eight would then always end on the same one.
+    """
+    classes = CLASSES if turn % _LOW_FIRST_EVERY else CLASSES[::-1]
+    shift = (turn + turn // _LOW_FIRST_EVERY) % len(deployments)
+    rotated = [*deployments[shift:], *deployments[:shift]]
+    return [(name, each) for each in classes for name in rotated]
 
 
 def take(

@@ -8,10 +8,8 @@ from typing import Any
 from engines.errors import RequestPoisoned
 from server.brokers._memory_state import MemoryServer, Ticket
 from server.brokers.base import POISONED_AT, Claim, Emitted, Finished, WorkerInfo
-from server.fair_queue import Source, take
-from server.messages import CLASSES, GenerateRequest, GenerateResult, StepEvent, ended_by
-
-_LOW_FIRST_EVERY = 8
+from server.fair_queue import Source, in_turn, take
+from server.messages import GenerateRequest, GenerateResult, StepEvent, ended_by
 
 
 class MemoryWorkerSide:
@@ -40,17 +38,17 @@ class MemoryWorkerSide:
             return []
         if self.identity not in {worker.id for worker in await self.workers()}:
             await self.renew_lease(self._lease_info)
-        self._turn += 1
-        classes = CLASSES if self._turn % _LOW_FIRST_EVERY else CLASSES[::-1]
         below = max_rows if max_rows_below_high is None else min(max_rows, max_rows_below_high)
 
         slack_s = float("-inf") if slack_below_ms is None else slack_below_ms / 1000
-        sources = [Source(self._server.queues[name, each], each != "high") for each in classes for name in deployments]
+        queues = in_turn(self._turn, deployments)
+        sources = [Source(self._server.queues[name, each], each != "high") for name, each in queues]
 
         def handed_out() -> list[Claim]:
             return [self._hand_out(self._server.tickets[one.key]) for one in take(sources, max_rows, below, slack_s)]
 
         claims: list[Claim] = await self._server.until(handed_out, block_s)
+        self._turn += bool(claims and below)
         return claims
 
     async def reclaim(self, deployments: Sequence[str], *, max_requests: int = 32) -> list[Claim]:

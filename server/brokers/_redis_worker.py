@@ -14,9 +14,9 @@ from engines.errors import RequestPoisoned, UnsupportedMessage
 from server.brokers._redis_lease import LeaseKeeper, lease_commands
 from server.brokers._redis_link import BROKEN, LONGEST_BLOCK_S, Command, Link
 from server.brokers.base import POISONED_AT, Claim, Finished, WorkerInfo
+from server.fair_queue import in_turn
 from server.messages import CLASSES, GenerateRequest, GenerateResult, StepEvent, decode, encode, ended_by
 
-_LOW_FIRST_EVERY = 8  # claims
 _LOST_AFTER_MS = 1000  # an own entry that is not held after this was lost on its way
 _EVENTS_KEPT = 256
 _PAUSE_S = 0.1
@@ -33,7 +33,7 @@ class WorkerSide:
     _lease_ms: int
     _grace_ms: int
     _result_ttl_ms: int
-    _held: set[str]  # stream and entry of what was handed out and not finished
+    _held: dict[str, str]  # stream and entry of what was handed out and has not ended -> request
     _control_from: bytes
     _turn: int
     _lease_until_s: float
@@ -60,6 +60,7 @@ class WorkerSide:
         streams = self._streams(deployments)
         while True:
             claims = await self._take(streams, max_rows, below, slack_below_ms)
+            self._turn += bool(claims and below)
             left_s = LONGEST_BLOCK_S if until_s is None else min(LONGEST_BLOCK_S, until_s - time.monotonic())
             if claims or left_s <= 0:
                 return claims
@@ -69,11 +70,8 @@ class WorkerSide:
 
     def _streams(self, deployments: Sequence[str]) -> list[tuple[str, bool]]:
         """Stream names in the order of this turn, and whether each is below class high."""
-        self._turn += 1
-        classes = CLASSES if self._turn % _LOW_FIRST_EVERY else CLASSES[::-1]
-        shift = self._turn % len(deployments)
-        rotated = [*deployments[shift:], *deployments[:shift]]
-        return [(self._link.key("queue", name, each), each != "high") for each in classes for name in rotated]
+        queues = in_turn(self._turn, deployments)
+        return [(self._link.key("queue", name, each), each != "high") for name, each in queues]
 
     async def _take(
         self, streams: list[tuple[str, bool]], max_rows: int, below: int, slack_below_ms: int | None
@@ -120,7 +118,7 @@ class WorkerSide:
             except UnsupportedMessage as error:
                 await self._refuse(stream, entry, named.get(b"id", b"").decode(), error)
                 continue
-            self._held.add(f"{stream} {entry}")
+            self._held[f"{stream} {entry}"] = request.id
             claims.append(Claim(request, stream, entry, int(entry.partition("-")[0]), deliveries))
         return claims
 
@@ -138,7 +136,7 @@ class WorkerSide:
         wanted = await self._link.script("running", self.identity, self._result_ttl_ms, *pairs)
         for claim, alive in zip(claims, wanted, strict=True):
             if not alive:
-                self._held.discard(_place(claim))
+                self._held.pop(_place(claim), None)
         return [claim for claim, alive in zip(claims, wanted, strict=True) if alive]
 
     async def emit(self, event: StepEvent, data: bytes | None = None) -> None:
@@ -175,7 +173,7 @@ class WorkerSide:
             replies = await self._link.call_many([*pictures, *endings])
         finally:  # what could not be answered comes back through `reclaim`
             for answer in answers:
-                self._held.discard(_place(answer.claim))
+                self._held.pop(_place(answer.claim), None)
         won = [bool(reply) for reply in replies[len(pictures) :]]
         await self._drop([answer for answer, ours in zip(answers, won, strict=True) if not ours], attempt)
         return won
@@ -201,7 +199,7 @@ class WorkerSide:
         )
         result = ended_by(claim.request.id, "failed", error, claim.request)
         parts = self._ending(claim.request.id, result, secrets.token_hex(4), 0)
-        self._held.discard(_place(claim))
+        self._held.pop(_place(claim), None)
         return bool(await self._link.script("finish", *parts, "dead", claim.stream, claim.entry_id))
 
     async def dead_letters(self, deployment: str) -> list[GenerateRequest]:
@@ -261,8 +259,10 @@ class WorkerSide:
                 await asyncio.sleep(_PAUSE_S)
                 continue
             for entry, fields in found[0][1] if found else ():
-                last = entry
-                yield fields[1].decode()
+                last, gone = entry, fields[1].decode()
+                for place in [place for place, request_id in self._held.items() if request_id == gone]:
+                    del self._held[place]  # it has ended: nobody will finish it
+                yield gone
 
 
 def _delivered(found: Iterable[Any]) -> list[_Raw]:

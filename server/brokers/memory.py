@@ -25,7 +25,7 @@ class MemoryBroker(MemoryWorkerSide, MemorySwapSide):
         self._server = server
         self._lease_s = lease_s
         self._result_ttl_s = result_ttl_s
-        self._turn = 0
+        self._turn = 1
         self._cancels_from = len(server.canceled)
         self._lease_info: dict[str, Any] = {}
 

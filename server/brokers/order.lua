@@ -30,8 +30,11 @@ end
 local function order_peek(prefix, place, slack_ms)
   for _, owner in ipairs(redis.call('ZRANGE', prefix .. 'flows:' .. place, 0, slack_ms and 63 or 0)) do
     local head = redis.call('ZRANGE', prefix .. 'flow:' .. place .. ':' .. owner, 0, 0, 'WITHSCORES')
-    local came_ms = tonumber(string.match(head[1], '^%d+'))
-    if not slack_ms or tonumber(head[2]) - came_ms < slack_ms then return head[1], owner end
+    if not head[1] then  -- its entries were lost, as by an eviction: what is left must not stop everybody's claims
+      redis.call('ZREM', prefix .. 'flows:' .. place, owner)
+    elseif not slack_ms or tonumber(head[2]) - tonumber(string.match(head[1], '^%d+')) < slack_ms then
+      return head[1], owner
+    end
   end
 end
 

@@ -59,9 +59,9 @@ class RedisBroker(GatewaySide, WorkerSide, SwapSide):
         self._result_ttl_ms = max(1, round(result_ttl_s * 1000))
         self._link = Link(url, prefix=f"{namespace}:v1:", patience_s=patience_s)
         self._replies = Replies(self._link, identity, self._publish)
-        self._held: set[str] = set()
+        self._held: dict[str, str] = {}
         self._control_from = b"0"
-        self._turn = 0
+        self._turn = 1
         self._lease_until_s = float("-inf")
         self._lease_info: dict[str, Any] = {}
 

@@ -247,6 +247,19 @@ class TestClaiming:
         taken = [each for _ in range(8) for each in ids(await claim_all(worker, 1))]
         assert "low" in taken
 
+    @pytest.mark.parametrize("vain", [3, 7])
+    async def test_low_does_not_starve_beside_claims_that_get_nothing(self, hub: Hub, vain: int) -> None:
+        gateway, worker = await hub("gateway"), await hub("w1")
+        for i in range(20):
+            await gateway.publish(request_of(f"normal{i}"))
+        await gateway.publish(request_of("low", priority=-10))
+        taken = []
+        for _ in range(8):
+            taken += ids(await claim_all(worker, 1))
+            for _ in range(vain):  # as a full worker makes at every step
+                assert await claim_all(worker, 4, max_rows_below_high=0) == []
+        assert "low" in taken
+
     async def test_rows_are_counted_not_requests(self, hub: Hub) -> None:
         gateway, worker = await hub("gateway"), await hub("w1")
         for request_id, n in (("r1", 2), ("r2", 3), ("r3", 4), ("r4", 1)):

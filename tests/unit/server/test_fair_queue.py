@@ -4,10 +4,11 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import combinations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.fair_queue import FairQueue, Source, Waiting, take
+from server.fair_queue import FairQueue, Source, Waiting, in_turn, take
 
 
 def waiting(name: str, owner: str = "a", *, rows: int = 1, due_s: float = 0.0, cost_s: float = 1.0) -> Waiting[str]:
@@ -157,3 +158,11 @@ def test_no_request_is_lost_and_keys_that_wait_are_handed_out_alike(came: list[t
     while len(shares.queue):
         shares.serve()
     assert sorted(shares.order, key=int) == [str(number) for number in range(len(came))]
+
+
+@pytest.mark.parametrize("number", [1, 2, 4, 8])
+def test_every_deployment_comes_first_and_its_low_class_too(number: int) -> None:
+    names = [f"m{i}" for i in range(number)]
+    firsts = [in_turn(turn, names)[0] for turn in range(1, 8 * number * 8 + 1)]
+    assert set(firsts) >= {(name, each) for name in names for each in ("high", "low")}
+    assert sum(each == "low" for _, each in firsts) == len(firsts) / 8
