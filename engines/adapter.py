@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from engines.directory import read_tensors
-from engines.errors import GraphMismatch, NotBuilt
+from engines.errors import GraphMismatch, InvalidManifest, NotBuilt
 
 _PART = re.compile(
     r"(?P<layer>.+?)(?:"
@@ -28,6 +28,7 @@ _PART = re.compile(
 _DOWN = ("A", "down")
 _PREFIXES = ("base_model.model.", "unet.", "transformer.", "diffusion_model.", "lora_unet_", "lora_transformer_")
 _TEXT = ("text_encoder", "lora_te")
+_PEFT, _CONFIG = "adapter_model.safetensors", "adapter_config.json"  # what peft calls its two files
 _METADATA = "lora_adapter_metadata"  # where diffusers writes peft's config
 _NOT_BUILT = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern")
 
@@ -85,7 +86,7 @@ def read(file: Path, weights: Mapping[str, Tensor], scale: float = 1.0) -> Adapt
         NotBuilt: it changes the text encoder, or is more than a LoRA (DoRA, LoHa, LoKr, rank-stabilised).
     """
     tensors = read_tensors([file])
-    config = _metadata(file)
+    config = _metadata(file) or _beside(file)
     if odd := [key for key in _NOT_BUILT if config.get(key)]:
         raise NotBuilt(f"a LoRA with {', '.join(odd)} is not built: merge it with diffusers and import the result")
     if of_text := [name for name in tensors if name.startswith(_TEXT)]:
@@ -139,6 +140,21 @@ def _metadata(file: Path) -> dict[str, Any]:
         return {key.rpartition(".")[2]: value for key, value in json.loads(raw).items()}
     except (ValueError, AttributeError):
         return {}
+
+
+def _beside(file: Path) -> dict[str, Any]:
+    """peft's config, where peft itself writes it.
+
+    Raises:
+        InvalidManifest: it is no JSON object.
+    """
+    path = file.with_name(_CONFIG)
+    if file.name != _PEFT or not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise InvalidManifest(f"{path} is no JSON object, and it says how strong the LoRA beside it is") from error
 
 
 def _told(names: list[str]) -> str:

@@ -204,7 +204,7 @@ class Follower:
             await phase("staged")
             await self._residents.load(self._missing(swap.candidate.versions), phase, beside=True)
             await phase("ready")
-        except (FewstepError, OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # compilers and runtimes raise what they like
             log.warning("rejected", extra={"swap_id": swap.candidate.swap_id, "error": str(error)})
             code = error.code if isinstance(error, FewstepError) else type(error).__name__
             at = swap.phase

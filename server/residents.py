@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from engines.errors import FewstepError, StudentNotFound
+from engines.errors import StudentNotFound
 from engines.manifest import shown
 from engines.slot import EngineSlot, Piece, Staging
 from engines.student import LoadedStudent
@@ -69,19 +69,23 @@ class Residents:
                     await self._bring(self._slot.specialise(version), None, beside=True, gives_way=True)
                 except _GaveWay:
                     continue
-                except (FewstepError, OSError, ValueError, RuntimeError) as error:
+                except Exception as error:  # libraries raise what they like, and the version serves on as it was
                     log.warning("serves with weights set", extra={"version": shown(version), "error": str(error)})
                 self._settled.add(version)
 
     async def unload(self, version: str) -> bool:
         """After what is in the engine thread now: a row of a request that was canceled may still be there."""
-        async with self._lock:
-            await asyncio.wrap_future(self._engine.background(_nothing))
-            if self._uses(version) or version in self._slot.serving:
-                return False
-            await asyncio.to_thread(self._slot.retire, version)
-            self._settled.discard(version)
-            return True
+        self._wanted += 1
+        try:
+            async with self._lock:
+                await asyncio.wrap_future(self._engine.background(_nothing))
+                if self._uses(version) or version in self._slot.serving:
+                    return False
+                await asyncio.to_thread(self._slot.retire, version)
+                self._settled.discard(version)
+                return True
+        finally:
+            self._wanted -= 1
 
     async def _bring(self, staging: Staging, phase: OnPhase | None, *, beside: bool, gives_way: bool = False) -> None:
         pieces = iter(staging)

@@ -97,7 +97,10 @@ class WorkerSettings(BaseSettings):
     cache_dir: Path = Field(Path(".fewstep/engines"), description="graphs and engines; processes may share it")
     cache_bytes: int = Field(20 * 2**30, ge=0, description="of cache_dir; what no process reads is deleted beyond it")
     specialise_after_s: float = Field(
-        30, ge=0, description="live for so long, a version's weights are compiled in where that pays; inf means never"
+        float("inf"),
+        ge=0,
+        description="live for so long, a version's weights are compiled in where that pays; they take twice their "
+        "bytes for each batch size then. inf means never",
     )
     prompt_cache_bytes: int = Field(64 * 2**20, ge=0)
     image_threads: int = Field(2, ge=1)

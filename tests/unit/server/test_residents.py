@@ -77,9 +77,18 @@ async def test_specialising_gives_way_to_a_load_and_is_done_later() -> None:
     assert [one.phase for one in slot.staged] == ["rejected", "ready"]
 
 
-async def test_what_cannot_be_specialised_is_said_once_and_serves_on(caplog: pytest.LogCaptureFixture) -> None:
+class OfALibrary(Exception):
+    """ONNX Runtime's errors have no other parent."""
+
+
+@pytest.mark.parametrize(
+    "error", [GoldenMismatch("does not reproduce sample 0"), OfALibrary("no kernel"), MemoryError()]
+)
+async def test_what_cannot_be_specialised_is_said_once_and_serves_on(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
     def fails() -> None:
-        raise GoldenMismatch("does not reproduce sample 0")
+        raise error
 
     slot = Slot(fails)
     made = residents(slot)
