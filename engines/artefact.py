@@ -284,6 +284,11 @@ def _with_weights(
     network = ComponentGraph(spec(shaped, "denoiser", reader(registry, shaped)), Path).module()
     network.load(load_weights(registry, old) if weights is None else weights, fresh=FRESH)
     stored = {name: value.to(_DTYPES[dtype]).contiguous() for name, value in network.state_dict().items()}
+    if bad := [name for name, value in stored.items() if value.is_floating_point() and not value.isfinite().all()]:
+        raise InvalidManifest(
+            f"{len(bad)} weights are not finite in {dtype}, first {bad[0]}: look at the strength of the LoRA, or store "
+            "them as bf16 or fp32"
+        )
     if adapter is not None:
         (folder,) = plugins.load("engines.families", base.family, "FOLDERS")["denoiser"]  # as diffusers calls it
         named = {f"{folder}.{name}": value.contiguous() for name, value in adapter.items()}

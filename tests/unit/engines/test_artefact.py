@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -120,6 +121,19 @@ def test_weights_of_another_network_are_refused_and_nothing_is_published() -> No
     before = teacher.registry.students()
     with pytest.raises(GraphMismatch):
         make_student(teacher.registry, teacher.version, "bad", denoiser_weights=weights, schedules=TWO)
+    assert teacher.registry.students() == before
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), "fp32"), (1e6, "fp16")])
+def test_weights_that_are_not_finite_are_refused_and_nothing_is_published(
+    value: float, dtype: Literal["fp32", "fp16"]
+) -> None:
+    teacher = tiny_sd.teacher()
+    weights = load_weights(teacher.registry, teacher.manifest.components["denoiser"])
+    weights["conv_in.bias"] = weights["conv_in.bias"].float() + value
+    before = teacher.registry.students()
+    with pytest.raises(InvalidManifest, match=r"conv_in\.bias"):
+        make_student(teacher.registry, teacher.version, "bad", denoiser_weights=weights, schedules=TWO, dtype=dtype)
     assert teacher.registry.students() == before
 
 
