@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from distill_jobs.exit_codes import FINISHED, REFUSED
+from distill_jobs.exit_codes import FAILURE, FINISHED, REFUSED
 from distill_jobs.metrics import DistillMetrics
 from distill_jobs.preparation import SCHEDULE
 from distill_jobs.records import PLAN, PROGRESS, JobRecords
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 _LOOK_S = 0.1
 _GRACE_S = 30.0
-_TRIES, _FAILURE, _LOG = "tries.json", "failure.json", "log.txt"
+_TRIES, _LOG = "tries.json", "log.txt"
 
 
 class Program(Protocol):
@@ -103,7 +103,7 @@ class TrainerKeeper:
         return whole + [name for name in (SCHEDULE, PLAN) if (self.folder / name).exists()]
 
     def _refusal(self) -> FewstepError:
-        said = self.records.read(self.job_id, _FAILURE) or {"code": "job_failed", "message": self._last_words()}
+        said = self.records.read(self.job_id, FAILURE) or {"code": "job_failed", "message": self._last_words()}
         return by_code(said["code"])(said["message"])
 
     def _last_words(self) -> str:

@@ -7,12 +7,14 @@ a trainer gets further. Everything dies with the service, for its processes die 
 import argparse
 import os
 import sys
+import time
+from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from distill_jobs.exit_codes import FINISHED, PAUSED, REFUSED
+from distill_jobs.exit_codes import FAILURE, FINISHED, PAUSED, REFUSED
 from distill_jobs.lifetime import die_with
 
 _LOOPBACK = "127.0.0.1"
@@ -20,17 +22,21 @@ _LOOPBACK = "127.0.0.1"
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--processes", type=int, required=True)
     parser.add_argument("--threads", type=int, default=1, help="of all processes together; each has one at least")
     parser.add_argument("--parent", type=int, default=0)
     args, rest = parser.parse_known_args(argv)
     die_with(args.parent)
-    own = [f"--threads={max(1, args.threads // args.processes)}", f"--parent={os.getpid()}"]
+    refusal, began_s = args.folder / FAILURE, time.time()
+    own = [str(args.folder), f"--threads={max(1, args.threads // args.processes)}", f"--parent={os.getpid()}"]
     try:
         elastic_launch(_config(args.processes), sys.executable)("-m", "distill_jobs.train", *rest, *own)
     except SignalException:
         return PAUSED
     except ChildFailedError as error:
+        if refusal.exists() and refusal.stat().st_mtime >= began_s:
+            return REFUSED  # the leader wrote it and left; who lost it in the middle of a sum may have ended first
         return _code([failure.exitcode for failure in error.failures.values()])
     return FINISHED
 

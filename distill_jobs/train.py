@@ -30,7 +30,7 @@ from distill_jobs.batches import Source, WeightedSource
 from distill_jobs.data import images, prompts
 from distill_jobs.evaluate.sheet import sheet
 from distill_jobs.events import EventLog
-from distill_jobs.exit_codes import FINISHED, PAUSED, REFUSED
+from distill_jobs.exit_codes import FAILURE, FINISHED, PAUSED, REFUSED
 from distill_jobs.experts import FIRST, Experts, networks, weights_of
 from distill_jobs.group import Group
 from distill_jobs.lifetime import die_with
@@ -270,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
     except FewstepError as error:
         log.exception("the trainer gives up")
         if group.leads:
-            preparation.write(args.folder / "failure.json", {"code": error.code, "message": error.message})
+            preparation.write(args.folder / FAILURE, {"code": error.code, "message": error.message})
         return REFUSED
     finally:
         group.leave()
