@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from distill_jobs.exit_codes import FAILURE, FINISHED, PAUSED, REFUSED
-from distill_jobs.lifetime import die_with
+from engines.lifetime import die_with
 
 _LOOPBACK = "127.0.0.1"
 

@@ -33,7 +33,6 @@ from distill_jobs.events import EventLog
 from distill_jobs.exit_codes import FAILURE, FINISHED, PAUSED, REFUSED
 from distill_jobs.experts import FIRST, Experts, networks, weights_of
 from distill_jobs.group import Group
-from distill_jobs.lifetime import die_with
 from distill_jobs.lora import adapted, layers, merged, portable
 from distill_jobs.losses import pairwise_distance
 from distill_jobs.plan import Plan
@@ -49,6 +48,7 @@ from engines import priority
 from engines.denoiser import BaseDenoiser
 from engines.errors import FewstepError
 from engines.grid import SCALES
+from engines.lifetime import die_with
 from engines.registry.base import Registry, open_registry
 from engines.slimming import Slimmed
 
@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--nice", type=int, default=0)
     parser.add_argument("--parent", type=int, default=0)
     args = parser.parse_args(argv)
-    die_with(args.parent)
+    die_with(args.parent)  # a checkpoint is never older than its interval, and nobody would read more
     priority.lower(args.nice)
     torch.set_num_threads(args.threads)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")

@@ -8,8 +8,6 @@ An export holds the GIL for seconds; a worker therefore has it made in a process
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -21,7 +19,7 @@ from typing import Any
 
 import torch
 
-from engines import plugins
+from engines import elsewhere, plugins
 from engines.cache import DiskCache
 from engines.errors import InternalError
 from engines.families.base import ComponentNetwork, ReadFile
@@ -244,8 +242,7 @@ def _export_elsewhere(spec: ComponentSpec, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         asked = Path(scratch) / "spec.json"
         asked.write_text(spec.to_json())
-        command = [sys.executable, "-m", "engines.graph", str(asked), str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        done = elsewhere.run("engines.graph", str(asked), str(folder))
     if done.returncode:
         raise InternalError(f"the export of {spec.family} {spec.role} failed: {done.stderr.strip()[-800:]}")
 
@@ -274,5 +271,4 @@ def _sha(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    os.nice(10)
     export(ComponentSpec.from_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

@@ -4,9 +4,7 @@ The package holds code and no weight: every tensor it reads has the name it has 
 What is no weight (tables of frequencies, masks) lies beside it.
 """
 
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -14,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engines import elsewhere
 from engines.errors import BackendUnavailable, InternalError
 from engines.graph import ComponentGraph, ComponentSpec
 
@@ -55,8 +54,7 @@ def compile_elsewhere(spec: ComponentSpec, order: Order, folder: Path) -> None:
         asked = Path(scratch) / "spec.json"
         asked.write_text(spec.to_json())
         given = [str(asked), str(folder), str(order.max_rows), str(order.threads), order.device]
-        command = [sys.executable, "-m", "engines.backends._inductor", *given]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        done = elsewhere.run("engines.backends._inductor", *given)
     if done.returncode:
         raise InternalError(f"compiling {spec.family} {spec.role} failed: {done.stderr.strip()[-800:]}")
 
@@ -94,7 +92,6 @@ def _constant(program: Any, name: str) -> Any:
 
 
 if __name__ == "__main__":
-    os.nice(10)
     asked, folder, max_rows, threads, device = sys.argv[1:]
     order = Order(int(max_rows), int(threads), device)
     compile_here(ComponentSpec.from_json(Path(asked).read_text()), order, Path(folder))

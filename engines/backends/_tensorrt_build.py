@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from engines import errors
+from engines import elsewhere, errors
 from engines.backends._tensorrt_library import Library, find
 from engines.errors import BackendUnavailable, InternalError, InvalidRequest, UnsupportedGraph
 
@@ -60,8 +60,7 @@ def build_elsewhere(onnx: bytes, order: Order, weights: Mapping[str, Any] | None
         (asked / _ORDER).write_text(order.to_json())
         if weights is not None:
             save_file({key: value.float().contiguous() for key, value in weights.items()}, asked / _WEIGHTS)
-        command = [sys.executable, "-m", "engines.backends._tensorrt_build", str(asked), str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        done = elsewhere.run("engines.backends._tensorrt_build", str(asked), str(out))
         if done.returncode:
             raise _told(asked / _ERROR, done)
 
@@ -230,5 +229,4 @@ def _main(asked: Path, out: Path) -> int:
 
 
 if __name__ == "__main__":
-    os.nice(10)
     sys.exit(_main(Path(sys.argv[1]), Path(sys.argv[2])))
