@@ -3,7 +3,8 @@
 A key that floods so waits behind its own requests and not others behind it. Keys are served in the order of their
 `pass`: the engine seconds that a key was handed out, counted from where the least served stood when it came. That is
 start-time fair queueing at equal weights: of two keys that both wait, neither is handed out more than the other by
-more than the dearest request of each. Which of its requests a key is served is left to the due time.
+more than the dearest request of each, and, in places kept for what is due soon, a second of engine time. Which of its
+requests a key is served is left to the due time. Nobody is refused here: admission knows classes and no keys.
 
 `order.lua` keeps the same order on Redis; a test holds the two together.
 """
@@ -18,7 +19,10 @@ from server.messages import CLASSES, RequestClass
 K = TypeVar("K")
 LEAST_COST_S = 0.001
 """What a row counts for at least, so that keys take turns where nothing was measured."""
+LEAD_S = 1.0
+"""By how much a key may be ahead of the least served that waits and still be given a kept place."""
 _LOW_FIRST_EVERY = 8
+_ROUNDING_S = 1e-9  # passes are sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +62,11 @@ class FairQueue(Generic[K]):
         insort(self._flows.setdefault(one.owner, []), one, key=lambda each: each.due_s)
 
     def peek(self, slack_below_s: float = float("inf")) -> Waiting[K] | None:
-        """The request that is next, of those owners whose next has less slack than this."""
-        owners = [name for name, flow in self._flows.items() if flow[0].slack_s < slack_below_s]
+        """The request that is next, of those owners whose next has less slack than this and who are not far ahead."""
+        most = min((self._passes[name] for name in self._flows), default=0.0) + LEAD_S + _ROUNDING_S
+        owners = [
+            name for name, flow in self._flows.items() if flow[0].slack_s < slack_below_s and self._passes[name] <= most
+        ]
         owner = min(owners, key=lambda name: (self._passes[name], name), default=None)
         return None if owner is None else self._flows[owner][0]
 

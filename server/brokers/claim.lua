@@ -25,14 +25,13 @@ end
 
 -- What came without a place in the order (from another release, or foreign) gets one.
 local function look(stream, place)
-  local last, looked = last_delivered(stream), 0
+  local last = last_delivered(stream)
   repeat
     local found = redis.call('XRANGE', stream, '(' .. last, '+', 'COUNT', 64)
     for _, entry in ipairs(found) do
       last = entry[1]
       if entry[2][5] ~= 'c' then order_add(prefix, place, '', last, tonumber(string.match(last, '^%d+'))) end
     end
-    looked = looked + #found
     if #found > 0 then redis.call('XGROUP', 'SETID', stream, group, last) end
   until #found < 64 or redis.call('EXISTS', prefix .. 'flows:' .. place) == 1
 end

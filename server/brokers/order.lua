@@ -26,16 +26,22 @@ local function order_leave(prefix, place, owner, entry)
   end
 end
 
--- The next entry and its owner; with slack_ms of the first 64 owners whose next is due sooner than that after it came.
+-- The next entry and its owner; with slack_ms of the first 64 owners whose next is due sooner than that after it came,
+-- and whose pass is at most a second ahead of the first.
 local function order_peek(prefix, place, slack_ms)
-  for _, owner in ipairs(redis.call('ZRANGE', prefix .. 'flows:' .. place, 0, slack_ms and 63 or 0)) do
+  local owners = redis.call('ZRANGE', prefix .. 'flows:' .. place, 0, slack_ms and 63 or 0, 'WITHSCORES')
+  local lost = false
+  for i = 1, #owners, 2 do
+    if tonumber(owners[i + 1]) > tonumber(owners[2]) + 1000000 then break end
+    local owner = owners[i]
     local head = redis.call('ZRANGE', prefix .. 'flow:' .. place .. ':' .. owner, 0, 0, 'WITHSCORES')
-    if not head[1] then  -- its entries were lost, as by an eviction: what is left must not stop everybody's claims
-      redis.call('ZREM', prefix .. 'flows:' .. place, owner)
+    if not head[1] then  -- its entries were lost, as by an eviction: that must not stop the claims of others
+      lost = redis.call('ZREM', prefix .. 'flows:' .. place, owner) == 1
     elseif not slack_ms or tonumber(head[2]) - tonumber(string.match(head[1], '^%d+')) < slack_ms then
       return head[1], owner
     end
   end
+  if lost then return order_peek(prefix, place, slack_ms) end
 end
 
 local function order_charge(prefix, place, owner, cost_us, rows)

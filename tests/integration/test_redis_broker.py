@@ -218,6 +218,33 @@ async def test_a_message_of_a_release_without_the_order_is_claimed(
     assert ids(await claim_all(worker)) == ["r1", "r2"]
 
 
+async def test_a_worker_forgets_what_was_canceled_while_it_ran(hub: Hub) -> None:
+    """What it holds goes into every `reclaim`."""
+    gateway, worker = await hub("gateway"), await hub("w1")
+    assert isinstance(worker, RedisBroker)
+    await gateway.publish(request_of("r1"))
+    [claim] = await claim_all(worker)
+    assert await worker.running([claim]) == [claim]
+    cancels = worker.cancels()
+    told = asyncio.ensure_future(anext(cancels))
+    await gateway.cancel("r1")
+    assert await asyncio.wait_for(told, 5) == "r1"
+    assert not worker._held
+    await cancels.aclose()  # type: ignore[attr-defined]
+
+
+async def test_a_key_whose_place_in_the_order_was_lost_holds_up_nobody_else(
+    hub: Hub, redis_server: RedisServer, namespace: str
+) -> None:
+    """As an eviction or a hand would: the entries of one key are gone, the key still has a turn."""
+    gateway, worker = await hub("gateway"), await hub("w1")
+    await gateway.publish(request_of("r1", owner="a"))
+    with redis_server.client() as client:
+        assert client.delete(f"{namespace}:v1:flow:shapes:normal:a") == 1
+    await gateway.publish(request_of("r2", owner="b"))
+    assert ids(await claim_all(worker)) == ["r2"]
+
+
 async def test_a_cluster_is_refused_with_what_to_use_instead() -> None:
     server = RedisServer(args=("--cluster-enabled", "yes")).start()
     broker = RedisBroker(server.url, "gateway")

@@ -166,3 +166,14 @@ def test_every_deployment_comes_first_and_its_low_class_too(number: int) -> None
     firsts = [in_turn(turn, names)[0] for turn in range(1, 8 * number * 8 + 1)]
     assert set(firsts) >= {(name, each) for name in names for each in ("high", "low")}
     assert sum(each == "low" for _, each in firsts) == len(firsts) / 8
+
+
+def test_a_place_kept_for_what_is_due_soon_is_for_nobody_who_is_far_ahead() -> None:
+    """One key's dear requests wait; another's short ones pass them until they had a second of the engine more."""
+    source = Source(queue(waiting("dear", "a", due_s=100.0, cost_s=5.0)), below=True)
+    for i in range(20):
+        source.queue.add(waiting(f"short{i}", "b", due_s=1.0, cost_s=0.25))
+    kept = [one.key for _ in range(20) for one in take([source], 1, 0, slack_below_s=10.0)]
+    assert kept == [f"short{i}" for i in range(5)]  # 0, .25, .5, .75 and 1 s ahead
+    assert keys(take([source], 1, 1, slack_below_s=10.0)) == ["dear"]
+    assert keys(take([source], 1, 0, slack_below_s=10.0)) == ["short5"]
