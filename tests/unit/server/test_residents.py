@@ -34,6 +34,11 @@ class Slot:
     def stage(self, versions: list[str]) -> Staging:
         return Staging(tuple(versions), iter([Piece("building", lambda: self.versions.update(versions), False)]), _none)
 
+    serving: frozenset[str] = frozenset()
+
+    def retire(self, version: str) -> None:
+        self.versions.remove(version)
+
     def specialise(self, version: str) -> Staging:
         self.staged.append(Staging((version,), self._pieces(), _none))
         return self.staged[-1]
@@ -75,6 +80,26 @@ async def test_specialising_gives_way_to_a_load_and_is_done_later() -> None:
     assert slot.versions == {V1, V2}
     await made.specialise([V1])
     assert [one.phase for one in slot.staged] == ["rejected", "ready"]
+
+
+async def test_specialising_gives_way_to_a_retirement_too() -> None:
+    """It waits for the same lock, and a follower that waits for it hears of no load that would be given way to."""
+    loop = asyncio.get_running_loop()
+    retirements: list[asyncio.Future[bool]] = []
+
+    def retires() -> None:
+        if not retirements:
+            asked = asyncio.run_coroutine_threadsafe(made.unload(V2), loop)
+            retirements.append(asyncio.wrap_future(asked, loop=loop))
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(10)
+
+    slot = Slot(retires)
+    slot.versions.add(V2)
+    made = residents(slot)
+    await made.specialise([V1])
+    assert [one.phase for one in slot.staged] == ["rejected"]
+    assert await retirements[0]
+    assert slot.versions == {V1}
 
 
 class OfALibrary(Exception):
