@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engines.cost import CostKey, CostModel
-from server.batcher import Batcher, CostOf, LaneKey, Row, Stage, due
+from server.batcher import STRETCH, Batcher, CostOf, LaneKey, Row, Stage, due
 from server.fair_queue import FairQueue
 from server.messages import RequestClass, class_of
 
@@ -66,7 +66,7 @@ Slack = Callable[[Told, int], float]
 Decide = Callable[[tuple[int, ...], CostOf], Batcher[SimRow]]
 
 
-def production(told: Told, _step: int) -> float:
+def production(told: Told, _step: int, stretch: float = STRETCH) -> float:
     asked = told.asked
     return due(
         arrived_s=0.0,
@@ -74,6 +74,7 @@ def production(told: Told, _step: int) -> float:
         cost_s=told.queued_s,
         priority=asked.priority,
         ageing_s=1.0,
+        stretch=stretch,
     )
 
 

@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from server.brokers.base import Broker, Finished, new_identity, open_broker
+from server.brokers.base import Broker, Claim, Finished, new_identity, open_broker
 from server.messages import GenerateRequest, GenerateResult, Timing
 
 MODEL = "floor"
@@ -75,7 +75,7 @@ async def echo(redis_url: str, image_bytes: int) -> None:
                 await running
 
 
-async def _running(broker: Broker, claims: list) -> None:  # type: ignore[type-arg]
+async def _running(broker: Broker, claims: list[Claim]) -> None:
     await broker.running(claims)
 
 

@@ -76,11 +76,9 @@ async def queues(given: argparse.Namespace) -> dict[str, Any]:
                     seconds[length].append(await served(one, given.batches))
                     again = range(published[length], published[length] + given.batches * _BATCH)
                     published[length] += await fill(one, again, given.fill_s)
-    cells = [
-        {"queued": queued[length], "us_per_request": spread([1e6 * each for each in found], 1)}
-        for length, found in seconds.items()
-    ]
-    short, long = (cell["us_per_request"]["median"] for cell in cells)  # type: ignore[index]
+    spreads = {length: spread([1e6 * each for each in found], 1) for length, found in seconds.items()}
+    cells = [{"queued": queued[length], "us_per_request": found} for length, found in spreads.items()]
+    short, long = (found["median"] for found in spreads.values())
     return {"claim_and_finish": cells, "ratio": round(long / short, 3), "runs": given.runs, "batch": _BATCH}
 
 

@@ -9,16 +9,17 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from bench.costs import SIZES, read
-from bench.fleet import Asked, Fleet, Policy, SimRow, Told
+from bench.fleet import Asked, Fleet, Policy, SimRow, Told, production
 from bench.machine import described, quantile
 from bench.simulation import Simulation
-from server.batcher import Batcher, due
+from server.batcher import Batcher
 
 out = Console()
 _OUT = Path(__file__).parent / "policies.json"
@@ -50,18 +51,7 @@ class WholeRequests(Batcher[SimRow]):
 
 
 def stretched(stretch: float) -> Policy:
-    def slack(told: Told, _step: int) -> float:
-        asked = told.asked
-        return due(
-            arrived_s=0.0,
-            deadline_s=asked.budget_s,
-            cost_s=told.queued_s,
-            priority=asked.priority,
-            ageing_s=1.0,
-            stretch=stretch,
-        )
-
-    return Policy(slack)
+    return Policy(partial(production, stretch=stretch))
 
 
 def remaining(told: Told, step: int) -> float:

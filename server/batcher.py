@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
 Stage = Literal["encode", "denoise", "decode"]
+STRETCH = 64.0
+"""After how many times its own cost a row should be done: docs/decisions.md has what was compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ CostOf = Callable[[LaneKey, int], float | None]
 
 
 def due(
-    *, arrived_s: float, deadline_s: float, cost_s: float, priority: int, ageing_s: float, stretch: float = 64.0
+    *, arrived_s: float, deadline_s: float, cost_s: float, priority: int, ageing_s: float, stretch: float = STRETCH
 ) -> float:
     """When a row should be done: `stretch` times its own cost after it came, at the latest at its deadline.
 

@@ -8,6 +8,7 @@ CPUs, with the engine's threads shared among them.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import litserve as ls
 from starlette.responses import Response
@@ -30,8 +31,8 @@ class Pictures(ls.LitAPI):
     def setup(self, device: str) -> None:
         self._painter = Painter(self._told, [self._kind] if self._kind else None, self._threads)
 
-    def decode_request(self, request: dict[str, object]) -> Ask:
-        return Ask(**request)  # type: ignore[arg-type]
+    def decode_request(self, request: dict[str, Any]) -> Ask:
+        return Ask(**request)
 
     def batch(self, inputs: Sequence[Ask]) -> list[Ask]:
         return list(inputs)
