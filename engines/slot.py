@@ -1,17 +1,14 @@
 """The engines of one deployment on one worker: staged beside those that serve, verified, then switched.
 
 `stage` takes students through staged → building → warming → verifying as a series of pieces. Whatever is heavy and
-touches no engine runs aside in a niced thread; every engine call is one small piece for the engine's own thread,
-which puts live steps first. Nothing that serves is touched before `switch`, one assignment; what served stays warm
-until it is retired. A version goes live with its weights set, which takes milliseconds; `specialise` then compiles
-them in, where that makes its calls cheaper.
+touches no engine runs aside; every engine call is one small piece for the engine's own thread, which puts live steps
+first. Nothing that serves is touched before `switch`, one assignment; what served stays warm until it is retired. A
+version goes live with its weights set, which takes milliseconds; `specialise` then compiles them in, where that makes
+its calls cheaper.
 """
 
-import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -29,22 +26,15 @@ from engines.student import LoadedStudent
 
 Phase = Literal["staged", "building", "warming", "verifying", "specialising", "ready", "rejected"]
 STAGES = {"encoder": "encode", "decoder": "decode"}
-_NICE = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One thing to do for a staging. `on_engine`: in the engine's thread, else anywhere (`aside` is the place)."""
+    """One thing to do for a staging. `on_engine`: in the engine's thread, else anywhere (`engines.aside`)."""
 
     phase: Phase
     call: Callable[[], object]
     on_engine: bool
-
-    def aside(self) -> "Future[object]":
-        """Runs it in a niced thread of its own, so that live steps hardly notice."""
-        future: Future[object] = Future()
-        threading.Thread(target=_niced, args=(self.call, future), name=f"slot-{self.phase}", daemon=True).start()
-        return future
 
 
 @dataclass(slots=True)
@@ -252,12 +242,3 @@ class EngineSlot:
         golden = Golden.from_bytes(self.loader.registry.read_blob(student.manifest.golden or ""))
         for call in verification(student, golden):
             yield Piece("verifying", call, True)
-
-
-def _niced(call: Callable[[], object], future: "Future[object]") -> None:
-    if hasattr(os, "setpriority"):  # on Linux this is one thread's own niceness
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
-    try:
-        future.set_result(call())
-    except BaseException as error:
-        future.set_exception(error)

@@ -7,9 +7,11 @@ thread behind live rows, what is heavy goes to a niced thread, and what only rea
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
+from engines import aside
 from engines.errors import StudentNotFound
 from engines.manifest import shown
 from engines.slot import EngineSlot, Piece, Staging
@@ -18,6 +20,7 @@ from server.engine_loop import EngineLoop
 
 log = logging.getLogger(__name__)
 OnPhase = Callable[[str], Awaitable[None]]
+_NICE = 10
 
 
 class Residents:
@@ -27,7 +30,6 @@ class Residents:
         """`uses` says whether a request on this worker still needs a version."""
         self._slot, self._engine, self._uses = slot, engine, uses
         self._lock = asyncio.Lock()
-        self._hurry = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._wanted = 0  # how many loads wait or run
         self._settled: set[str] = set()  # versions that are specialised, or cannot be
 
@@ -90,33 +92,36 @@ class Residents:
     async def _bring(self, staging: Staging, phase: OnPhase | None, *, beside: bool, gives_way: bool = False) -> None:
         pieces = iter(staging)
         said = ""
+        running: Future[Any] = aside.run(lambda: next(pieces, None), "slot-next")
         try:
-            while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+            while (piece := await _result(running)) is not None:
                 if phase is not None and piece.phase != said:
                     said = piece.phase
                     await phase(said)
-                await self._do(piece, staging, beside=beside)
+                running = self._begun(piece, beside=beside)
+                await _result(running)
                 if gives_way and self._wanted:
                     raise _GaveWay
+                running = aside.run(lambda: next(pieces, None), "slot-next")
+        except asyncio.CancelledError as error:
+            # What runs goes on: only when it has ended, all that it loads can be let go of.
+            reject = partial(staging.reject, error)
+            running.add_done_callback(lambda _: self._engine.background(reject))
+            raise
         except Exception as error:
             await asyncio.to_thread(staging.reject, error)
             raise
 
-    async def _do(self, piece: Piece, staging: Staging, *, beside: bool) -> None:
+    def _begun(self, piece: Piece, *, beside: bool) -> "Future[Any]":
         """`beside` live traffic, what is heavy is niced; a worker that has nothing to serve yet hurries."""
-        running: Future[Any]
         if piece.on_engine:
-            running = self._engine.background(piece.call)
-        else:
-            running = piece.aside() if beside else self._hurry.submit(piece.call)
-        try:
-            await asyncio.shield(asyncio.wrap_future(running))
-        except asyncio.CancelledError:
-            # It is still running: what it loads can be let go of only when it has ended.
-            running.add_done_callback(
-                lambda _: self._engine.background(lambda: staging.reject(asyncio.CancelledError()))
-            )
-            raise
+            return self._engine.background(piece.call)
+        return aside.run(piece.call, f"slot-{piece.phase}", nice=_NICE if beside else 0)
+
+
+async def _result(running: "Future[Any]") -> Any:
+    """Waits, and where that is cancelled, what runs is not."""
+    return await asyncio.shield(asyncio.wrap_future(running))
 
 
 class _GaveWay(Exception):

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from engines import aside
 from engines.errors import RevisionConflict
 from engines.registry.base import open_registry
 from server import logs
@@ -80,6 +81,7 @@ def worker() -> None:
     logs.configure("worker", settings.log_level)
     logs.log_settings(settings)
     asyncio.run(run(settings))
+    aside.leave()
 
 
 def distiller() -> None:

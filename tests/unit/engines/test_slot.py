@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from engines import aside
 from engines.artefact import make_student
 from engines.backends.base import Choice, Profile
 from engines.errors import Conflict, CorruptBlob, GoldenMismatch, GraphMismatch, StudentNotFound
@@ -246,7 +247,7 @@ def test_engine_calls_and_heavy_work_are_told_apart(slot: EngineSlot, teacher: s
     places = {}
     for piece in slot.stage([teacher]):
         places.setdefault(piece.phase, piece.on_engine)
-        piece.call() if piece.on_engine else piece.aside().result(60)
+        piece.call() if piece.on_engine else aside.run(piece.call, "aside").result(60)
     assert places == {"staged": False, "building": False, "warming": True, "verifying": True}
     assert slot.family(teacher)
 
@@ -255,4 +256,4 @@ def test_an_error_aside_is_the_caller_s(slot: EngineSlot, registry: FilesRegistr
     bare = StudentManifest.model_validate(tiny_sd.teacher().manifest.model_dump() | {"golden": None})
     staging = slot.stage([registry.publish(bare)])
     with pytest.raises(GoldenMismatch):
-        next(iter(staging)).aside().result(60)
+        aside.run(next(iter(staging)).call, "aside").result(60)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
@@ -10,6 +11,7 @@ import pytest
 from engines.errors import GoldenMismatch
 from engines.slot import Piece, Staging
 from server.residents import Residents
+from tests.eventually import aeventually
 
 V1, V2 = "toy@" + "1" * 64, "toy@" + "2" * 64
 
@@ -23,16 +25,25 @@ class Engine:
         return future
 
 
-class Slot:
-    """Versions that load at once. `during` is called by the first piece of every specialisation."""
+def _none() -> None: ...
 
-    def __init__(self, during: Callable[[], None]) -> None:
+
+class Slot:
+    """`during` is called by the first piece of every specialisation, `between` before the last piece of a load."""
+
+    def __init__(self, during: Callable[[], None], between: Callable[[], None] = _none) -> None:
         self.versions = {V1}
-        self.during = during
+        self.during, self.between = during, between
+        self.undone: list[list[str]] = []
         self.staged: list[Staging] = []
 
     def stage(self, versions: list[str]) -> Staging:
-        return Staging(tuple(versions), iter([Piece("building", lambda: self.versions.update(versions), False)]), _none)
+        return Staging(tuple(versions), self._loading(versions), lambda: self.undone.append(versions))
+
+    def _loading(self, versions: list[str]) -> Iterator[Piece]:
+        yield Piece("building", _none, False)
+        self.between()
+        yield Piece("verifying", lambda: self.versions.update(versions), True)
 
     serving: frozenset[str] = frozenset()
 
@@ -46,9 +57,6 @@ class Slot:
     def _pieces(self) -> Iterator[Piece]:
         yield Piece("specialising", self.during, False)
         yield Piece("verifying", _none, True)
-
-
-def _none() -> None: ...
 
 
 def residents(slot: Slot) -> Residents:
@@ -100,6 +108,42 @@ async def test_specialising_gives_way_to_a_retirement_too() -> None:
     assert [one.phase for one in slot.staged] == ["rejected"]
     assert await retirements[0]
     assert slot.versions == {V1}
+
+
+async def test_a_load_that_is_canceled_while_it_tells_its_phase_lets_go_of_what_it_loaded() -> None:
+    slot = Slot(_none)
+    telling: list[str] = []
+
+    async def phase(name: str) -> None:
+        telling.append(name)
+        if name == "verifying":
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(residents(slot).load([V2], phase, beside=True))
+    await aeventually(lambda: asyncio.sleep(0, "verifying" in telling))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert slot.undone == [[V2]]
+    assert slot.versions == {V1}
+
+
+async def test_a_load_that_is_canceled_between_its_pieces_lets_go_when_that_has_ended() -> None:
+    reached, released = threading.Event(), threading.Event()
+
+    def between() -> None:
+        reached.set()
+        assert released.wait(10)
+
+    slot = Slot(_none, between)
+    task = asyncio.create_task(residents(slot).load([V2]))
+    await asyncio.to_thread(reached.wait, 10)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert slot.undone == []
+    released.set()
+    await aeventually(lambda: asyncio.sleep(0, slot.undone == [[V2]]))
 
 
 class OfALibrary(Exception):
