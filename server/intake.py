@@ -6,6 +6,7 @@ Loops that wait and ask; what is done with a claim is the worker's.
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from server.brokers.base import Broker, Claim
 log = logging.getLogger(__name__)
 _BLOCK_S = 0.25  # a request that others left behind just as this worker began to wait is found after this
 _FULL_S = 0.05  # a worker that is full looks for urgent requests at least this often
+_VAIN_S = 0.01  # and, where its steps are shorter, not again this soon after it found none: that costs all who claim
 _RETRY_S = 0.5
 _RECLAIM_S = 1.0
 
@@ -51,11 +53,13 @@ class Intake:
         admit: Callable[[Sequence[Claim]], None],
         forget: Callable[[Sequence[str]], None],
         poll_s: float,
+        now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._broker, self._deployments, self._room = broker, deployments, room
-        self._admit, self._forget, self._poll_s = admit, forget, poll_s
+        self._admit, self._forget, self._poll_s, self._now_s = admit, forget, poll_s, now_s
         self._moved = asyncio.Event()
         self._stopped = False
+        self._vain_s = float("-inf")  # when the last look for urgent requests found none
 
     def moved(self) -> None:
         """There may be more room than before, or another deployment."""
@@ -84,9 +88,13 @@ class Intake:
         else:  # only what is urgent would be taken: a long wait for it would miss the moment when there is room for all
             await self._wait(_FULL_S)
             block_s, now = 0.0, self._room()
+            if now.below_high <= 0 and self._now_s() < self._vain_s + _VAIN_S:
+                return
         claims = await self._broker.claim(
             names, now.rows, block_s, max_rows_below_high=max(0, now.below_high), slack_below_ms=now.slack_below_ms
         )
+        if not claims and now.below_high <= 0:
+            self._vain_s = self._now_s()
         self._admit(claims)
 
     async def _wait(self, within_s: float) -> None:

@@ -47,6 +47,7 @@ class Worker:
 
     def __init__(self, broker: MemoryBroker | None = None) -> None:
         self.server = MemoryServer()
+        self.now_s = 100.0
         self.gateway = MemoryBroker(self.server, "gateway")
         self.side = Side()
         self.intake = Intake(
@@ -56,6 +57,7 @@ class Worker:
             admit=self.side.held.extend,
             forget=self.side.forgotten.extend,
             poll_s=0.02,
+            now_s=lambda: self.now_s,
         )
 
     async def publish(self, *names: str, **given: Any) -> None:
@@ -102,6 +104,40 @@ async def test_room_that_was_made_is_used_at_once() -> None:
         worker.side.held.pop()
         worker.intake.moved()
         await has(lambda: "r6" in worker.side.ids())
+
+
+class Counting(MemoryBroker):
+    """A broker that counts the claims and gives nothing."""
+
+    calls = 0
+
+    async def claim(self, *args: Any, **named: Any) -> list[Claim]:
+        self.calls += 1
+        await asyncio.sleep(0)
+        return []
+
+
+async def test_a_full_worker_that_found_nothing_urgent_does_not_ask_at_every_step() -> None:
+    broker = Counting(MemoryServer(), "worker")
+    worker = Worker(broker)
+    await worker.publish(*[f"r{i}" for i in range(6)])
+    worker.side.held = await worker.gateway.claim(["toys"], 6, 0)
+
+    async def steps(count: int) -> int:
+        before = broker.calls
+        for _ in range(count):
+            worker.intake.moved()
+            await asyncio.wait([asyncio.create_task(asyncio.sleep(0)) for _ in range(3)])
+        return broker.calls - before
+
+    async with Running(worker.intake.claim):
+        asked = []
+        for _ in range(3):
+            asked.append(await steps(8))
+            worker.now_s += 0.011
+        assert asked == [1, 1, 1]
+        worker.side.held.pop()  # room for all: that is used at once
+        assert await steps(1) > 0
 
 
 async def test_nothing_is_claimed_for_what_is_not_loaded() -> None:
