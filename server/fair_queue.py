@@ -12,6 +12,7 @@ requests a key is served is left to the due time. Nobody is refused here: admiss
 from bisect import insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from heapq import nsmallest
 from typing import Generic, TypeVar
 
 from server.messages import CLASSES, RequestClass
@@ -21,7 +22,9 @@ LEAST_COST_S = 0.001
 """What a row counts for at least, so that keys take turns where nothing was measured."""
 LEAD_S = 1.0
 """By how much a key may be ahead of the least served that waits and still be given a kept place."""
-_LOW_FIRST_EVERY = 8
+LOOKED_AT = 8
+"""How many keys, the least served first, are looked at for a kept place: a full worker asks for one at every step."""
+_FIRST: tuple[RequestClass, ...] = ("high", "high", "high", "normal", "high", "high", "high", "low")
 _ROUNDING_S = 1e-9  # passes are sums
 
 
@@ -62,13 +65,13 @@ class FairQueue(Generic[K]):
         insort(self._flows.setdefault(one.owner, []), one, key=lambda each: each.due_s)
 
     def peek(self, slack_below_s: float = float("inf")) -> Waiting[K] | None:
-        """The request that is next, of those owners whose next has less slack than this and who are not far ahead."""
-        most = min((self._passes[name] for name in self._flows), default=0.0) + LEAD_S + _ROUNDING_S
-        owners = [
-            name for name, flow in self._flows.items() if flow[0].slack_s < slack_below_s and self._passes[name] <= most
-        ]
-        owner = min(owners, key=lambda name: (self._passes[name], name), default=None)
-        return None if owner is None else self._flows[owner][0]
+        """The request that is next; with less slack than this, of the first keys and of none that is far ahead."""
+        first = nsmallest(LOOKED_AT, self._flows, key=lambda name: (self._passes[name], name))
+        for owner in first:
+            one = self._flows[owner][0]
+            if self._passes[owner] <= self._passes[first[0]] + LEAD_S + _ROUNDING_S and one.slack_s < slack_below_s:
+                return one
+        return None
 
     def pop(self, one: Waiting[K]) -> None:
         """Removes what `peek` found and charges its owner for it."""
@@ -109,13 +112,15 @@ class Source(Generic[K]):
 def in_turn(turn: int, deployments: Sequence[str]) -> list[tuple[str, RequestClass]]:
     """The queues in the order in which a worker's `turn`-th claim, from 1, looks at them.
 
-    Every eighth begins with class low, so that it does not starve; deployments take turns too. Claims that got nothing
-    are no turns: a full worker makes them at every step, and a cycle of eight would then always end on the same one.
+    Classes by importance, but for two of eight turns, which begin with another, so that none starves whatever floods;
+    deployments take turns in each class that comes first. So every queue comes first once in eight turns for each
+    deployment. Claims that got nothing are no turns: a full worker makes many, and they would use up the turns of some.
     """
-    classes = CLASSES if turn % _LOW_FIRST_EVERY else CLASSES[::-1]
-    shift = (turn + turn // _LOW_FIRST_EVERY) % len(deployments)
+    cycle, place = divmod(turn - 1, len(_FIRST))
+    first = _FIRST[place]
+    shift = (cycle * _FIRST.count(first) + _FIRST[:place].count(first)) % len(deployments)
     rotated = [*deployments[shift:], *deployments[:shift]]
-    return [(name, each) for each in classes for name in rotated]
+    return [(name, each) for each in (first, *(each for each in CLASSES if each != first)) for name in rotated]
 
 
 def take(

@@ -94,7 +94,8 @@ class WorkerSide:
         except Exception as error:
             if "NOGROUP" not in str(error):
                 raise
-            return []  # the server restarted empty: the next turn makes the group
+            await self._link.script("group", *streams)  # nothing was claimed yet, or the server restarted empty
+            return []
         return await self._claims(_delivered(found or ()))
 
     async def reclaim(self, deployments: Sequence[str], *, max_requests: int = 32) -> list[Claim]:

@@ -227,7 +227,7 @@ class Broker(Protocol):
         """Takes requests of at most `max_rows` rows in all, high before normal before low; waits for the first.
 
         Within a class, owners take turns by the engine time they were handed out, and of an owner's requests the
-        most due goes first (`server.fair_queue`). Now and then low goes first, so that it does not starve.
+        most due goes first (`server.fair_queue`). Now and then normal or low goes first, so that neither starves.
         `max_rows_below_high` caps the rows of class normal and low, but for those whose `due_after_s` is below
         `slack_below_ms`. A request with more rows than `max_rows` is handed out alone. Messages that cannot be
         read are answered `unsupported_message` here. A lapsed lease is renewed first.

@@ -2,38 +2,35 @@
 -- ARGV: prefix worker max_rows max_rows_below_high slack_below_ms|'', then pairs: stream, '1' if it is below class high
 -- max_rows_below_high caps what is below class high and has slack_below_ms or more.
 -- A request with more rows than there is room is taken if nothing else has been.
--- What the group has delivered is what has been looked at here: a blocking read gives only what comes after it.
+-- A blocking read gives what comes after the group's last delivered id. Before anything is taken here, that is moved
+-- to the end of the stream: otherwise the read could give it to somebody else as well.
 -- Returns {{stream, {{entry, fields}, …}}, …}.
 local prefix, worker, left, below = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local slack_ms = tonumber(ARGV[5])
 local group, taken, first = 'workers', {}, true
 
-local function last_delivered(stream)
-  local groups = redis.pcall('XINFO', 'GROUPS', stream)
-  if not groups.err then
-    for _, fields in ipairs(groups) do
-      if fields[2] == group then
-        for i = 1, #fields, 2 do
-          if fields[i] == 'last-delivered-id' then return fields[i + 1] end
-        end
-      end
-    end
-  end
-  redis.call('XGROUP', 'CREATE', stream, group, '0', 'MKSTREAM')
-  return '0-0'
-end
-
--- What came without a place in the order (from another release, or foreign) gets one.
+-- What came without a place in the order (from another release, or foreign) gets one. Each entry is looked at once; of
+-- a long queue twice as many at a claim as there is room for, which is soon ahead of what is taken.
 local function look(stream, place)
-  local last = last_delivered(stream)
+  local key, count = prefix .. 'looked:' .. place, math.max(8, 2 * left)
+  local last, found = redis.call('GET', key) or '0-0', nil
   repeat
-    local found = redis.call('XRANGE', stream, '(' .. last, '+', 'COUNT', 64)
+    found = redis.call('XRANGE', stream, '(' .. last, '+', 'COUNT', count)
     for _, entry in ipairs(found) do
       last = entry[1]
       if entry[2][5] ~= 'c' then order_add(prefix, place, '', last, tonumber(string.match(last, '^%d+'))) end
     end
-    if #found > 0 then redis.call('XGROUP', 'SETID', stream, group, last) end
-  until #found < 64 or redis.call('EXISTS', prefix .. 'flows:' .. place) == 1
+    if #found > 0 then redis.call('SET', key, last) end
+  until #found < count or redis.call('EXISTS', prefix .. 'flows:' .. place) == 1
+end
+
+local moved = nil  -- the stream whose group stands at its end
+local function move(stream)
+  if moved == stream then return end
+  moved = stream
+  if redis.pcall('XGROUP', 'SETID', stream, group, '$').err then
+    redis.call('XGROUP', 'CREATE', stream, group, '$')
+  end
 end
 
 local function fitting(stream, place, room, below_ms)
@@ -41,6 +38,7 @@ local function fitting(stream, place, room, below_ms)
     local entry, owner = order_peek(prefix, place, below_ms)
     if not entry then return nil end
     local found = redis.call('XRANGE', stream, entry, entry)[1]
+    if found then move(stream) end
     if found and #redis.call('XPENDING', stream, group, entry, entry, 1) == 0 then
       local fields = found[2]
       local rows = fields[3] == 'n' and tonumber(fields[4]) or 1
@@ -55,8 +53,9 @@ end
 for i = 6, #ARGV, 2 do
   local stream, is_below = ARGV[i], ARGV[i + 1] == '1'
   local place, mine = string.sub(stream, #prefix + #'queue:' + 1), {}
-  look(stream, place)
-  while true do
+  local open = left > 0 and (not is_below or below > 0 or slack_ms)
+  if open then look(stream, place) end
+  while open do
     local one = fitting(stream, place, is_below and math.min(left, below) or left, nil)
     if not one and is_below and slack_ms then one = fitting(stream, place, left, slack_ms) end
     if not one then break end

@@ -3,6 +3,7 @@
 --   flows:<place>         sorted set: owner -> pass, microseconds of engine time; owners that wait
 --   flow:<place>:<owner>  sorted set: entry -> when it is due, milliseconds
 --   passes:<place>        hash: owner -> pass of those that wait no more while others do
+--   looked:<place>        up to which entry claim.lua has looked for what came without a place
 local function order_add(prefix, place, owner, entry, due_ms)
   local flows = prefix .. 'flows:' .. place
   local sequence = math.min(tonumber(string.match(entry, '-(%d+)$')), 4095) / 4096
@@ -26,10 +27,10 @@ local function order_leave(prefix, place, owner, entry)
   end
 end
 
--- The next entry and its owner; with slack_ms of the first 64 owners whose next is due sooner than that after it came,
+-- The next entry and its owner; with slack_ms of the first 8 owners whose next is due sooner than that after it came,
 -- and whose pass is at most a second ahead of the first.
 local function order_peek(prefix, place, slack_ms)
-  local owners = redis.call('ZRANGE', prefix .. 'flows:' .. place, 0, slack_ms and 63 or 0, 'WITHSCORES')
+  local owners = redis.call('ZRANGE', prefix .. 'flows:' .. place, 0, slack_ms and 7 or 0, 'WITHSCORES')
   local lost = false
   for i = 1, #owners, 2 do
     if tonumber(owners[i + 1]) > tonumber(owners[2]) + 1000000 then break end

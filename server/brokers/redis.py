@@ -3,7 +3,7 @@
 Keys, all under `fewstep:v1:` (the major version of the messages):
 
     queue:<deployment>:<class>   stream, consumer group `workers`: id, n (rows), c (cost, µs), m (GenerateRequest)
-    flows:<…>  flow:<…>:<owner>  in which order a stream is claimed, see order.lua; with passes:<…>
+    flows:<…>  flow:<…>:<owner>  in which order a stream is claimed, see order.lua; with passes:<…>, looked:<…>
     req:<id>                     hash: status, deployment, class, version, owner, reply_to (a,b), entry, enqueued_ms,
                                  deadline_ms, cost_us, events, worker, started_ms, ended_ms, attempt, result;
                                  expires `result_ttl_s` after its end

@@ -247,6 +247,16 @@ class TestClaiming:
         taken = [each for _ in range(8) for each in ids(await claim_all(worker, 1))]
         assert "low" in taken
 
+    async def test_normal_does_not_starve_between_high_and_low(self, hub: Hub) -> None:
+        gateway, worker = await hub("gateway"), await hub("w1")
+        for i in range(10):
+            await gateway.publish(request_of(f"high{i}", priority=9))
+            await gateway.publish(request_of(f"low{i}", priority=-9))
+        await gateway.publish(request_of("normal"))
+        taken = [each for _ in range(8) for each in ids(await claim_all(worker, 1))]
+        assert "normal" in taken
+        assert sum(each.startswith("high") for each in taken) == 6
+
     @pytest.mark.parametrize("vain", [3, 7])
     async def test_low_does_not_starve_beside_claims_that_get_nothing(self, hub: Hub, vain: int) -> None:
         gateway, worker = await hub("gateway"), await hub("w1")

@@ -4,6 +4,7 @@ import asyncio
 import random
 import secrets
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -115,7 +116,7 @@ async def test_nothing_is_left_of_a_finished_request_but_its_answer(
         stream = f"{namespace}:v1:queue:shapes:normal"
         assert (client.xlen(stream), client.xpending(stream, "workers")["pending"]) == (0, 0)
         kept = {"req:r0", "req:r1", "req:r2", "res:r0:0", "res:r2:0", "replies:gateway"}
-        others = {"queue:shapes:normal", "queue:shapes:high", "queue:shapes:low", "load:shapes", "control"}
+        others = {"queue:shapes:normal", "looked:shapes:normal", "load:shapes", "control"}
         assert keys == kept | others | {"worker:w1", "workers"}
         assert all(client.ttl(f"{namespace}:v1:{key}") > 0 for key in kept)
         assert client.hgetall(f"{namespace}:v1:load:shapes") == {b"normal": b"0"}
@@ -171,8 +172,9 @@ async def test_a_claim_that_is_canceled_loses_no_request(hub: Hub) -> None:
     assert sorted(found) == [f"r{i}" for i in range(10)]
 
 
+@pytest.mark.parametrize("owners", ["abc", "abcdefghijkl"])
 @pytest.mark.parametrize("seed", range(4))
-async def test_requests_are_claimed_in_the_order_of_the_fair_queue(hub: Hub, seed: int) -> None:
+async def test_requests_are_claimed_in_the_order_of_the_fair_queue(hub: Hub, seed: int, owners: str) -> None:
     """Redis keeps in Lua what the broker in memory keeps in Python: one history, one order."""
     rng = random.Random(seed)
     gateway, worker = await hub("gateway"), await hub("w1")
@@ -182,7 +184,7 @@ async def test_requests_are_claimed_in_the_order_of_the_fair_queue(hub: Hub, see
     for number in range(120):
         request = request_of(
             f"r{number}",
-            owner=rng.choice(["a", "b", "c"]),
+            owner=rng.choice(owners),
             n=rng.choice([1, 1, 2]),
             cost_s=rng.choice([0.0, 0.125, 0.25, 1.0]),
             due_after_s=10.0 * rng.randrange(1000),
@@ -194,7 +196,7 @@ async def test_requests_are_claimed_in_the_order_of_the_fair_queue(hub: Hub, see
             await gateway.cancel(request.id)
             await plain.cancel(request.id)
         if rng.random() < 0.3:
-            options = {"max_rows_below_high": rng.randrange(4), "slack_below_ms": 5_000_000}
+            options = {"max_rows_below_high": rng.randrange(4), "slack_below_ms": 15_000_000 // len(owners)}
             rows = rng.randrange(1, 8)
             found = ids(await claim_all(worker, rows, **options))
             assert found == ids(await claim_all(plain, rows, **options))
@@ -216,6 +218,74 @@ async def test_a_message_of_a_release_without_the_order_is_claimed(
         client.hset(f"{namespace}:v1:req:r1", "entry", client.xadd(f"{namespace}:v1:queue:shapes:normal", old))
     await gateway.publish(request_of("r2", due_after_s=10.0))
     assert ids(await claim_all(worker)) == ["r1", "r2"]
+
+
+async def test_what_another_claimed_is_not_delivered_to_who_just_began_to_wait(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Much comes between a claim that finds nothing and its wait, and another worker takes what is due first of it."""
+    gateway, waiting, other = await hub("gateway"), await hub("w1"), await hub("w2")
+    assert isinstance(waiting, RedisBroker)
+    await claim_all(waiting)
+    read, theirs = waiting._link.blocking, list[str]()
+
+    async def late(*command: Any) -> Any:
+        if not theirs:
+            for i in range(80):
+                await gateway.publish(request_of(f"r{i}", due_after_s=0.0 if i == 64 else 100.0))
+            theirs.extend(ids(await claim_all(other, 1)))
+        return await read(*command)
+
+    monkeypatch.setattr(waiting._link, "blocking", late)
+    mine: list[str] = []
+    while len(mine) < 79 and (found := ids(await waiting.claim(["shapes"], 100, 0.05))):
+        mine += found
+    assert theirs == ["r64"]
+    assert sorted([*mine, *theirs]) == sorted(f"r{i}" for i in range(80))
+
+
+async def test_who_waits_where_nothing_was_ever_queued_waits_on_the_server(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = await hub("w1")
+    assert isinstance(worker, RedisBroker)
+    read, reads = worker._link.blocking, 0
+
+    async def counted(*command: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        return await read(*command)
+
+    monkeypatch.setattr(worker._link, "blocking", counted)
+    assert await worker.claim(["shapes"], 8, 0.1) == []
+    assert reads <= 3  # without the group, with it, and what is left of the time
+
+
+async def test_a_claim_reads_little_of_a_long_queue(hub: Hub, redis_server: RedisServer, namespace: str) -> None:
+    """Beside what it takes: twice what it has room for, to find what came without a place in the order."""
+    gateway, worker = await hub("gateway"), await hub("w1")
+    entries = [(await gateway.publish(request_of(f"r{i}"))).entry_id for i in range(60)]
+    looked = f"{namespace}:v1:looked:shapes:normal"
+    with redis_server.client() as client:
+        for claims, upto in ((1, 19), (2, 39), (3, 59), (4, 59)):
+            assert len(await claim_all(worker, 10)) == 10
+            assert client.get(looked) == entries[upto].encode(), f"after {claims} claims"
+
+
+async def test_a_message_without_a_place_does_not_wait_for_the_queue_to_run_empty(
+    hub: Hub, redis_server: RedisServer, namespace: str
+) -> None:
+    """Claims look at twice what they take, so that they are at its end when half of what came before it is taken."""
+    gateway, worker = await hub("gateway"), await hub("w1")
+    for i in range(40):
+        await gateway.publish(request_of(f"r{i}", owner="a"))
+    stream = f"{namespace}:v1:queue:shapes:normal"
+    with redis_server.client() as client:
+        [(_, fields)] = client.xrange(stream, count=1)
+        foreign = client.xadd(stream, {"id": fields[b"id"], "n": 1, "m": fields[b"m"]}).decode()
+    taken = [claim.entry_id for _ in range(6) for claim in await claim_all(worker, 4)]
+    assert len(taken) == 24
+    assert foreign in taken
 
 
 async def test_a_worker_forgets_what_was_canceled_while_it_ran(hub: Hub) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.fair_queue import FairQueue, Source, Waiting, in_turn, take
+from server.messages import CLASSES
 
 
 def waiting(name: str, owner: str = "a", *, rows: int = 1, due_s: float = 0.0, cost_s: float = 1.0) -> Waiting[str]:
@@ -160,12 +161,32 @@ def test_no_request_is_lost_and_keys_that_wait_are_handed_out_alike(came: list[t
     assert sorted(shares.order, key=int) == [str(number) for number in range(len(came))]
 
 
-@pytest.mark.parametrize("number", [1, 2, 4, 8])
-def test_every_deployment_comes_first_and_its_low_class_too(number: int) -> None:
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 8, 9])
+def test_every_class_of_every_deployment_comes_first(number: int) -> None:
     names = [f"m{i}" for i in range(number)]
-    firsts = [in_turn(turn, names)[0] for turn in range(1, 8 * number * 8 + 1)]
-    assert set(firsts) >= {(name, each) for name in names for each in ("high", "low")}
-    assert sum(each == "low" for _, each in firsts) == len(firsts) / 8
+    firsts = Counter(in_turn(turn, names)[0] for turn in range(1, 8 * number + 1))
+    assert firsts == {(name, each): times for name in names for each, times in (("high", 6), ("normal", 1), ("low", 1))}
+    assert all(len(set(in_turn(turn, names))) == 3 * number for turn in range(1, 9))
+
+
+@given(
+    st.integers(1, 3), st.sets(st.integers(0, 8)), st.integers(1, 6), st.integers(1, 6), st.integers(1, 50), st.data()
+)
+def test_no_queue_waits_longer_than_eight_turns_for_each_deployment(
+    deployments: int, flooded: set[int], rows: int, below: int, begun: int, data: st.DataObject
+) -> None:
+    """Whichever queues never run empty: what is next in a queue is taken when that queue comes first."""
+    names = [f"m{i}" for i in range(deployments)]
+    queues = {(name, each): queue() for name in names for each in CLASSES}
+    for i in flooded:
+        for number in range(8 * deployments * rows):
+            list(queues.values())[i % len(queues)].add(waiting(f"flood{number}", "flood"))
+    queues[data.draw(st.sampled_from(list(queues)))].add(waiting("mine", "a"))
+    taken: list[str] = []
+    for turn in range(begun, begun + 8 * deployments):
+        sources = [Source(queues[key], key[1] != "high") for key in in_turn(turn, names)]
+        taken += keys(take(sources, rows, min(rows, below)))
+    assert "mine" in taken
 
 
 def test_a_place_kept_for_what_is_due_soon_is_for_nobody_who_is_far_ahead() -> None:
