@@ -4,7 +4,7 @@ import secrets
 from collections.abc import AsyncIterator
 
 from engines.errors import DeadlineExceeded, FewstepError, RequestCanceled, Unavailable
-from server.brokers._redis_link import BROKEN, Link
+from server.brokers._redis_link import BROKEN, Command, Link
 from server.brokers._redis_replies import Replies, answer_of
 from server.brokers.base import Emitted, Entry, QueueState, Remembered, StaleVersion, Status
 from server.messages import (
@@ -45,13 +45,7 @@ class GatewaySide:
             raise
 
     async def _publish(self, request: GenerateRequest) -> Entry:
-        queued = encode(StepEvent(id=request.id, kind="queued", total=request.steps)) if request.events else b""
-        reply = await self._link.script(
-            "publish",
-            *(request.id, request.model, request.request_class, request.version, request.owner, request.reply_to),
-            *(request.n, request.budget_ms, round(request.cost_s * 1e6), encode(request), queued, self._result_ttl_ms),
-            round(request.due_after_s * 1000),
-        )
+        [reply] = await self._link.call_many([publishing(self._link, request, self._result_ttl_ms)])
         if reply[0] == -1:
             raise StaleVersion(request.model, request.version)
         entry, deadline_ms = reply[1].decode(), int(reply[2])
@@ -166,6 +160,17 @@ class GatewaySide:
                 if status.state in ENDINGS:
                     yield Emitted(StepEvent(id=request_id, kind="ended", status=status.state))
                     return
+
+
+def publishing(link: Link, request: GenerateRequest, result_ttl_ms: int) -> Command:
+    """The command that queues a request."""
+    queued = encode(StepEvent(id=request.id, kind="queued", total=request.steps)) if request.events else b""
+    return link.command(
+        "publish",
+        *(request.id, request.model, request.request_class, request.version, request.owner, request.reply_to),
+        *(request.n, request.budget_ms, round(request.cost_s * 1e6), encode(request), queued, result_ttl_ms),
+        round(request.due_after_s * 1000),
+    )
 
 
 def _milliseconds(entry: str) -> int:
