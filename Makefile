@@ -8,7 +8,7 @@ TORCH_PIP_ARGS ?=
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev system-packages demo test test-unit test-faults test-tensorrt test-gpu check fmt bench bench-serve bench-swap bench-student bench-distill bench-searches bench-growth bench-policies bench-peers bench-tensorrt teacher dashboards clean
+.PHONY: help install install-dev system-packages demo test test-unit test-faults test-tensorrt test-gpu check fmt bench bench-serve bench-swap bench-student bench-distill bench-searches bench-growth bench-policies bench-peers bench-tensorrt bench-gpu teacher dashboards clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -98,6 +98,9 @@ bench-peers: install-dev $(VENV)-peers/.installed  ## beside FastAPI, LitServe, 
 
 bench-tensorrt: install-dev  ## seconds to build and size of TensorRT plans; on a GPU also refit against rebuild
 	$(BIN)/python -m bench.tensorrt $(ARGS)
+
+bench-gpu: install-dev  ## steps of SDXL-, Sana- and FLUX-shaped networks on a GPU, beside diffusers eager and compiled
+	$(BIN)/python -m bench.gpu $(ARGS)
 
 teacher: install-dev  ## train the embedded teacher of shapes again (two hours), or of ARGS="--task digits"
 	$(BIN)/python -m distill_jobs.teachers.training.train all --out .fewstep/teacher $(ARGS)

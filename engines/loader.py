@@ -16,7 +16,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from engines import plugins, process
-from engines.backends.base import Choice, Engine, Padded, Profile, load_backend
+from engines.backends.base import Choice, Engine, Padded, Profile, automatic_device, load_backend
 from engines.cache import DiskCache
 from engines.errors import CorruptBlob
 from engines.graph import ComponentGraph, GraphStore, spec
@@ -191,11 +191,14 @@ def load_student(
     manifest: StudentManifest,
     *,
     choice: Choice = Choice("eager", "fp32"),  # noqa: B008 - frozen
-    profile: Profile = Profile(),  # noqa: B008 - frozen
+    profile: Profile | None = None,
     cache: Path | None = None,
 ) -> LoadedStudent:
-    """One student by itself, for golden samples, a gate or a test; `cache` is needed by backends that export."""
+    """One student by itself, for golden samples, a gate or a test, by itself on the GPU where there is one.
+
+    `cache` is needed by backends that export.
+    """
     if cache is None and choice.backend != "eager":
         raise ValueError(f"loading {shown(manifest.version)} on {choice.backend} needs a cache folder")
     graphs = GraphStore(DiskCache(cache) if cache else None)
-    return Loader(registry, choice, profile, graphs).load(manifest)
+    return Loader(registry, choice, profile or Profile(device=automatic_device()), graphs).load(manifest)

@@ -164,7 +164,7 @@ class _Run:
 
     def decode(self, pictures: list[Tensor], rounded: bool) -> None:
         family = self._student.family
-        pictures.append((family.decode if rounded else family.levels)(self._state.x))
+        pictures.append((family.decode if rounded else family.levels)(self._state.x).cpu())
 
     def _draw(self, k: int) -> Tensor:
         return torch.stack([noise(seed, k, self._student.latent_shape) for seed in self._seeds])

@@ -43,6 +43,11 @@ class Students:
     def backend(self) -> str:
         return self._loader.choice.backend
 
+    @property
+    def device(self) -> str:
+        """Where rows live between calls of their engines."""
+        return self._loader.profile.device
+
     def serving(self) -> list[str]:
         """Deployments that may be claimed for: their current revision is loaded."""
         return [name for name, follower in self._followers.items() if follower.joined and follower.current]

@@ -74,7 +74,7 @@ class Worker:
             poll_s=settings.poll_s,
         )
         self.engine = EngineLoop(
-            Stages(PromptCache(settings.prompt_cache_bytes), settings.device),
+            Stages(PromptCache(settings.prompt_cache_bytes), students.device),
             Batcher(tuple(sorted(settings.batch_sizes)), students.call_s),
             self,
             now_s=self._now_s,

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from prometheus_client import start_http_server
 
-from engines.backends.base import Profile, choose
+from engines.backends.base import Profile, automatic_device, choose
 from engines.cache import DiskCache
 from engines.graph import GraphStore
 from engines.loader import Loader
@@ -57,13 +57,15 @@ def make_loader(settings: WorkerSettings, registry: Registry) -> Loader:
     """Graphs are exported in another process, so that live requests keep the GIL."""
     threads = settings.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    choice = choose(settings.backend, settings.precision)
-    log.info("engine", extra={"backend": choice.backend, "precision": choice.precision, "threads": threads})
+    device = automatic_device() if settings.device == "auto" else settings.device
+    choice = choose(settings.backend, settings.precision, device)
+    told = {"backend": choice.backend, "precision": choice.precision, "device": device, "threads": threads}
+    log.info("engine", extra=told)
     profile = Profile(
         batches=tuple(sorted(settings.batch_sizes)),
         precision=choice.precision,
         threads=threads,
-        device=settings.device,
+        device=device,
         targets=settings.targets,
     )
     cache = DiskCache(settings.cache_dir, settings.cache_bytes)

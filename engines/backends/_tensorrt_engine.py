@@ -1,7 +1,7 @@
 """A plan on the GPU: its weights, and one execution context with a CUDA graph for every batch size.
 
-Contexts run one after another in one thread, so they share one scratch memory. What an engine is given and returns
-may be on any device; the copies to and from its own buffers are part of a call.
+Contexts run one after another in one thread, so they share one scratch memory. What an engine is given may be on any
+device, what it returns is on the GPU; the copies to and from its own buffers are part of a call.
 """
 
 from collections.abc import Mapping
@@ -72,13 +72,12 @@ class TensorRtEngine:
     def run(self, **inputs: Tensor) -> dict[str, Tensor]:
         check_inputs(self.inputs, inputs)
         call = self._calls[check_shapes(self._shapes, tuple(self._calls), inputs)]
-        place = next(iter(inputs.values())).device
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for name, value in inputs.items():
                 call.given[name].copy_(value, non_blocking=True)
             call.launch()
-            out = {name: value.to(place, copy=True) for name, value in call.made.items()}
+            out = {name: value.clone() for name, value in call.made.items()}
         self._stream.synchronize()
         return out
 

@@ -24,7 +24,7 @@ class Profile:
     """What an engine is built for. It only ever sees these batch sizes: `Padded` sees to it.
 
     `weights`: "set" makes other weights cheap to load, "constant" makes each call cheaper and other weights a build.
-    `device` is where inputs come from and outputs go, as torch names it.
+    `device` is where the engine computes and where its outputs are, as torch names it; inputs may be anywhere.
     `targets`: the GPUs to build for where that is done ahead, without one, such as SM89; none means the device here.
     """
 
@@ -37,7 +37,10 @@ class Profile:
 
 
 class Engine(Protocol):
-    """One component with its weights. Called from one thread; rows are independent; outputs are the caller's."""
+    """One component with its weights. Called from one thread; rows are independent; outputs are the caller's.
+
+    Inputs may be on any device; outputs are on the engine's. A call that has returned has been computed.
+    """
 
     inputs: frozenset[str]
 
@@ -230,6 +233,31 @@ def tolerance(backend: str, precision: str) -> Tolerance:
     return table[precision]
 
 
+def automatic_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def is_gpu(device: str) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+def on(device: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors there."""
+    return {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
+
+
+def finished(device: str) -> None:
+    """Waits until what this thread has asked of a GPU is done, so that whoever times a call times its work."""
+    if is_gpu(device):
+        torch.cuda.current_stream().synchronize()
+
+
+def exact_products(precision: Precision) -> None:
+    """Convolutions in fp32 where fp32 is asked for: on a GPU torch makes them TF32 by itself."""
+    if precision == "fp32":
+        torch.backends.cudnn.allow_tf32 = False
+
+
 def load_backend(name: str) -> Backend:
     backend: Backend = plugins.load("engines.backends", name, "BACKEND")()
     return backend
@@ -241,17 +269,19 @@ class Choice:
     precision: Precision
 
 
-def choose(backend: str = "auto", precision: str = "auto") -> Choice:
-    """The fastest backend that is installed here, and the precision that pays on this processor.
+def choose(backend: str = "auto", precision: str = "auto", device: str = "cpu") -> Choice:
+    """The fastest backend that is installed here, and the precision that pays on `device`.
 
     Raises:
         UnknownPlugin: no such backend or precision, or it cannot run here.
     """
     name = backend
     if backend == "auto":
-        name = next(name for name in ("tensorrt", "openvino", "eager") if load_backend(name).available())
+        fastest = ("tensorrt", "torch_compile", "eager") if is_gpu(device) else ("openvino", "eager")
+        name = next(name for name in fastest if load_backend(name).available())
     elif not load_backend(name).available():
         raise UnknownPlugin(f"backend {name!r} cannot run here: install its package, or choose 'auto'")
-    wanted = plugins.load("engines.backends", name, "automatic_precision")() if precision == "auto" else precision
+    automatic = plugins.load("engines.backends", name, "automatic_precision")
+    wanted = automatic(device) if precision == "auto" else precision
     tolerance(name, wanted)
     return Choice(name, cast(Precision, wanted))

@@ -7,7 +7,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from engines.backends.base import Graph, Precision, Profile, Tolerance, check_inputs, check_weights
+from engines.backends.base import (
+    Graph,
+    Precision,
+    Profile,
+    Tolerance,
+    check_inputs,
+    check_weights,
+    exact_products,
+    finished,
+    on,
+)
 
 TOLERANCE: dict[Precision, Tolerance] = {
     "fp32": Tolerance(levels=1, share=1.0, psnr_db=50.0),
@@ -15,7 +25,7 @@ TOLERANCE: dict[Precision, Tolerance] = {
 """A picture alone against the same one in a batch: convolutions choose other algorithms by batch size."""
 
 
-def automatic_precision() -> Precision:
+def automatic_precision(device: str) -> Precision:
     return "fp32"
 
 
@@ -26,15 +36,17 @@ class Compiled:
 
 
 class EagerEngine:
-    def __init__(self, graph: Graph, module: Any) -> None:
+    def __init__(self, graph: Graph, module: Any, device: str) -> None:
         self.inputs = graph.inputs
         self._outputs = graph.outputs
         self._module = module
+        self._device = device
 
     @torch.no_grad()
     def run(self, **inputs: Tensor) -> dict[str, Tensor]:
         check_inputs(self.inputs, inputs)
-        out = self._module(**inputs)
+        out = self._module(**on(self._device, inputs))
+        finished(self._device)
         return dict(zip(self._outputs, out if isinstance(out, tuple) else (out,), strict=True))
 
     def close(self) -> None:
@@ -54,9 +66,10 @@ class Eager:
 
     def load(self, compiled: Compiled, weights: Mapping[str, Tensor]) -> EagerEngine:
         check_weights(compiled.graph.shapes, weights)
+        exact_products(compiled.profile.precision)
         module = compiled.graph.module().to(compiled.profile.device)
         module.load_state_dict({name: value.float() for name, value in weights.items()})
-        return EagerEngine(compiled.graph, module.requires_grad_(False).eval())
+        return EagerEngine(compiled.graph, module.requires_grad_(False).eval(), compiled.profile.device)
 
 
 BACKEND = Eager

@@ -30,7 +30,7 @@ _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 _NUMPY = {torch.float32: np.float32, torch.int64: np.int64, torch.bool: np.bool_}
 
 
-def automatic_precision() -> Precision:
+def automatic_precision(device: str) -> Precision:
     return "fp32"
 
 

@@ -41,7 +41,7 @@ TOLERANCE: dict[Precision, Tolerance] = {
 _HINT = {"fp32": "f32", "bf16": "bf16"}
 
 
-def automatic_precision() -> Precision:
+def automatic_precision(device: str) -> Precision:
     """bf16 where the processor multiplies matrices in it."""
     try:
         return "bf16" if "amx_bf16" in Path("/proc/cpuinfo").read_text() else "fp32"

@@ -35,7 +35,7 @@ TOLERANCE: dict[Precision, Tolerance] = {
 _PLANS = 1  # counts up when the same order would be built otherwise
 
 
-def automatic_precision() -> Precision:
+def automatic_precision(device: str) -> Precision:
     return "bf16"
 
 

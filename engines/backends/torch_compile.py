@@ -1,4 +1,4 @@
-"""torch's own compiler, fp32: AOTInductor code for this processor, or for a GPU, where calls are CUDA graphs.
+"""torch's own compiler: AOTInductor code for this processor, or for a GPU, where calls are CUDA graphs.
 
 A component is compiled once for all batch sizes of a profile and kept in the engine cache, so neither another process
 nor other weights compile it again: an engine is the package loaded once more and its constants set by name.
@@ -7,8 +7,7 @@ batch 1 4.7, batch 8 18.9, eager 9.1 and 21.4; other weights cost 100, the first
 work. Constants cannot be compiled in more deeply, so `Profile.weights` makes no difference here.
 
 On a GPU each batch size is captured as a CUDA graph when it is first asked for, which is when a slot warms it.
-There is no bf16: an export under autocast would cast every weight at each call, so the weights themselves would have
-to be bf16, all but those on the path of times.
+bf16 is autocast, written into the code; weights of products are given in bf16, so that no call casts them.
 """
 
 import hashlib
@@ -22,16 +21,31 @@ import torch
 from torch import Tensor
 
 from engines.backends import _inductor
-from engines.backends.base import Graph, Precision, Profile, Tolerance, check_inputs, check_weights, tolerance
+from engines.backends.base import (
+    Graph,
+    Precision,
+    Profile,
+    Tolerance,
+    check_inputs,
+    check_weights,
+    exact_products,
+    finished,
+    is_gpu,
+    on,
+    tolerance,
+)
 from engines.errors import BackendUnavailable
 
-TOLERANCE: dict[Precision, Tolerance] = {"fp32": Tolerance(levels=1, share=1.0, psnr_db=50.0)}
+TOLERANCE: dict[Precision, Tolerance] = {
+    "fp32": Tolerance(levels=1, share=1.0, psnr_db=50.0),
+    "bf16": Tolerance(levels=4, share=0.99, psnr_db=42.0),
+}
 _WARM_UPS = 3  # before a capture, as torch.cuda.graph's documentation does
 Call = Callable[..., Any]
 
 
-def automatic_precision() -> Precision:
-    return "fp32"
+def automatic_precision(device: str) -> Precision:
+    return "bf16" if is_gpu(device) else "fp32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +62,8 @@ class TorchCompileEngine:
         self.inputs = graph.inputs
         self._outputs = graph.outputs
         self._package: Call | None = package
-        self._captured: dict[int, CudaGraph] | None = {} if torch.device(device).type == "cuda" else None
+        self._device = device
+        self._captured: dict[int, CudaGraph] | None = {} if is_gpu(device) else None
 
     @torch.no_grad()
     def run(self, **inputs: Tensor) -> dict[str, Tensor]:
@@ -59,9 +74,10 @@ class TorchCompileEngine:
         else:
             rows = len(next(iter(inputs.values())))
             if rows not in self._captured:
-                self._captured[rows] = CudaGraph(self._package, inputs)
+                self._captured[rows] = CudaGraph(self._package, on(self._device, inputs))
             out = self._captured[rows](inputs)
-        return dict(zip(self._outputs, _parts(out), strict=True))
+            finished(self._device)
+        return {name: part.float() for name, part in zip(self._outputs, _parts(out), strict=True)}
 
     def close(self) -> None:
         self._package = None
@@ -86,7 +102,7 @@ class CudaGraph:
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         for name, value in inputs.items():
-            self._inputs[name].copy_(value)
+            self._inputs[name].copy_(value, non_blocking=True)
         self._graph.replay()
         return tuple(part.clone() for part in self._out)
 
@@ -105,7 +121,7 @@ class TorchCompile:
 
     def build(self, graph: Graph, profile: Profile) -> Compiled:
         tolerance(self.name, profile.precision)
-        order = _inductor.Order(max(profile.batches), profile.threads, profile.device)
+        order = _inductor.Order(max(profile.batches), profile.threads, profile.device, profile.precision)
         what = (self.name, str(order), _machine(profile.device), _inductor.cxx())
         made = graph.kept(what, lambda folder: _inductor.compile_elsewhere(graph.spec, order, folder))
         return Compiled(graph, profile, made)
@@ -115,18 +131,19 @@ class TorchCompile:
 
         graph, device = compiled.graph, compiled.profile.device
         check_weights(graph.shapes, weights)
+        exact_products(compiled.profile.precision)
         package = torch._inductor.aoti_load_package(str(compiled.folder / _inductor.PACKAGE))
-        inner = graph.graph_names
+        inner, narrow = graph.graph_names, _inductor.narrowed(compiled.folder)
         given = load_file(compiled.folder / _inductor.CONSTANTS)
-        given |= {inner[name]: value.float() for name, value in weights.items()}
-        read = {name: given[name].to(device).contiguous() for name in package.get_constant_fqns()}
-        package.load_constants(read, check_full_update=True)
+        read = package.get_constant_fqns()
+        given |= {inner[n]: v.to(device, narrow.get(inner[n], torch.float32)) for n, v in weights.items()}
+        package.load_constants({name: given[name].to(device).contiguous() for name in read}, check_full_update=True)
         return TorchCompileEngine(graph, package, device)
 
 
 def _machine(device: str) -> str:
     """What the code is made for: the GPU, or all that this processor says it can do."""
-    if torch.device(device).type == "cuda":
+    if is_gpu(device):
         return str(torch.cuda.get_device_properties(device))
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -39,6 +39,8 @@ class TransformerNet(ComponentNetwork):
         self._extra = _Extra()
         embedder = transformer.get_submodule(self.embedder)
         embedder.register_forward_pre_hook(self._extra)
+        self._exact = _Exact()
+        transformer.get_submodule(self.embedder.rpartition(".")[0]).register_forward_pre_hook(self._exact)
         width = next(m.in_features for m in embedder.modules() if isinstance(m, nn.Linear))
         self.second_time = zero_linear(width) if "s" in inputs else None
         self.guidance = zero_linear(width) if "w" in inputs and not self.own_guidance else None
@@ -48,6 +50,10 @@ class TransformerNet(ComponentNetwork):
             Port("cond", packing.shape),
             *(Port(name, ()) for name in ("s", "w") if name in inputs),
         )
+
+    def exact(self, t: Tensor, w: Tensor | None) -> tuple[Tensor, ...]:
+        """The first arguments of the module around `embedder`, where the transformer would round them on their way."""
+        return ()
 
     def predict(self, x: Tensor, t: Tensor, w: Tensor | None, *cond: Tensor) -> Tensor:
         """[B, C, H, W] from the unpacked conditioning; w is for a transformer that has an input for it."""
@@ -64,11 +70,11 @@ class TransformerNet(ComponentNetwork):
         if self.guidance is not None and w is not None:
             added = self.guidance(self._sinusoid(100.0 * w))
             extra = added if extra is None else extra + added
-        self._extra.value = extra
+        self._extra.value, self._exact.values = extra, self.exact(t, w)
         try:
             return self.predict(x, t, w, *self.packing.unpack(cond))
         finally:
-            self._extra.value = None
+            self._extra.value, self._exact.values = None, ()
 
     def _sinusoid(self, value: Tensor) -> Tensor:
         from diffusers.models.embeddings import get_timestep_embedding
@@ -86,6 +92,16 @@ class _Extra:
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return args if self.value is None else (args[0] + self.value, *args[1:])
+
+
+class _Exact:
+    """Gives a module its first arguments as they are. In bf16, 1000 t may be off by 4."""
+
+    def __init__(self) -> None:
+        self.values: tuple[Tensor, ...] = ()
+
+    def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (*self.values, *args[len(self.values) :])
 
 
 def zero_linear(width: int) -> nn.Linear:

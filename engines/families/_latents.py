@@ -1,8 +1,9 @@
 """What families share of latents: VAE decoders as components, and 2 x 2 patches as tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from engines.errors import InvalidManifest
@@ -20,6 +21,8 @@ class DecoderNet(ComponentNetwork):
 
     unused = ("encoder.", "quant_conv.")
     outputs = ("levels",)
+    mean: Tensor
+    deviation: Tensor
 
     def __init__(self, vae: Any, height: int, width: int, *, shifts: bool = False, whitens: bool = False) -> None:
         super().__init__()
@@ -29,16 +32,18 @@ class DecoderNet(ComponentNetwork):
             if value and not undone:
                 raise InvalidManifest(f"vae {name} is set, and the pipeline of this family applies none: remove it")
         self.scale, self.shift = 1.0 / vae.config.scaling_factor, shift
-        self.whitened = None if mean is None or deviation is None else (list(mean), list(deviation))
+        self.whitens = mean is not None and deviation is not None
+        if mean is not None and deviation is not None:
+            per_channel(self, "mean", mean)
+            per_channel(self, "deviation", deviation)
         self.decoder = vae.decoder
         post = getattr(vae, "post_quant_conv", None)
         self.post_quant_conv = post if post is not None else nn.Identity()
         self.ports = (Port("latents", (vae.config.latent_channels, height, width)),)
 
     def forward(self, latents: Tensor) -> Tensor:
-        if self.whitened is not None:
-            mean, deviation = (latents.new_tensor(per).view(-1, 1, 1) for per in self.whitened)
-            return levels(self.decoder(self.post_quant_conv(latents * deviation * self.scale + mean)))
+        if self.whitens:
+            return levels(self.decoder(self.post_quant_conv(latents * self.deviation * self.scale + self.mean)))
         return levels(self.decoder(self.post_quant_conv(latents * self.scale + self.shift)))
 
 
@@ -50,6 +55,8 @@ class VideoDecoderNet(ComponentNetwork):
 
     unused = ("encoder.", "quant_conv.")
     outputs = ("levels",)
+    mean: Tensor
+    deviation: Tensor
 
     def __init__(self, vae: Any, height: int, width: int) -> None:
         super().__init__()
@@ -58,17 +65,22 @@ class VideoDecoderNet(ComponentNetwork):
         self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
         for module in [module for module in self.modules() if hasattr(module, "time_conv")]:
             del module.time_conv
-        self.mean, self.deviation = list(vae.config.latents_mean), list(vae.config.latents_std)
+        per_channel(self, "mean", vae.config.latents_mean)
+        per_channel(self, "deviation", vae.config.latents_std)
         self.ports = (Port("latents", (vae.config.z_dim, height, width)),)
 
     def select(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: value for name, value in super().select(weights).items() if ".time_conv." not in name}
 
     def forward(self, latents: Tensor) -> Tensor:
-        mean, deviation = (latents.new_tensor(per).view(-1, 1, 1) for per in (self.mean, self.deviation))
-        scaled = latents * deviation + mean
+        scaled = latents * self.deviation + self.mean
         frames: Tensor = self.decoder(self.post_quant_conv(scaled.unsqueeze(2)))
         return levels(frames[:, :, 0])
+
+
+def per_channel(module: nn.Module, name: str, values: Sequence[float]) -> None:
+    """A constant of a network, where the network is: made in a call, it would come from the host each time."""
+    module.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
 
 def levels(pictures: Tensor) -> Tensor:

@@ -66,10 +66,10 @@ class TextToImage:
         weights = _as_weights(w, len(x))
         engine = self.denoisers[net]
         if "w" in self.inputs:
-            return engine.run(**_present(x=x, t=t, cond=cond, s=self._second(t, s), w=weights))["pred"]
+            return engine.run(**_present(x=x, t=t, cond=cond, s=self._second(t, s), w=weights))["pred"].to(x.device)
         guided = (~weights.isnan()).nonzero().flatten()
         if not len(guided):
-            return engine.run(**_present(x=x, t=t, cond=cond, s=self._second(t, s)))["pred"]
+            return engine.run(**_present(x=x, t=t, cond=cond, s=self._second(t, s)))["pred"].to(x.device)
         null = self.null() if negative is None else negative
         rows = torch.cat([torch.arange(len(x)), guided])
         second = self._second(t, s)
@@ -80,9 +80,9 @@ class TextToImage:
                 cond=torch.cat([cond, null.expand_as(cond)[guided]]),
                 s=None if second is None else second[rows],
             )
-        )["pred"]
+        )["pred"].to(x.device)
         c, u = pred[: len(x)], pred[len(x) :]
-        c[guided] = self.guided(c[guided], u, weights[guided].view(-1, 1, 1, 1))
+        c[guided] = self.guided(c[guided], u, weights[guided].view(-1, 1, 1, 1).to(x.device))
         return c
 
     def guided(self, c: Tensor, u: Tensor, w: Tensor) -> Tensor:
@@ -114,9 +114,9 @@ class TextToImage:
 
 
 def _as_weights(w: Sequence[float | None] | Tensor | None, rows: int) -> Tensor:
-    """[B] fp32, NaN where a row is not guided."""
+    """[B] fp32 in the host's memory, NaN where a row is not guided."""
     if isinstance(w, Tensor):
-        return w.to(torch.float32).expand(rows)
+        return w.to("cpu", torch.float32).expand(rows)
     values = [None] * rows if w is None else list(w)
     return torch.tensor([float("nan") if v is None else v for v in values], dtype=torch.float32)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines.families._denoiser import TransformerNet, falling
+from engines.families._denoiser import NETWORK_TIME, TransformerNet, falling
 from engines.families._latents import DecoderNet, from_tokens, image_downscale, image_vae, of_class, to_tokens
 from engines.families._pipeline import TextToImage
 from engines.families._text import Packing, TextNetwork, ids_port, read_json, text_model
@@ -42,10 +42,15 @@ class EncoderNet(TextNetwork):
 class DenoiserNet(TransformerNet):
     embedder = "time_text_embed.timestep_embedder"
 
+    def exact(self, t: Tensor, w: Tensor | None) -> tuple[Tensor, ...]:
+        times = NETWORK_TIME * t
+        return (times, NETWORK_TIME * w) if self.own_guidance and w is not None else (times,)
+
     def predict(self, x: Tensor, t: Tensor, w: Tensor | None, *cond: Tensor) -> Tensor:
         hidden, pooled = cond
         height, width = x.shape[-2:]
-        positions = torch.cartesian_prod(torch.zeros(1).long(), torch.arange(height // 2), torch.arange(width // 2))
+        sides = (torch.arange(size, device=x.device) for size in (1, height // 2, width // 2))
+        positions = torch.cartesian_prod(*sides)
         pred: Tensor = self.transformer(
             hidden_states=to_tokens(x),
             timestep=t,

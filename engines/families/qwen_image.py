@@ -50,6 +50,9 @@ class EncoderNet(TextNetwork):
 class DenoiserNet(TransformerNet):
     embedder = "time_text_embed.timestep_embedder"
 
+    def exact(self, t: Tensor, w: Tensor | None) -> tuple[Tensor, ...]:
+        return (t,)
+
     def predict(self, x: Tensor, t: Tensor, w: Tensor | None, *cond: Tensor) -> Tensor:
         hidden, mask = cond
         height, width = x.shape[-2:]

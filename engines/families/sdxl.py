@@ -44,10 +44,13 @@ class EncoderNet(TextNetwork):
 class DenoiserNet(sd.DenoiserNet):
     """As Stable Diffusion's, with the pooled embedding and the size beside the time."""
 
+    time_ids: Tensor
+
     def __init__(self, unet: Any, packing: Packing, size: tuple[int, int], inputs: Collection[str]) -> None:
         super().__init__(unet, packing, inputs)
         height, width = size
-        self.time_ids = [float(value) for value in (height, width, 0, 0, height, width)]
+        # A constant where the network is: made in a call, it would come from the host each time.
+        self.register_buffer("time_ids", torch.tensor([height, width, 0.0, 0.0, height, width]), persistent=False)
 
     def ask(self, x: Tensor, t: Tensor, extra: Tensor | None, cond: Tensor) -> Tensor:
         hidden, pooled = self.packing.unpack(cond)
@@ -56,7 +59,7 @@ class DenoiserNet(sd.DenoiserNet):
             NETWORK_TIME * t,
             encoder_hidden_states=hidden,
             timestep_cond=extra,
-            added_cond_kwargs={"text_embeds": pooled, "time_ids": x.new_tensor(self.time_ids).expand(x.shape[0], -1)},
+            added_cond_kwargs={"text_embeds": pooled, "time_ids": self.time_ids.expand(x.shape[0], -1)},
             return_dict=False,
         )[0]
         return pred

@@ -1,11 +1,14 @@
 """Code for a GPU whose calls are CUDA graphs: what eager answers, at each batch size and with other weights."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from engines.backends.base import Choice, Profile, load_backend
+from engines.backends.base import Choice, Profile, load_backend, tolerance
 from engines.graph import ComponentGraph
 from engines.loader import Loader, load_weights
+from engines.student import sample
 from tests import tiny_sd
 
 pytestmark = [
@@ -14,6 +17,7 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 PROFILE = Profile(batches=(1, 4), device="cuda")
+NARROW = replace(PROFILE, precision="bf16")
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +58,26 @@ def test_an_answer_is_the_callers_and_not_the_graph_s_own_memory(graph: Componen
     kept = first.clone()
     engine.run(**inputs(graph, 1, seed=2))
     assert torch.equal(first, kept)
+
+
+def test_bf16_is_near_and_what_it_is_given_may_be_in_the_host_s_memory(graph: ComponentGraph) -> None:
+    backend, eager = load_backend("torch_compile"), load_backend("eager")
+    engine = backend.load(backend.build(graph, NARROW), weights(graph))
+    given = {name: value.cpu() for name, value in inputs(graph, 4, seed=1).items()}
+    made = engine.run(**given)["pred"]
+    expected = eager.load(eager.build(graph, PROFILE), weights(graph)).run(**given)["pred"]
+    assert made.dtype == torch.float32
+    assert made.device.type == "cuda"
+    assert (made - expected).square().mean().sqrt() < 0.05 * expected.std()
+
+
+def test_a_student_on_the_gpu_makes_the_pictures_of_one_on_the_processor() -> None:
+    teacher = tiny_sd.teacher()
+    choice = Choice("eager", "fp32")
+    here, there = (
+        Loader(teacher.registry, choice, replace(PROFILE, device=device), teacher.graphs).load(teacher.manifest)
+        for device in ("cpu", "cuda")
+    )
+    steps = max(teacher.manifest.schedules)
+    expected, made = (sample(each, ["a red circle", "a small blue square"], [1, 2], steps) for each in (here, there))
+    assert tolerance("eager", "fp32").fault(made, expected) is None

@@ -3,16 +3,19 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from engines import plugins, shipped
 from engines.artefact import export_diffusers, import_diffusers
 from engines.errors import InvalidManifest, NotBuilt
 from engines.families._text import Packing
-from engines.graph import spec
+from engines.graph import GraphStore, spec
 from engines.loader import load_student, load_weights, reader
 from engines.manifest import ProcessSpec
 from engines.noise import noise
@@ -48,6 +51,42 @@ def test_pictures_are_those_of_diffusers_own_pipeline(name: str) -> None:
 
 def test_every_family_file_is_compared_here() -> None:
     assert {tiny_families.shipped(name).manifest.family for name in FAMILIES} == set(plugins.names("engines.families"))
+
+
+class OnTheHost(TorchDispatchMode):
+    """Operators whose results are in the host's memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = operator(*args, **(kwargs or {}))
+        if any(part.device.type == "cpu" for part in tree_leaves(made) if isinstance(part, torch.Tensor)):
+            self.found.add(str(operator))
+        return made
+
+
+# Their encoders and one denoiser read values of their inputs, which a device without memory has not.
+NEED_VALUES = {("pixart", "encoder"), ("qwen_image", "encoder"), ("wan", "encoder"), ("z_image", "encoder")} | {
+    ("z_image", "denoiser")
+}
+
+
+@pytest.mark.parametrize("role", ["encoder", "denoiser", "decoder"])
+@every_family
+def test_a_network_makes_nothing_on_the_host_which_no_cuda_graph_could_hold(name: str, role: str) -> None:
+    if (name, role) in NEED_VALUES:
+        pytest.skip("it reads values of its inputs")
+    own = tiny_families.shipped(name)
+    graph = GraphStore(None).graph(spec(own.manifest, role, reader(own.registry, own.manifest)))
+    elsewhere = {port: value.to("meta") for port, value in graph.example(2).items()}
+    network = graph.module().to("meta")
+    with torch.no_grad(), OnTheHost() as mode:
+        network(**elsewhere)
+    assert not mode.found
 
 
 @every_family
