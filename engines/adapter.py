@@ -5,6 +5,7 @@ Checked against: diffusers' `load_lora_weights` (tests).
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ _PREFIXES = ("base_model.model.", "unet.", "transformer.", "diffusion_model.", "
 _TEXT = ("text_encoder", "lora_te")
 _PEFT, _CONFIG = "adapter_model.safetensors", "adapter_config.json"  # what peft calls its two files
 _METADATA = "lora_adapter_metadata"  # where diffusers writes peft's config
+_AGAIN = "save the LoRA again from where it was trained"
+_TOLD = 40  # characters of a value
 _NOT_BUILT = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern")
 
 
@@ -67,7 +70,7 @@ def merged(weights: Mapping[str, Tensor], layers: Mapping[str, tuple[Tensor, Ten
     wrong = []
     for layer, (a, b) in layers.items():
         weight = weights[f"{layer}.weight"]
-        if len(a) != b.shape[1] or (len(b), a[0].numel()) != (len(weight), weight[0].numel()):
+        if (len(b), a[0].numel()) != (len(weight), weight[0].numel()):
             wrong.append(f"{layer} ({len(b)} x {a[0].numel()} instead of {len(weight)} x {weight[0].numel()})")
             continue
         update = b.flatten(1) @ a.flatten(1)
@@ -81,7 +84,7 @@ def read(file: Path, weights: Mapping[str, Tensor], scale: float = 1.0) -> Adapt
     """The LoRA of a safetensors file for a denoiser of these weights, `scale` times as strong.
 
     Raises:
-        InvalidManifest: it is no safetensors file.
+        InvalidManifest: it is no safetensors file, or has tensors that belong to no LoRA: which, and why.
         GraphMismatch: it has layers that the denoiser has not, or only one of the two matrices of a layer.
         NotBuilt: it changes the text encoder, or is more than a LoRA (DoRA, LoHa, LoKr, rank-stabilised).
     """
@@ -96,16 +99,19 @@ def read(file: Path, weights: Mapping[str, Tensor], scale: float = 1.0) -> Adapt
         )
     own = {name.removesuffix(".weight") for name in weights if name.endswith(".weight")}
     by_name = {name: name for name in own} | {name.replace(".", "_"): name for name in own}
-    parts: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, dict[str, str]] = {}  # layer -> A, B, alpha -> the tensor's name
     strange: list[str] = []
-    for name, value in tensors.items():
+    for name in tensors:
         found = _PART.fullmatch(name)
         layer = by_name.get(_layer(found)) if found else None
         if found is None or layer is None:
             strange.append(name)
             continue
         part = found["alpha"] or ("A" if (found["processor"] or found["peft"] or found["kohya"]) in _DOWN else "B")
-        parts.setdefault(layer, {})[part] = value.float()
+        if (other := parts.setdefault(layer, {}).setdefault(part, name)) != name:
+            raise InvalidManifest(
+                f"{other} and {name} of the LoRA are of one layer, {layer}: save the LoRA again by one kind of names"
+            )
     if strange:
         raise GraphMismatch(
             f"{_told(strange)} of the LoRA belong to no layer of the base: give the base that it was made for, or save "
@@ -113,13 +119,41 @@ def read(file: Path, weights: Mapping[str, Tensor], scale: float = 1.0) -> Adapt
         )
     if halves := sorted(layer for layer, part in parts.items() if not {"A", "B"} <= part.keys()):
         raise GraphMismatch(f"{_told(halves)} of the LoRA have one matrix of two: the file is not whole")
-    return Adapter({layer: _scaled(part, config, scale) for layer, part in sorted(parts.items())})
+    return Adapter({layer: _scaled(tensors, part, config, scale) for layer, part in sorted(parts.items())})
 
 
-def _scaled(part: Mapping[str, Tensor], config: Mapping[str, Any], scale: float) -> tuple[Tensor, Tensor]:
-    rank = len(part["A"])
-    alpha = part["alpha"].item() if "alpha" in part else config.get("lora_alpha", rank)
-    return part["A"], scale * alpha / rank * part["B"]
+def _scaled(
+    tensors: Mapping[str, Tensor], names: Mapping[str, str], config: Mapping[str, Any], scale: float
+) -> tuple[Tensor, Tensor]:
+    """
+    Raises:
+        InvalidManifest: they are no two matrices of one rank, or their alpha is no number.
+    """
+    for part in "AB":
+        if tensors[names[part]].dim() < 2 or not tensors[names[part]].numel():
+            shape = tuple(tensors[names[part]].shape)
+            raise InvalidManifest(f"{names[part]} of the LoRA has shape {shape} and should be a matrix: {_AGAIN}")
+    a, b = (tensors[names[part]].float() for part in "AB")
+    rank, other = len(a), b[0].numel()
+    if rank != other:
+        raise InvalidManifest(f"{names['A']} of the LoRA is of rank {rank} and {names['B']} of {other}: {_AGAIN}")
+    return a, scale * _alpha(tensors, names, config, rank) / rank * b
+
+
+def _alpha(tensors: Mapping[str, Tensor], names: Mapping[str, str], config: Mapping[str, Any], rank: int) -> float:
+    if "alpha" not in names:
+        name, alpha = "lora_alpha", config.get("lora_alpha", rank)
+    else:
+        name, stored = names["alpha"], tensors[names["alpha"]]
+        alpha = stored.item() if stored.numel() == 1 else stored.flatten()[:4].tolist()
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise InvalidManifest(f"{name} of the LoRA is {_short(alpha)} and should be one finite number: {_AGAIN}")
+    return alpha
+
+
+def _short(value: object) -> str:
+    told = repr(value)
+    return told if len(told) <= _TOLD else f"{told[:_TOLD]} …"
 
 
 def _layer(found: re.Match[str]) -> str:
