@@ -15,20 +15,27 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+class Aside(threading.Thread):
+    """A thread that may be in native code when the process is to end."""
+
+    def __init__(self, call: Callable[[], object], name: str) -> None:
+        super().__init__(target=call, name=name, daemon=True)
+
+
 def run(call: Callable[[], T], name: str, *, nice: int = 0) -> "Future[T]":
-    """Calls it in a daemon thread that is lowered by `nice` (0..19), which on Linux is the thread's own niceness."""
+    """Calls it in a thread that is lowered by `nice` (0..19), which on Linux is the thread's own niceness."""
     future: Future[T] = Future()
-    threading.Thread(target=_call, args=(call, future, nice), name=name, daemon=True).start()
+    Aside(lambda: _call(call, future, nice), name).start()
     return future
 
 
 def leave() -> None:
-    """Ends the process with exit code 0 if a thread still runs; to be called when all that matters is done.
+    """Ends the process with exit code 0 if such a thread still runs; to be called when all that matters is done.
 
     At Python's own end a thread that comes back from native code is torn down inside it, and C++ aborts over that. What
     the thread had built elsewhere dies with the process, and what it was writing into the engine cache is not whole.
     """
-    running = [thread.name for thread in threading.enumerate() if thread is not threading.current_thread()]
+    running = [thread.name for thread in threading.enumerate() if isinstance(thread, Aside)]
     if not running:
         return
     log.info("left unfinished", extra={"threads": running})
