@@ -8,11 +8,11 @@ foresaw ends `run` with its error: the process ends, its lease goes, and its cla
 import asyncio
 import contextlib
 import logging
-import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from itertools import count
 from typing import Any
 
+from engines.aside import Aside
 from engines.errors import DeadlineExceeded, FewstepError
 from server import leases
 from server.answers import Answers, Picture, collect, event
@@ -87,7 +87,7 @@ class Worker:
         Raises:
             Exception: whatever ended the engine thread or a task; the process should end with it.
         """
-        thread = threading.Thread(target=self.engine.run, name="engine", daemon=True)
+        thread = Aside(self.engine.run, "engine")
         with self._broker.keep_lease(self._lease):
             thread.start()
             tasks = [asyncio.create_task(work) for work in self._works()]
