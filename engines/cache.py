@@ -1,7 +1,7 @@
 """The engine cache: folders by key, built once by one process, never read half-written.
 
 Built under a file lock into a temporary folder, fsynced, renamed, and last a marker with the hash of every file.
-Readers hold a shared lock for as long as they live; eviction takes only what nobody reads. An entry without a
+Readers hold a shared lock for as long as they read; eviction takes only what nobody reads. An entry without a
 marker, or that differs from it, is deleted and built again: an interrupted build can never be loaded.
 Any number of processes may share a root; each holds it to its own `max_bytes` after it has built something.
 """
@@ -15,10 +15,14 @@ import shutil
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PosixPath
 
 _MARKER = "complete.json"
 _EVICTING = "evicting"  # no key: those are hashes
+
+
+class _Entry(PosixPath):
+    """A path that can be referred to weakly, as those of the library cannot."""
 
 
 class DiskCache:
@@ -31,22 +35,18 @@ class DiskCache:
         self.root = root
         self.max_bytes = max_bytes
         root.mkdir(parents=True, exist_ok=True)
-        self._reading: dict[str, int] = {}  # key -> file descriptor that holds the shared lock
-        weakref.finalize(self, _close_all, self._reading)
 
     def get(self, key: str, build: Callable[[Path], None]) -> Path:
         """The folder of `key`, made by `build(empty folder)` if there is no whole one. Read it only.
 
-        It stays while this object lives: `close` lets go of it.
+        It stays as long as this very object lives: keep it while you read, and not only a path made from it.
         """
-        folder = self.root / key
-        if key in self._reading:
-            return folder
+        folder = _Entry(self.root / key)
         with self._locked(key, fcntl.LOCK_EX):
             if missing := not _whole(folder):
                 self._build(key, build)
             os.utime(folder / _MARKER)
-            self._hold(key)
+            weakref.finalize(folder, os.close, self._reading(key))
         if missing and self.max_bytes is not None:
             self.evict(self.max_bytes)  # not under the lock: two builders would wait for each other
         return folder
@@ -68,9 +68,6 @@ class DiskCache:
                     gone.append(folder.name)
             return gone
 
-    def close(self) -> None:
-        _close_all(self._reading)
-
     def _build(self, key: str, build: Callable[[Path], None]) -> None:
         folder, scratch = self.root / key, self.root / f"{key}.tmp"
         for old in (scratch, folder):
@@ -83,10 +80,10 @@ class DiskCache:
         _sync_folder(folder)
         _sync_folder(self.root)
 
-    def _hold(self, key: str) -> None:
+    def _reading(self, key: str) -> int:
         lock = os.open(self.root / f"{key}.readers", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         fcntl.flock(lock, fcntl.LOCK_SH)
-        self._reading[key] = lock
+        return lock
 
     def _delete_if_free(self, folder: Path, key: str) -> bool:
         try:
@@ -96,7 +93,8 @@ class DiskCache:
             ):
                 fcntl.flock(readers, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 (folder / _MARKER).unlink(missing_ok=True)
-                shutil.rmtree(folder)
+                with contextlib.suppress(FileNotFoundError):  # since it was listed, its builder has moved or deleted it
+                    shutil.rmtree(folder)
                 return True
         except BlockingIOError:
             return False
@@ -109,12 +107,6 @@ class DiskCache:
 
     def _entries(self) -> list[Path]:
         return [path for path in self.root.iterdir() if path.is_dir() and not path.name.endswith(".tmp")]
-
-
-def _close_all(locks: dict[str, int]) -> None:
-    for lock in locks.values():
-        os.close(lock)
-    locks.clear()
 
 
 def _whole(folder: Path) -> bool:

@@ -124,7 +124,8 @@ class ComponentGraph:
         return self.spec.network()
 
     def onnx(self) -> bytes:
-        return (self.folder() / _GRAPH).read_bytes()
+        folder = self.folder()  # kept for as long as it is read
+        return (folder / _GRAPH).read_bytes()
 
     @property
     def graph_names(self) -> Mapping[str, str]:

@@ -91,9 +91,10 @@ class Loader:
     def compile(self, graph: ComponentGraph) -> Any:
         """The graph, compiled; the heavy part, once per graph."""
         with self._building:
-            if graph.key not in self._compiled:
-                self._compiled[graph.key] = self._backend.build(graph, profile_of(self.profile, graph))
-            return self._compiled[graph.key]
+            compiled = self._compiled.get(graph.key)
+            if compiled is None:
+                compiled = self._compiled[graph.key] = self._backend.build(graph, profile_of(self.profile, graph))
+            return compiled
 
     def load(self, manifest: StudentManifest) -> LoadedStudent:
         """A student with engines of its own or shared; give it back with `release`.
@@ -154,6 +155,13 @@ class Loader:
     def release(self, student: LoadedStudent) -> None:
         """Closes the engines that no other loaded student uses."""
         self._let_go(self._keys(student.manifest, self.graphs(student.manifest)).values())
+
+    def forget(self, graphs: Iterable[ComponentGraph]) -> None:
+        """Lets go of what was compiled of graphs that no loaded student uses, and so of its cache entries."""
+        with self._lock:
+            used = {key.graph for key in self._users}
+            for key in {graph.key for graph in graphs} - used:
+                self._compiled.pop(key, None)
 
     def _let_go(self, keys: Iterable[EngineKey]) -> None:
         given = list(keys)

@@ -114,14 +114,16 @@ class EngineSlot:
         """Students that are to be served; those that are loaded already have nothing left to do."""
         new = [version for version in dict.fromkeys(versions) if version not in self._loaded]
         fresh: dict[str, LoadedStudent] = {}
+        graphs: list[ComponentGraph] = []
 
         def undo() -> None:
             for version, student in fresh.items():
                 self._loaded.pop(version, None)
                 self.loader.release(student)
             fresh.clear()
+            self.loader.forget(graphs)
 
-        return Staging(tuple(new), self._pieces(new, fresh), undo)
+        return Staging(tuple(new), self._pieces(new, fresh, graphs), undo)
 
     def switch(self, versions: Iterable[str]) -> None:
         """From now on these are served; what was, drains.
@@ -154,7 +156,8 @@ class EngineSlot:
         self.serving, self.draining = self.serving - {version}, self.draining | {version}
 
     def retire(self, version: str) -> None:
-        """Closes the engines that only this version uses. Call it in the engine's thread, or when none runs.
+        """Closes the engines that only this version uses, and lets go of what they were made from. Call it in the
+        engine's thread, or when none runs.
 
         Raises:
             Conflict: it is being served.
@@ -165,16 +168,21 @@ class EngineSlot:
         self.draining -= {version}
         if student is not None:
             self.loader.release(student)
+            self.loader.forget(self.loader.graphs(student.manifest).values())
 
     def cost_key(self, student: LoadedStudent, role: str) -> CostKey:
         blob = student.manifest.components[role].weights
         return CostKey(STAGES.get(role, "denoise"), blob, () if role == "encoder" else student.latent_shape)
 
-    def _pieces(self, versions: list[str], fresh: dict[str, LoadedStudent]) -> Iterator[Piece]:
+    def _pieces(
+        self, versions: list[str], fresh: dict[str, LoadedStudent], graphs: list[ComponentGraph]
+    ) -> Iterator[Piece]:
+        """What is made on the way stands in `fresh` and `graphs`."""
         manifests: list[StudentManifest] = []
         yield Piece("staged", lambda: manifests.extend(self._checked(version) for version in versions), False)
         new = [(m, role, graph) for m in manifests for role, graph in self._new(m)]
-        for graph in {graph.key: graph for _, _, graph in new}.values():
+        graphs.extend({graph.key: graph for _, _, graph in new}.values())
+        for graph in graphs:
             yield Piece("building", partial(self.loader.compile, graph), False)
         for manifest in manifests:
             yield Piece("building", partial(self._load, manifest, fresh), False)

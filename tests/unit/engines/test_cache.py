@@ -1,4 +1,6 @@
 import multiprocessing
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +66,48 @@ def test_a_build_that_fails_leaves_nothing_to_load(tmp_path: Path) -> None:
 
 
 def test_eviction_takes_the_longest_unused_first_and_never_what_is_read(tmp_path: Path) -> None:
-    old, held = DiskCache(tmp_path), DiskCache(tmp_path)
-    held.get("held", build("x" * 100))
+    cache = DiskCache(tmp_path)
+    held = cache.get("held", build("x" * 100))
     for key in ("older", "newer"):
-        old.get(key, build("x" * 100))
-    old.close()
+        cache.get(key, build("x" * 100))
     assert DiskCache(tmp_path).evict(max_bytes=250) == ["older"]
     assert DiskCache(tmp_path).evict(max_bytes=0) == ["newer"]
-    held.close()
+    assert read(held) == "x" * 100
+    del held
     assert DiskCache(tmp_path).evict(max_bytes=0) == ["held"]
+
+
+def test_an_entry_that_several_read_stays_until_the_last_lets_it_go(tmp_path: Path) -> None:
+    cache, together = DiskCache(tmp_path), threading.Barrier(2)
+
+    def reads(_: int) -> Path:
+        together.wait(10)
+        return cache.get("k", build("x"))
+
+    with ThreadPoolExecutor(2) as threads:
+        held = list(threads.map(reads, range(2)))
+    held.pop()
+    assert cache.evict(max_bytes=0) == []
+    held.pop()
+    assert cache.evict(max_bytes=0) == ["k"]
+
+
+def test_eviction_and_builders_may_take_away_the_same_leftovers(tmp_path: Path) -> None:
+    """The builder begins at the end of the listing that eviction goes through, so that they meet."""
+    for i in range(50):
+        (tmp_path / f"{i}.tmp").mkdir()
+    keys = [path.stem for path in tmp_path.glob("*.tmp")]
+
+    def builds() -> None:
+        for key in reversed(keys):
+            DiskCache(tmp_path).get(key, build("x"))
+
+    with ThreadPoolExecutor(1) as thread:
+        building = thread.submit(builds)
+        DiskCache(tmp_path).evict(max_bytes=10**9)
+        building.result(30)
+    assert list(tmp_path.glob("*.tmp")) == []
+    assert len(list(tmp_path.glob("*/sub"))) == 50
 
 
 def _get(root: Path, counter: Path) -> None:

@@ -180,6 +180,28 @@ def test_a_retired_version_is_gone_and_what_it_shared_stays(
     assert slot.draining == frozenset()
 
 
+def test_what_was_compiled_goes_with_the_last_version_that_uses_it(
+    slot: EngineSlot, registry: FilesRegistry, teacher: str
+) -> None:
+    version = student(registry)
+    slot.stage([teacher, version]).run()
+    slot.retire(teacher)
+    assert list(phases(slot.stage([teacher]))).count("building") == 1  # weights alone
+    slot.retire(teacher)
+    slot.retire(version)
+    assert list(phases(slot.stage([teacher]))).count("building") == 4  # three graphs, then the weights
+
+
+def test_what_was_compiled_for_a_version_that_is_rejected_goes_with_it(
+    slot: EngineSlot, registry: FilesRegistry, teacher: str
+) -> None:
+    weights = load(registry.read_blob(registry.student(teacher).components["denoiser"].weights))
+    weights.pop("conv_in.bias")
+    with pytest.raises(GraphMismatch):
+        slot.stage([with_denoiser(registry, teacher, save(weights))]).run()
+    assert list(phases(slot.stage([teacher]))).count("building") == 4
+
+
 def test_what_is_served_cannot_be_retired_nor_what_is_not_ready_be_served(slot: EngineSlot, teacher: str) -> None:
     with pytest.raises(StudentNotFound):
         slot.switch([teacher])
