@@ -13,7 +13,7 @@ from tests.eventually import eventually
 from tests.faults.serving import published
 from tests.redis_server import RedisServer
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_a_worker_that_is_told_to_end_while_it_compiles_ends_well_and_at_once(
         env=os.environ | {f"WORKER_{name}": value for name, value in told.items()},
     )
     try:
-        eventually(compiles.exists, 240)
+        eventually(compiles.exists, 500)
         [elsewhere] = eventually(psutil.Process(worker.pid).children, 60)
         worker.terminate()
         assert worker.wait(20) == 0
