@@ -21,7 +21,7 @@ class CostKey:
 
 
 class CostModel:
-    """A moving mean per key and batch size. One writer at a time; readers may be other threads."""
+    """A moving mean per key and batch size. One thread observes a key at a time; others may read, inherit, forget."""
 
     def __init__(self) -> None:
         self._seconds: dict[CostKey, dict[int, float]] = {}
@@ -51,12 +51,14 @@ class CostModel:
         return full * known[largest] + (_between(known, rest) if rest else 0.0)
 
     def forget(self, blobs: Iterable[str]) -> None:
+        """Drops what is known of blobs that are no longer here."""
         gone = frozenset(blobs)
-        self._seconds = {key: sizes for key, sizes in self._seconds.items() if key.blob not in gone}
+        for key in [key for key in list(self._seconds) if key.blob in gone]:
+            self._seconds.pop(key, None)
 
     def snapshot(self) -> str:
         """JSON, for `restore` and for what a worker tells about itself."""
-        rows = [[key.stage, key.blob, key.shape, sorted(sizes.items())] for key, sizes in self._seconds.items()]
+        rows = [[key.stage, key.blob, key.shape, sorted(sizes.items())] for key, sizes in list(self._seconds.items())]
         return json.dumps(sorted(rows))
 
     @classmethod

@@ -148,7 +148,7 @@ class ComponentGraph:
 
 
 class GraphStore:
-    """Graphs by spec, kept on disk."""
+    """Graphs by spec, kept on disk; here until they are forgotten."""
 
     def __init__(self, cache: DiskCache | None, *, in_process: bool = True) -> None:
         self._cache = cache
@@ -162,6 +162,10 @@ class GraphStore:
             return self._cache.get(_sha([spec.key, _versions()]), lambda to: self._export(spec, to))
 
         return self._known.setdefault(spec.key, ComponentGraph(spec, folder, self._cache))
+
+    def forget(self, key: str) -> None:
+        """Lets go of a graph that nobody uses; on disk it stays until it is evicted."""
+        self._known.pop(key, None)
 
 
 def export(spec: ComponentSpec, folder: Path) -> None:

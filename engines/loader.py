@@ -1,12 +1,13 @@
 """Turns students of a registry into loaded students: graphs compiled once, engines shared by what they hold.
 
-Two students with the same encoder blob have one encoder engine. What is heavy (`compile`, `load`) needs no thread of
-its own here: the caller chooses one; engines themselves are only run by whoever was given the student.
+Two students with the same encoder blob have one encoder engine. A graph is compiled, and an engine open, for as long as
+somebody holds a version that needs it. What is heavy (`compile`, `fill`) needs no thread of its own here: the caller
+chooses one; engines themselves are only run by whoever was given the student.
 """
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,14 @@ from engines.student import LoadedStudent
 class EngineKey:
     graph: str
     weights: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """By component: its graph, and which engine holds its weights, whether or not that is there yet."""
+
+    graphs: Mapping[str, ComponentGraph]
+    keys: Mapping[str, EngineKey]
 
 
 def load_weights(registry: Registry, component: Component) -> dict[str, Tensor]:
@@ -64,8 +73,9 @@ class Loader:
         self._compiled: dict[str, Any] = {}
         self._engines: dict[EngineKey, Padded] = {}
         self._specialised: set[EngineKey] = set()
-        self._users: Counter[EngineKey] = Counter()
-        self._lock = threading.Lock()  # of the counts
+        self._held: dict[str, _Parts] = {}  # by version
+        self._holders: Counter[str] = Counter()
+        self._lock = threading.Lock()  # of who holds what
         self._building = threading.Lock()  # one graph and one engine at a time, whoever asks
 
     def check(self, manifest: StudentManifest) -> None:
@@ -77,9 +87,8 @@ class Loader:
         for sha in sorted(manifest.blobs):
             self.registry.read_blob(sha)
 
-    def graphs(self, manifest: StudentManifest) -> dict[str, ComponentGraph]:
-        read = reader(self.registry, manifest)
-        return {role: self._graphs.graph(spec(manifest, role, read)) for role in manifest.components}
+    def graphs(self, manifest: StudentManifest) -> Mapping[str, ComponentGraph]:
+        return self._parts(manifest).graphs
 
     def is_known(self, manifest: StudentManifest, role: str, graph: ComponentGraph) -> bool:
         """Whether this component needs no more than weights set, if that."""
@@ -96,35 +105,72 @@ class Loader:
                 compiled = self._compiled[graph.key] = self._backend.build(graph, profile_of(self.profile, graph))
             return compiled
 
-    def load(self, manifest: StudentManifest) -> LoadedStudent:
-        """A student with engines of its own or shared; give it back with `release`.
+    def hold(self, manifest: StudentManifest) -> None:
+        """What is compiled and loaded for this student, now or later, stays until `let_go`. Nothing is built by it."""
+        with self._lock:
+            self._held[manifest.version] = self._parts(manifest)
+            self._holders[manifest.version] += 1
+
+    def let_go(self, manifest: StudentManifest) -> frozenset[str]:
+        """Ends one `hold`. Closes and forgets what nobody holds any more; returns the blobs that are gone with it."""
+        version = manifest.version
+        with self._lock:
+            self._holders[version] -= 1
+            if self._holders[version] > 0:
+                return frozenset()
+            del self._holders[version]
+            gone = set(self._held.pop(version).keys.values())
+            held = {key for parts in self._held.values() for key in parts.keys.values()}
+            for key in gone - held:
+                self._specialised.discard(key)
+                if engine := self._engines.pop(key, None):
+                    engine.close()
+            for graph in {key.graph for key in gone} - {key.graph for key in held}:
+                self._compiled.pop(graph, None)
+                self._graphs.forget(graph)
+            return frozenset({key.weights for key in gone} - {key.weights for key in held})
+
+    def fill(self, manifest: StudentManifest) -> LoadedStudent:
+        """A student that is held, with engines of its own or shared.
 
         Raises:
             GraphMismatch: weights that do not belong to their graph.
         """
-        graphs = self.graphs(manifest)
-        keys = self._keys(manifest, graphs)
-        with self._lock:
-            self._users.update(keys.values())
+        parts = self._held[manifest.version]
+        for role, key in parts.keys.items():
+            self._ensure(key, parts.graphs[role], manifest.components[role])
+        return self._student(manifest, {role: self._engines[key] for role, key in parts.keys.items()})
+
+    def load(self, manifest: StudentManifest) -> LoadedStudent:
+        """Holds and fills a student; give it back with `release`. Raises as `fill` does."""
+        self.hold(manifest)
         try:
-            for role, key in keys.items():
-                self._ensure(key, graphs[role], manifest.components[role])
-            return self._student(manifest, {role: self._engines[key] for role, key in keys.items()})
+            return self.fill(manifest)
         except BaseException:
-            self._let_go(keys.values())
+            self.let_go(manifest)
             raise
+
+    def release(self, student: LoadedStudent) -> None:
+        """Lets go of a student that was loaded."""
+        self.let_go(student.manifest)
 
     def engine(self, manifest: StudentManifest, role: str) -> Padded:
         """The engine of one component of a student that is loaded."""
-        return self._engines[self._keys(manifest, self.graphs(manifest))[role]]
+        return self._engines[self._held[manifest.version].keys[role]]
+
+    def blobs(self, graph: ComponentGraph) -> frozenset[str]:
+        """The weights that students have for this graph who are held."""
+        with self._lock:
+            keys = {key for parts in self._held.values() for key in parts.keys.values()}
+        return frozenset(key.weights for key in keys if key.graph == graph.key)
 
     def unspecialised(self, manifest: StudentManifest) -> list[str]:
         """The components of a loaded student whose weights are set, though calls would be cheaper with constants."""
         if not self._backend.constants_pay:
             return []
-        graphs = self.graphs(manifest)
-        new = [role for role, key in self._keys(manifest, graphs).items() if key not in self._specialised]
-        return [role for role in new if profile_of(self.profile, graphs[role]).weights == "set"]
+        parts = self._held[manifest.version]
+        new = [role for role, key in parts.keys.items() if key not in self._specialised]
+        return [role for role in new if profile_of(self.profile, parts.graphs[role]).weights == "set"]
 
     def specialised(self, manifest: StudentManifest, role: str) -> Engine:
         """A component once more, its weights compiled in: the heavy part before `replace`. It is the caller's."""
@@ -134,12 +180,12 @@ class Loader:
 
     def beside(self, manifest: StudentManifest, engines: Mapping[str, Engine]) -> LoadedStudent:
         """A loaded student with these engines instead of its own ones, to try them; it is not to be released."""
-        own = {role: self._engines[key] for role, key in self._keys(manifest, self.graphs(manifest)).items()}
+        own = {role: self._engines[key] for role, key in self._held[manifest.version].keys.items()}
         return self._student(manifest, own | {role: Padded(one, self.profile.batches) for role, one in engines.items()})
 
     def replace(self, manifest: StudentManifest, role: str, engine: Engine) -> None:
         """From the next call on `engine` answers for all who use this component. Call it in the engine's thread."""
-        key = self._keys(manifest, self.graphs(manifest))[role]
+        key = self._held[manifest.version].keys[role]
         padded = self._engines[key]
         before, padded.engine = padded.engine, engine
         self._specialised.add(key)
@@ -152,29 +198,12 @@ class Loader:
                 weights = graph.select(load_weights(self.registry, component))
                 self._engines[key] = Padded(self._backend.load(compiled, weights), self.profile.batches)
 
-    def release(self, student: LoadedStudent) -> None:
-        """Closes the engines that no other loaded student uses."""
-        self._let_go(self._keys(student.manifest, self.graphs(student.manifest)).values())
-
-    def forget(self, graphs: Iterable[ComponentGraph]) -> None:
-        """Lets go of what was compiled of graphs that no loaded student uses, and so of its cache entries."""
-        with self._lock:
-            used = {key.graph for key in self._users}
-            for key in {graph.key for graph in graphs} - used:
-                self._compiled.pop(key, None)
-
-    def _let_go(self, keys: Iterable[EngineKey]) -> None:
-        given = list(keys)
-        with self._lock:
-            self._users.subtract(given)
-            for key in {key for key in given if self._users[key] <= 0}:
-                del self._users[key]
-                self._specialised.discard(key)
-                if engine := self._engines.pop(key, None):
-                    engine.close()
-
-    def _keys(self, manifest: StudentManifest, graphs: Mapping[str, ComponentGraph]) -> dict[str, EngineKey]:
-        return {role: EngineKey(graphs[role].key, part.weights) for role, part in manifest.components.items()}
+    def _parts(self, manifest: StudentManifest) -> _Parts:
+        if held := self._held.get(manifest.version):
+            return held
+        read = reader(self.registry, manifest)
+        graphs = {role: self._graphs.graph(spec(manifest, role, read)) for role in manifest.components}
+        return _Parts(graphs, {role: EngineKey(graphs[role].key, manifest.components[role].weights) for role in graphs})
 
     def _student(self, manifest: StudentManifest, engines: Mapping[str, Engine]) -> LoadedStudent:
         make = plugins.load("engines.families", manifest.family, "FAMILY")

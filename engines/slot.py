@@ -9,7 +9,7 @@ its calls cheaper.
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -113,17 +113,13 @@ class EngineSlot:
     def stage(self, versions: Iterable[str]) -> Staging:
         """Students that are to be served; those that are loaded already have nothing left to do."""
         new = [version for version in dict.fromkeys(versions) if version not in self._loaded]
-        fresh: dict[str, LoadedStudent] = {}
-        graphs: list[ComponentGraph] = []
+        held: list[StudentManifest] = []
 
         def undo() -> None:
-            for version, student in fresh.items():
-                self._loaded.pop(version, None)
-                self.loader.release(student)
-            fresh.clear()
-            self.loader.forget(graphs)
+            while held:
+                self._let_go(held.pop())
 
-        return Staging(tuple(new), self._pieces(new, fresh, graphs), undo)
+        return Staging(tuple(new), self._pieces(new, held), undo)
 
     def switch(self, versions: Iterable[str]) -> None:
         """From now on these are served; what was, drains.
@@ -155,9 +151,10 @@ class EngineSlot:
         self.family(version)
         self.serving, self.draining = self.serving - {version}, self.draining | {version}
 
-    def retire(self, version: str) -> None:
-        """Closes the engines that only this version uses, and lets go of what they were made from. Call it in the
-        engine's thread, or when none runs.
+    def retire(self, version: str) -> frozenset[str]:
+        """Closes the engines that only this version uses; returns the blobs that no engine holds now.
+
+        Call it in the engine's thread, or when none of them runs.
 
         Raises:
             Conflict: it is being served.
@@ -166,26 +163,21 @@ class EngineSlot:
             raise Conflict(f"{shown(version)} is being served: switch to another first")
         student = self._loaded.pop(version, None)
         self.draining -= {version}
-        if student is not None:
-            self.loader.release(student)
-            self.loader.forget(self.loader.graphs(student.manifest).values())
+        return frozenset() if student is None else self._let_go(student.manifest)
 
     def cost_key(self, student: LoadedStudent, role: str) -> CostKey:
         blob = student.manifest.components[role].weights
         return CostKey(STAGES.get(role, "denoise"), blob, () if role == "encoder" else student.latent_shape)
 
-    def _pieces(
-        self, versions: list[str], fresh: dict[str, LoadedStudent], graphs: list[ComponentGraph]
-    ) -> Iterator[Piece]:
-        """What is made on the way stands in `fresh` and `graphs`."""
-        manifests: list[StudentManifest] = []
-        yield Piece("staged", lambda: manifests.extend(self._checked(version) for version in versions), False)
-        new = [(m, role, graph) for m in manifests for role, graph in self._new(m)]
-        graphs.extend({graph.key: graph for _, _, graph in new}.values())
-        for graph in graphs:
+    def _pieces(self, versions: list[str], held: list[StudentManifest]) -> Iterator[Piece]:
+        """`held` is what has to be let go of, should this end early."""
+        fresh: dict[str, LoadedStudent] = {}
+        yield Piece("staged", partial(self._hold, versions, held), False)
+        new = [(m, role, graph) for m in held for role, graph in self._new(m)]
+        for graph in {graph.key: graph for _, _, graph in new}.values():
             yield Piece("building", partial(self.loader.compile, graph), False)
-        for manifest in manifests:
-            yield Piece("building", partial(self._load, manifest, fresh), False)
+        for manifest in held:
+            yield Piece("building", partial(self._fill, manifest, fresh), False)
         for manifest, role, graph in {self.cost_key(fresh[each[0].version], each[1]): each for each in new}.values():
             for size in self.loader.profile.batches:
                 yield Piece("warming", partial(self._warm, fresh[manifest.version], role, graph.example(size)), True)
@@ -193,7 +185,11 @@ class EngineSlot:
             self._inherit_costs(student)
         for student in list(fresh.values()):
             yield from self._verifying(student)
-        self._loaded.update(fresh)
+        while held:
+            manifest = held.pop()
+            student = fresh[manifest.version]
+            if self._loaded.setdefault(manifest.version, student) is not student:  # another staging came first
+                self._let_go(manifest)
 
     def _specialising(self, student: LoadedStudent, made: dict[str, Engine]) -> Iterator[Piece]:
         manifest = student.manifest
@@ -220,8 +216,19 @@ class EngineSlot:
         graphs = self.loader.graphs(manifest).items()
         return [(role, graph) for role, graph in graphs if not self.loader.is_known(manifest, role, graph)]
 
-    def _load(self, manifest: StudentManifest, fresh: dict[str, LoadedStudent]) -> None:
-        fresh[manifest.version] = self.loader.load(manifest)
+    def _hold(self, versions: Iterable[str], held: list[StudentManifest]) -> None:
+        for version in versions:
+            manifest = self._checked(version)
+            self.loader.hold(manifest)
+            held.append(manifest)
+
+    def _fill(self, manifest: StudentManifest, fresh: dict[str, LoadedStudent]) -> None:
+        fresh[manifest.version] = self.loader.fill(manifest)
+
+    def _let_go(self, manifest: StudentManifest) -> frozenset[str]:
+        gone = self.loader.let_go(manifest)
+        self.cost.forget(gone)
+        return gone
 
     def _checked(self, version: str) -> StudentManifest:
         manifest = self.loader.registry.student(version)
@@ -240,11 +247,10 @@ class EngineSlot:
 
     def _inherit_costs(self, student: LoadedStudent) -> None:
         """Other weights of a known graph cost what those cost that are here."""
-        graphs = self.loader.graphs(student.manifest)
-        for other in self._loaded.values():
-            for name, known in self.loader.graphs(other.manifest).items():
-                for role in (role for role, graph in graphs.items() if graph.key == known.key):
-                    self.cost.inherit(self.cost_key(student, role), self.cost_key(other, name))
+        for role, graph in self.loader.graphs(student.manifest).items():
+            own = self.cost_key(student, role)
+            for blob in sorted(self.loader.blobs(graph)):
+                self.cost.inherit(own, replace(own, blob=blob))
 
     def _verifying(self, student: LoadedStudent) -> Iterator[Piece]:
         golden = Golden.from_bytes(self.loader.registry.read_blob(student.manifest.golden or ""))

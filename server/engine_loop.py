@@ -100,6 +100,16 @@ class EngineLoop:
         self._inbox.put(lambda: self._background.append(_Background(work, future, time.monotonic())))
         return future
 
+    def forget(self, encoders: Iterable[str]) -> None:
+        """Drops the embeddings of encoders that are no longer here, at the next step boundary."""
+        gone = frozenset(encoders)
+
+        def forget() -> None:
+            for encoder in gone:
+                self._stages.cache.forget_encoder(encoder)
+
+        self._inbox.put(forget)
+
     def stop(self) -> None:
         """Ends the thread at the next step boundary, whatever waits."""
 

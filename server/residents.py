@@ -20,15 +20,17 @@ from server.engine_loop import EngineLoop
 
 log = logging.getLogger(__name__)
 OnPhase = Callable[[str], Awaitable[None]]
+OnGone = Callable[[str, frozenset[str]], None]
+"""A version, and the blobs that no engine of this worker holds any more."""
 _NICE = 10
 
 
 class Residents:
     """One event loop; stagings one after the other."""
 
-    def __init__(self, slot: EngineSlot, engine: EngineLoop, uses: Callable[[str], bool]) -> None:
-        """`uses` says whether a request on this worker still needs a version."""
-        self._slot, self._engine, self._uses = slot, engine, uses
+    def __init__(self, slot: EngineSlot, engine: EngineLoop, uses: Callable[[str], bool], gone: OnGone) -> None:
+        """`uses` says whether a request on this worker still needs a version; `gone` hears of each that is unloaded."""
+        self._slot, self._engine, self._uses, self._gone = slot, engine, uses, gone
         self._lock = asyncio.Lock()
         self._wanted = 0  # how many loads wait or run
         self._settled: set[str] = set()  # versions that are specialised, or cannot be
@@ -83,7 +85,7 @@ class Residents:
                 await asyncio.wrap_future(self._engine.background(_nothing))
                 if self._uses(version) or version in self._slot.serving:
                     return False
-                await asyncio.to_thread(self._slot.retire, version)
+                self._gone(version, await asyncio.to_thread(self._slot.retire, version))
                 self._settled.discard(version)
                 return True
         finally:

@@ -43,6 +43,11 @@ class Plans:
             self._made[key] = rule
         return self._made[key]
 
+    def forget(self, version: str) -> None:
+        """Drops the plans that a version that is no longer here has a part in."""
+        for key in [key for key in self._made if version in (key[0], key[3])]:
+            del self._made[key]
+
 
 @dataclass(frozen=True, slots=True)
 class _Evaluated:

@@ -19,7 +19,7 @@ from server.engine_loop import EngineLoop
 from server.follower import Follower
 from server.leases import StageCost, VersionCost, WorkerLease, write
 from server.metrics import Metrics
-from server.residents import Residents
+from server.residents import OnGone, Residents
 from server.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -71,14 +71,14 @@ class Students:
 
     # --- following -------------------------------------------------------------------------------
 
-    async def run(self, engine: EngineLoop, uses: Callable[[str], bool]) -> None:
-        """Follows every deployment that there is, or those of the settings, for ever."""
+    async def run(self, engine: EngineLoop, uses: Callable[[str], bool], gone: OnGone) -> None:
+        """Follows every deployment that there is, or those of the settings, for ever. For the rest see `Residents`."""
         listening = asyncio.create_task(self._listen())
         try:
             while True:
                 for name in await self._names():
                     if name not in self._followers:
-                        self._follow(name, engine, uses)
+                        self._follow(name, engine, uses, gone)
                 for task in (*self._tasks.values(), listening):
                     if task.done():
                         task.result()
@@ -92,8 +92,8 @@ class Students:
     async def _names(self) -> Sequence[str]:
         return self._settings.deployments or await asyncio.to_thread(self._registry.deployments)
 
-    def _follow(self, name: str, engine: EngineLoop, uses: Callable[[str], bool]) -> None:
-        residents = Residents(EngineSlot(self._loader, self.cost), engine, uses)
+    def _follow(self, name: str, engine: EngineLoop, uses: Callable[[str], bool], gone: OnGone) -> None:
+        residents = Residents(EngineSlot(self._loader, self.cost), engine, uses, gone)
         follower = Follower(
             name,
             broker=self._broker,

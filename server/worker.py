@@ -111,7 +111,7 @@ class Worker:
             self._intake.hear_cancels(),
             self._answers.send(self._sent),
             self._answers.emit(),
-            self._students.run(self.engine, self._uses),
+            self._students.run(self.engine, self._uses, self._gone),
         )
 
     async def _drain(self, tasks: "Sequence[asyncio.Task[None]]") -> None:
@@ -220,6 +220,10 @@ class Worker:
     def _uses(self, version: str) -> bool:
         """Whether a request here still needs the engines of a version."""
         return any(ticket.needs(version) for ticket in self._tickets.values())
+
+    def _gone(self, version: str, blobs: frozenset[str]) -> None:
+        self._plans.forget(version)
+        self.engine.forget(blobs)
 
     # --- answers ---------------------------------------------------------------------------------
 

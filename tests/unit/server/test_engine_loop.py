@@ -264,3 +264,18 @@ def test_the_time_of_each_stage_is_in_the_ticket(bench: Bench) -> None:
         eventually(lambda: bench.sink.pictures)
     assert min(ticket.encode_s, ticket.denoise_s, ticket.decode_s) > 0
     assert ticket.begun_s == 0.0
+
+
+def test_what_is_cached_of_an_encoder_goes_with_it(bench: Bench) -> None:
+    student = toy.student()
+    cache = bench.loop._stages.cache
+    with bench.running():
+        bench.loop.submit([bench.ticket(student, "r1")])
+        eventually(lambda: len(bench.sink.pictures) == 1)
+        assert len(cache) == 1
+        bench.loop.forget([toy.sha("another")])
+        bench.loop.background(lambda: None).result(5)
+        assert len(cache) == 1
+        bench.loop.forget([student.manifest.components["encoder"].weights])
+        bench.loop.background(lambda: None).result(5)
+    assert len(cache) == 0

@@ -10,7 +10,7 @@ import pytest
 
 from engines.errors import GoldenMismatch
 from engines.slot import Piece, Staging
-from server.residents import Residents
+from server.residents import OnGone, Residents
 from tests.eventually import aeventually
 
 V1, V2 = "toy@" + "1" * 64, "toy@" + "2" * 64
@@ -47,8 +47,9 @@ class Slot:
 
     serving: frozenset[str] = frozenset()
 
-    def retire(self, version: str) -> None:
+    def retire(self, version: str) -> frozenset[str]:
         self.versions.remove(version)
+        return frozenset({f"blob of {version}"})
 
     def specialise(self, version: str) -> Staging:
         self.staged.append(Staging((version,), self._pieces(), _none))
@@ -59,8 +60,8 @@ class Slot:
         yield Piece("verifying", _none, True)
 
 
-def residents(slot: Slot) -> Residents:
-    return Residents(slot, Engine(), lambda version: False)  # type: ignore[arg-type]
+def residents(slot: Slot, gone: OnGone = lambda version, blobs: None) -> Residents:
+    return Residents(slot, Engine(), lambda version: False, gone)  # type: ignore[arg-type]
 
 
 async def test_a_version_is_specialised_once() -> None:
@@ -167,6 +168,13 @@ async def test_what_cannot_be_specialised_is_said_once_and_serves_on(
     assert [one.phase for one in slot.staged] == ["rejected"]
     assert [record.message for record in caplog.records] == ["serves with weights set"]
     assert made.held == {V1}
+
+
+async def test_what_is_unloaded_is_told_with_the_blobs_that_went_with_it() -> None:
+    told: list[tuple[str, frozenset[str]]] = []
+    made = residents(Slot(_none), lambda version, blobs: told.append((version, blobs)))
+    assert await made.unload(V1)
+    assert told == [(V1, frozenset({f"blob of {V1}"}))]
 
 
 async def test_a_version_that_is_not_here_is_left_alone() -> None:

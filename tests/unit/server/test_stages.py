@@ -205,3 +205,12 @@ def test_a_negative_prompt_is_what_the_teacher_s_first_step_is_guided_away_from(
     expected = sample(student, ["a red circle"], [7], 4, teacher=teacher, negative=["two squares"])
     assert torch.equal(run(stages, rows)["r0"], expected[0])
     assert not torch.equal(expected, sample(student, ["a red circle"], [7], 4, teacher=teacher))
+
+
+def test_plans_are_shared_until_a_version_that_has_a_part_in_them_is_gone() -> None:
+    plans, student, other = Plans(), toy.student(), toy.student(name="other")
+    made, theirs = plans.solver(student, 4, None), plans.solver(other, 4, None)
+    assert plans.solver(student, 4, None) is made
+    plans.forget(student.version)
+    assert plans.solver(student, 4, None) is not made
+    assert plans.solver(other, 4, None) is theirs
