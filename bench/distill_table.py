@@ -37,6 +37,10 @@ places with another, and the 95 % intervals in `bench/distill.json` overlap.
 Seconds are of one thread beside other work; evaluations compare better.
 """
 
+_FINAL = """The best of the screening with three times its budget and several seeds: medians, and from the least to the
+largest. Seconds are of one thread beside other work.
+"""
+
 
 def score(made: Made) -> float:
     """The geometric mean of the ratios over step counts; infinite for a failure."""
@@ -104,6 +108,35 @@ def table(made: Sequence[Made], teacher: Made) -> str:
     return _markdown(head, [_row("", teacher, teacher), *rows])
 
 
+def finals(made: Sequence[Made], teacher: Made) -> str:
+    """Markdown: of each method the median of its seeds, and the least and the largest."""
+    groups = sorted(_by_preset(made).values(), key=lambda runs: statistics.median(map(score, runs)))
+    head = ("", "method", "seeds", "fd 1", "fd 2", "fd 4", "alignment", "diversity", "grain", "evaluations", "s", "MB")
+    teachers = _row("", teacher, teacher)
+    rows = [[*teachers[:2], "", *teachers[3:]]]
+    for place, runs in enumerate(groups, 1):
+        done = [one for one in runs if one.get("figures")]
+        records = [_record(done, steps) for steps in COUNTS if done and steps in done[0]["figures"]]
+        if records:
+            ratios = [_span(done, steps) for steps in COUNTS]
+            means = [_over(records, figure) for figure in ("alignment_ratio", "diversity_ratio", "grain_ratio")]
+            cost = [f"{records[0]['evaluations']:,}", f"{records[0]['seconds']:.0f}", str(records[0]["rss_mb"])]
+            seeds = str(len(done)) if len(done) == len(runs) else f"{len(done)} of {len(runs)}"
+            rows.append([str(place), f"`{done[0]['preset']}`", seeds, *ratios, *means, *cost])
+    return _markdown(head, rows)
+
+
+def _span(done: Sequence[Made], steps: str) -> str:
+    ratios = [one["figures"][steps]["fd_ratio"] for one in done if steps in one["figures"]]
+    if not ratios:
+        return "–"
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})"
+
+
+def _over(records: Sequence[Mapping[str, Any]], figure: str) -> str:
+    return f"{statistics.mean(record[figure] for record in records):.2f}"
+
+
 def recommendations(made: Sequence[Made], teacher: Made) -> str:
     """Markdown: the best method of each situation, by the figure that this situation asks for."""
     known = _schemas.schemas()
@@ -143,7 +176,7 @@ def readme(tasks: Mapping[str, Mapping[str, Any]]) -> str:
         parts += [f"\n## {name}: screening\n", f"![Every method of the table below](../../docs/img/{_image(name)})\n"]
         parts += [table(task["screening"], task["teacher"])]
         if task["final"]:
-            parts += [f"\n## {name}: final, the best with several seeds\n", table(task["final"], task["teacher"])]
+            parts += [f"\n## {name}: final\n", _FINAL, finals(task["final"], task["teacher"])]
         marked = [one for one in ranked(task["screening"]) if one.get("figures") and experimental(one, task["teacher"])]
         if marked:
             parts += [f"\n## {name}: experimental\n", *(f"- `{one['preset']}`: {_why(name, one)}" for one in marked)]

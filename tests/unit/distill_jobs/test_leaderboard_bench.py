@@ -93,6 +93,16 @@ def test_the_page_names_failures_and_recommends_the_best_of_each_situation() -> 
     assert "`sid` *experimental*" in page
 
 
+def test_finals_are_one_line_a_method_of_medians_and_extremes_and_name_seeds_that_failed() -> None:
+    runs = [made("kd", {"1": ratio, "4": 1.0}, seed) for seed, ratio in enumerate((1.3, 1.1, 1.6))]
+    failed = {"preset": "lsd", "seed": 2, "failed": "diverged"}
+    better = [*(made("lsd", {"1": 1.0, "4": 0.9}, seed) for seed in (0, 1)), failed]
+    page = table.readme({"shapes": {"teacher": TEACHER, "screening": [GOOD], "final": [*runs, *better]}})
+    final = page.partition("## shapes: final")[2]
+    assert "| 1 | `lsd` | 2 of 3 | 1.00 (1.00 – 1.00) | – | 0.90 (0.90 – 0.90) |" in final
+    assert "| 2 | `kd` | 3 | 1.30 (1.10 – 1.60) | – | 1.00 (1.00 – 1.00) |" in final
+
+
 def test_a_mark_is_explained_by_what_was_seen_on_its_own_task_and_a_new_task_has_no_reasons_yet() -> None:
     marked = made("ladd", {"1": 6.0, "2": 2.0, "4": 2.0})
     tasks = {name: {"teacher": TEACHER, "screening": [marked], "final": []} for name in ("shapes", "digits", "new")}
