@@ -123,6 +123,16 @@ class Part:
             assert_close(made, expected, self.choice)
             assert not torch.equal(expected, base) or name.endswith(NO_EFFECT), f"{name} changes nothing"
 
+    def tells_weights_apart(self) -> None:
+        """The same in few runs. Any two weights are, in some run, one changed and one not: what is set under another's
+        name, or not at all, leaves the output elsewhere."""
+        names = sorted(self.weights)
+        for bit in range(len(names).bit_length()):
+            for side in (0, 1):
+                changed = {n: perturbed(self.weights[n], n, 0.05) for i, n in enumerate(names) if i >> bit & 1 == side}
+                given = self.weights | changed
+                assert_close(self.run(given), self.expected(given), self.choice)
+
 
 _PERTURBED: dict[str, dict[str, Tensor]] = {}
 _BUILT: dict[tuple[Choice, str], Built] = {}
@@ -140,9 +150,9 @@ def output(engine: Engine, inputs: dict[str, Tensor]) -> Tensor:
     return out
 
 
-def perturbed(weight: Tensor, name: str) -> Tensor:
+def perturbed(weight: Tensor, name: str, by: float = 0.3) -> Tensor:
     generator = torch.Generator().manual_seed(sum(name.encode()))
-    return weight + 0.3 * torch.randn(weight.shape, generator=generator)
+    return weight + by * torch.randn(weight.shape, generator=generator)
 
 
 def _inputs(graph: ComponentGraph) -> dict[str, Tensor]:
@@ -150,9 +160,19 @@ def _inputs(graph: ComponentGraph) -> dict[str, Tensor]:
     found = {}
     for name, zero in graph.example(3).items():
         if name == "mask":
-            found[name] = (torch.arange(zero.shape[1]) < 0.75 * zero.shape[1]).to(zero.dtype).repeat(3, 1)
+            found[name] = _mask(zero.shape[1]).to(zero.dtype).repeat(3, 1)
         elif name == "ids":
             found[name] = torch.randint(3, 20, zero.shape, generator=generator)
         else:
             found[name] = torch.randn(zero.shape, generator=generator)
+    packing = getattr(graph.module(), "packing", None)
+    if packing is not None and "cond" in found:
+        hidden, *extras = packing.unpack(found["cond"])
+        masked = [_mask(packing.tokens).repeat(3, 1) if one.shape[1] == packing.tokens else one for one in extras]
+        found["cond"] = packing.pack(hidden, *masked)
     return found | ({"t": torch.tensor([0.701, 0.3, 0.999])} if "t" in found else {})
+
+
+def _mask(tokens: int) -> Tensor:
+    """Of prompts that fill three quarters."""
+    return (torch.arange(tokens) < 0.75 * tokens).float()

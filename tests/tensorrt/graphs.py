@@ -1,7 +1,7 @@
 """Every graph of every family, at most once: what the real library builds plans of in these tests."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +13,7 @@ from engines.cache import DiskCache
 from engines.graph import ComponentGraph, GraphStore, spec
 from engines.loader import load_weights, reader
 from tests import tiny_families
+from tests.exported import graphs
 
 ROLES = ("encoder", "denoiser", "decoder")
 NO_GRAPH = {
@@ -32,8 +33,7 @@ def each(graphs: Iterable[tuple[str, str]]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("name", "role"), params)
 
 
-_TEMPORARY = TemporaryDirectory(prefix="fewstep-tensorrt-")
-FOLDER = Path(_TEMPORARY.name)
+_FOLDER = TemporaryDirectory(prefix="fewstep-tensorrt-")
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,17 @@ class Case:
 
 @cache
 def case(name: str, role: str) -> Case:
-    """A graph and its weights, with a cache of this process for what is exported and built."""
+    """A graph and its weights. Its export is shared by all test processes, what is built of it is this one's own."""
     own = tiny_families.shipped(name)
-    graph = store().graph(spec(own.manifest, role, reader(own.registry, own.manifest)))
-    return Case(graph, graph.select(load_weights(own.registry, own.manifest.components[role])))
+    graph = graphs().graph(spec(own.manifest, role, reader(own.registry, own.manifest)))
+    return Case(replace(graph, cache=_built()), graph.select(load_weights(own.registry, own.manifest.components[role])))
+
+
+@cache
+def _built() -> DiskCache:
+    return DiskCache(Path(_FOLDER.name))
 
 
 @cache
 def store() -> GraphStore:
-    return GraphStore(DiskCache(FOLDER))
+    return GraphStore(_built())
