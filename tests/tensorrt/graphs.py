@@ -33,7 +33,8 @@ def each(graphs: Iterable[tuple[str, str]]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("name", "role"), params)
 
 
-_FOLDER = TemporaryDirectory(prefix="fewstep-tensorrt-")
+_TEMPORARY = TemporaryDirectory(prefix="fewstep-tensorrt-")
+FOLDER = Path(_TEMPORARY.name)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def case(name: str, role: str) -> Case:
 
 @cache
 def _built() -> DiskCache:
-    return DiskCache(Path(_FOLDER.name))
+    return DiskCache(FOLDER)
 
 
 @cache
