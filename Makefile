@@ -8,7 +8,7 @@ TORCH_PIP_ARGS ?=
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev system-packages demo test test-unit test-faults test-tensorrt test-gpu check fmt bench bench-serve bench-swap bench-student bench-distill bench-searches bench-growth bench-policies bench-peers bench-tensorrt bench-gpu teacher dashboards clean
+.PHONY: help install install-dev system-packages demo test test-unit test-faults test-tensorrt test-gpu check fmt bench bench-serve bench-swap bench-soak bench-student bench-distill bench-searches bench-growth bench-policies bench-peers bench-tensorrt bench-gpu teacher dashboards clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -69,6 +69,9 @@ bench-serve: install-dev  ## overhead and throughput against the bare engine loo
 
 bench-swap: install-dev  ## 20 hot swaps under load against equal windows without
 	$(BIN)/python -m bench.swap
+
+bench-soak: install-dev  ## 24,000 requests in 20 minutes with cancels, nonsense, swaps and kills; ARGS=--quick a minute
+	$(BIN)/python -m bench.soak $(ARGS)
 
 bench-student: install-dev  ## three students of 20 minutes each, judged at N = 10,000
 	$(BIN)/python -m bench.student
