@@ -1,6 +1,7 @@
 """`fewstep deployments|promote|rollback`: what serves, and changing it."""
 
 import time
+from datetime import datetime
 from typing import Annotated, Any
 
 import typer
@@ -71,4 +72,10 @@ def _wait(client: Client, deployment: str, swap: dict[str, Any]) -> None:
             f"{swap['swap_id']} is {state['state']}: {state.get('reason')}; what served before still serves"
         )
     phases = " · ".join(f"{name} {seconds:.2f} s" for name, seconds in (state.get("phases") or {}).items())
-    out.print(f"live as revision {state['revision']} · {phases}", highlight=False)
+    out.print(f"live as revision {state['revision']} after {_took_s(state):.2f} s · {phases}", highlight=False)
+
+
+def _took_s(swap: dict[str, Any]) -> float:
+    """From the promotion on, by the clocks of who took it and of who ended it."""
+    begun, ended = (datetime.fromisoformat(swap[name]) for name in ("created_at", "ended_at"))
+    return (ended - begun).total_seconds()
