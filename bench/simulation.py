@@ -15,9 +15,9 @@ from bench.fleet import Asked, Ending, Fleet, Policy, SimRow, Told
 from engines.errors import Overloaded
 from server.admission import Limits, Load, admit
 from server.batcher import Batcher, LaneKey, Stage
-from server.fair_queue import Source, Waiting, in_turn, take
+from server.fair_queue import Source, Waiting, in_turn, passed_s, take
 from server.intake import Room, room
-from server.messages import CLASSES
+from server.messages import CLASSES, RequestClass
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +43,7 @@ class Simulation:
         self.calls, self.wasted_s = 0, 0.0
         self._queues = {each: policy.queue() for each in CLASSES}
         self._waiting = 0  # requests in the queues
-        self._cost_s = dict.fromkeys(CLASSES, 0.0)  # predicted, of what is unfinished
+        self._owed_s: dict[RequestClass, dict[str, float]] = {each: {} for each in CLASSES}  # predicted, by owner
         self._workers = [Worker(i, policy.batcher(fleet.sizes, fleet.call_s)) for i in range(fleet.workers)]
         self._idle = dict.fromkeys(self._workers)
         self._open = dict.fromkeys(self._workers)  # those with room for every class, longest waiting first
@@ -75,7 +75,7 @@ class Simulation:
         if not self._admitted(told):
             told.ending, told.ended_s = "shed", self.now_s
             return
-        self._cost_s[asked.request_class] += told.queued_s
+        self._owe(asked, told.queued_s)
         waiting = Waiting(told, asked.owner, asked.n, self.now_s, self.policy.slack(told, 0), told.queued_s)
         self._queues[asked.request_class].add(waiting)
         self._waiting += 1
@@ -89,12 +89,18 @@ class Simulation:
         if fleet.max_wait_s is None:
             return True
         ahead = CLASSES[: CLASSES.index(asked.request_class) + 1]
-        load = Load(fleet.workers, sum(self._cost_s[each] for each in ahead), fleet.alone_s(asked))
+        owed_s = sum(sum(self._owed_s[each].values()) for each in ahead)
+        owed_s -= passed_s(self._owed_s[asked.request_class], asked.owner, fleet.queued_s(asked))
+        load = Load(fleet.workers, owed_s / fleet.workers, fleet.alone_s(asked))
         try:
             admit(load, Limits(fleet.max_wait_s, worker_grace_s=0.0), budget_s=asked.budget_s)
         except Overloaded:
             return False
         return True
+
+    def _owe(self, asked: Asked, cost_s: float) -> None:
+        owed = self._owed_s[asked.request_class]
+        owed[asked.owner] = owed.get(asked.owner, 0.0) + cost_s
 
     def _due_s(self, told: Told, step: int) -> float:
         """As the worker has it: counted from the claim."""
@@ -113,7 +119,7 @@ class Simulation:
 
     def _end(self, told: Told, ending: Ending) -> None:
         told.ending, told.ended_s = ending, self.now_s
-        self._cost_s[told.asked.request_class] -= told.queued_s
+        self._owe(told.asked, -told.queued_s)
         if told.worker is not None:
             worker = self._workers[told.worker]
             worker.batcher.remove([told.id])

@@ -17,6 +17,7 @@ from engines.registry.base import Registry, Revision, TierTarget
 from server import leases, router
 from server.admission import Loading
 from server.brokers.base import Broker, QueueState
+from server.fair_queue import passed_s
 from server.leases import WorkerLease
 from server.menu import Choice, Wanted
 from server.messages import CLASSES, RequestClass
@@ -48,6 +49,7 @@ class View:
     choices: dict[Wanted, tuple[Choice, ...]] = field(default_factory=dict)
     evaluations: dict[tuple[str, int, float | None, str | None], int] = field(default_factory=dict)
     published_s: dict[tuple[str, str], float] = field(default_factory=dict)  # by us since this look
+    published_by_s: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)  # the same by owner
 
 
 class Catalog:
@@ -164,9 +166,18 @@ class Catalog:
         """How long a full batch of such rows takes to its end, on the slowest worker."""
         return max((leases.lump_s(lease, version, steps) for lease in self.view.workers.values()), default=0.0)
 
-    def wait_s(self, deployment: str, request_class: RequestClass) -> float:
-        """When an engine is free for a request of this class: its workers share what is queued."""
-        return self.waiting_s(deployment, request_class) / max(1, self.num_workers(deployment))
+    def wait_s(
+        self, deployment: str, request_class: RequestClass, owner: str | None = None, cost_s: float = 0.0
+    ) -> float:
+        """When an engine is free for a request of this class: its workers share what is queued.
+
+        For a request of `owner` that costs `cost_s`: keys take turns, so each other key gets at most as much before it
+        as its own has, and a flood of one key is a wait for that key alone.
+        """
+        waiting_s = self.waiting_s(deployment, request_class)
+        if owner is not None:
+            waiting_s -= self._passed_s(deployment, request_class, owner, cost_s)
+        return waiting_s / max(1, self.num_workers(deployment))
 
     def waiting_s(self, deployment: str, request_class: RequestClass) -> float:
         """Engine time of what is queued in this class and those above it."""
@@ -176,10 +187,20 @@ class Catalog:
         queued = sum(queue.cost_s.get(name, 0.0) for name in ahead) if queue else 0.0
         return queued + sum(view.published_s.get((deployment, name), 0.0) for name in ahead)
 
-    def published(self, deployment: str, request_class: RequestClass, cost_s: float) -> None:
+    def _passed_s(self, deployment: str, request_class: RequestClass, owner: str, cost_s: float) -> float:
+        """What waits in this class and yet comes after a new request of `owner`."""
+        queue, key = self.view.queues.get(deployment), (deployment, request_class)
+        owed = dict(queue.owed_s.get(request_class, {})) if queue else {}
+        for name, more_s in self.view.published_by_s.get(key, {}).items():
+            owed[name] = owed.get(name, 0.0) + more_s
+        return passed_s(owed, owner, cost_s)
+
+    def published(self, deployment: str, request_class: RequestClass, cost_s: float, owner: str) -> None:
         """Counts a request of ours until the next look counts it."""
         published, key = self.view.published_s, (deployment, request_class)
         published[key] = published.get(key, 0.0) + cost_s
+        by_owner = self.view.published_by_s.setdefault(key, {})
+        by_owner[owner] = by_owner.get(owner, 0.0) + cost_s
 
     # --- looking ---------------------------------------------------------------------------------
 

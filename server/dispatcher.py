@@ -41,8 +41,9 @@ class Dispatcher:
         self._degraders: dict[tuple[str, RequestClass], Degrader] = {}
         self._waits: dict[tuple[str, RequestClass], Waits] = {}
 
-    def decide(self, intent: Intent, budget_s: float) -> Decision:
-        """
+    def decide(self, intent: Intent, budget_s: float, owner: str) -> Decision:
+        """`owner` is the name of the API key that asks: its own requests are what it waits behind.
+
         Raises:
             InvalidRequest and below: it cannot be served as asked.
             Overloaded, Unavailable: not now.
@@ -50,8 +51,8 @@ class Dispatcher:
         if not intent.wanted.model:
             intent = replace(intent, wanted=replace(intent.wanted, model=self._catalog.default_model()))
         try:
-            ladder = self._catalog.choices(intent.wanted, partial(self._expect, intent))
-            return self._admit(intent, self._rungs(intent, ladder), budget_s)
+            ladder = self._catalog.choices(intent.wanted, partial(self._expect, intent, owner))
+            return self._admit(intent, self._rungs(intent, ladder), budget_s, owner)
         except (Overloaded, Unavailable) as error:
             self._metrics.shed.labels(error.code).inc()
             raise
@@ -84,7 +85,7 @@ class Dispatcher:
         self._metrics.degraded.labels(deployment, request_class).set(rung)
         return rung
 
-    def _admit(self, intent: Intent, rungs: Sequence[Choice], budget_s: float) -> Decision:
+    def _admit(self, intent: Intent, rungs: Sequence[Choice], budget_s: float, owner: str) -> Decision:
         """The first of these choices that may join: a cheaper one leaves more of its time for waiting.
 
         Raises:
@@ -93,7 +94,7 @@ class Dispatcher:
         key, now_s = (rungs[0].deployment, class_of(intent.priority)), self._clock_s()
         waits = self._waits.setdefault(key, Waits())
         for choice in rungs:
-            decision, load = self._weighed(intent, choice, waits)
+            decision, load = self._weighed(intent, choice, waits, owner)
             try:
                 admission.admit(load, self._limits, budget_s=budget_s)
             except Overloaded as error:
@@ -105,15 +106,16 @@ class Dispatcher:
         waits.lump_s = max(waits.lump_s, self._catalog.lump_s(decision.choice.version, decision.choice.steps))
         return decision
 
-    def _weighed(self, intent: Intent, choice: Choice, waits: Waits) -> tuple[Decision, admission.Load]:
+    def _weighed(self, intent: Intent, choice: Choice, waits: Waits, owner: str) -> tuple[Decision, admission.Load]:
         """What a choice would cost, and what stands before it."""
         request_class = class_of(intent.priority)
         catalog, target = self._catalog, TierTarget(student=choice.version, steps=choice.steps)
         rows = catalog.evaluations(choice.deployment, target, intent.wanted.guidance, choice.teacher)
         costs = catalog.costs(choice.version)
+        cost_s = intent.n * leases.queued_s(costs, rows)
         load = admission.Load(
             num_workers=catalog.num_workers(choice.deployment),
-            wait_s=catalog.wait_s(choice.deployment, request_class),
+            wait_s=catalog.wait_s(choice.deployment, request_class, owner, cost_s),
             service_s=leases.alone_s(costs, rows) or 0.0,
             worker_seen_s_ago=catalog.worker_seen_s_ago(choice.deployment),
             loading=catalog.loading(choice.deployment),
@@ -123,9 +125,9 @@ class Dispatcher:
         )
         size = choice.width, choice.height
         work = Work(choice.deployment, choice.version, rows, size) if intent.n == 1 else None
-        return Decision(choice, request_class, intent.n * leases.queued_s(costs, rows), load.wait_s, work), load
+        return Decision(choice, request_class, cost_s, load.wait_s, work), load
 
-    def _expect(self, intent: Intent, deployment: str, target: TierTarget) -> Expected | None:
+    def _expect(self, intent: Intent, owner: str, deployment: str, target: TierTarget) -> Expected | None:
         """By what such requests took of late at a load like this; by costs and predicted wait where too few did."""
         catalog, wanted = self._catalog, intent.wanted
         manifests = catalog.deployment(deployment).manifests
@@ -135,8 +137,9 @@ class Dispatcher:
         alone_s = leases.alone_s(costs, rows)
         if alone_s is None:
             return None
-        more_s = (intent.n - 1) * leases.queued_s(costs, rows)
-        wait_s = catalog.wait_s(deployment, class_of(intent.priority))
+        row_s = leases.queued_s(costs, rows)
+        more_s = (intent.n - 1) * row_s
+        wait_s = catalog.wait_s(deployment, class_of(intent.priority), owner, intent.n * row_s)
         size = wanted.size or manifests[target.student].resolutions[0]
         p95_ms = self._latencies.p95_ms(Work(deployment, target.student, rows, size), wait_s)
         now_ms = 1000 * (wait_s + alone_s) if p95_ms is None else p95_ms

@@ -4,13 +4,13 @@ A key that floods so waits behind its own requests and not others behind it. Key
 `pass`: the engine seconds that a key was handed out, counted from where the least served stood when it came. That is
 start-time fair queueing at equal weights: of two keys that both wait, neither is handed out more than the other by
 more than the dearest request of each, and, in places kept for what is due soon, a second of engine time. Which of its
-requests a key is served is left to the due time. Nobody is refused here: admission knows classes and no keys.
+requests a key is served is left to the due time. Nobody is refused here: admission predicts waits by this order.
 
 `order.lua` keeps the same order on Redis; a test holds the two together.
 """
 
 from bisect import insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import nsmallest
 from typing import Generic, TypeVar
@@ -18,6 +18,7 @@ from typing import Generic, TypeVar
 from server.messages import CLASSES, RequestClass
 
 K = TypeVar("K")
+
 LEAST_COST_S = 0.001
 """What a row counts for at least, so that keys take turns where nothing was measured."""
 LEAD_S = 1.0
@@ -26,6 +27,15 @@ LOOKED_AT = 8
 """How many keys, the least served first, are looked at for a kept place: a full worker asks for one at every step."""
 _FIRST: tuple[RequestClass, ...] = ("high", "high", "high", "normal", "high", "high", "high", "low")
 _ROUNDING_S = 1e-9  # passes are sums
+
+
+def passed_s(owed_s: Mapping[str, float], owner: str, cost_s: float) -> float:
+    """Engine time of what is unfinished and yet comes after a new request of `owner`, which costs `cost_s`.
+
+    `owed_s`: what each owner has unfinished. In turn, each other key gets as much before it as its own has with it.
+    """
+    turn_s = owed_s.get(owner, 0.0) + cost_s
+    return sum(max(0.0, other_s - turn_s) for name, other_s in owed_s.items() if name != owner)
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,7 +170,7 @@ class Gateway:
     async def _publish(self, intent: Intent, principal: Principal, request_id: str, timeout_ms: int) -> Decision:
         seed = intent.seed if intent.seed is not None else secrets.randbelow(_MAX_SEED)
         for _ in range(_ATTEMPTS):
-            decision = self._dispatcher.decide(intent, timeout_ms / 1000)
+            decision = self._dispatcher.decide(intent, timeout_ms / 1000, principal.owner)
             choice = decision.choice
             request = GenerateRequest(
                 id=request_id,
@@ -205,7 +205,7 @@ class Gateway:
             except StaleVersion:
                 await self.catalog.refresh()
                 continue
-            self.catalog.published(choice.deployment, request.request_class, decision.cost_s)
+            self.catalog.published(choice.deployment, request.request_class, decision.cost_s, request.owner)
             if choice.downgraded_from is not None:
                 self.metrics.tier_downgraded.labels(choice.downgraded_from.tier, choice.tier).inc()
             return decision

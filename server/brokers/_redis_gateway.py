@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator
 from engines.errors import DeadlineExceeded, FewstepError, RequestCanceled, Unavailable
 from server.brokers._redis_link import BROKEN, Command, Link
 from server.brokers._redis_replies import Replies, answer_of
-from server.brokers.base import Emitted, Entry, QueueState, Remembered, StaleVersion, Status
+from server.brokers.base import OWNERS, Emitted, Entry, QueueState, Remembered, StaleVersion, Status
 from server.messages import (
+    CLASSES,
     ENDINGS,
     Ending,
     GenerateRequest,
@@ -115,11 +116,13 @@ class GatewaySide:
         return bool(won)
 
     async def queue_state(self, deployment: str) -> QueueState:
-        high, normal, low, running, *costs = await self._link.script("queue", "load", deployment)
+        high, normal, low, running, *rest = await self._link.script("queue", "load", deployment, OWNERS)
+        costs, owed = rest[:3], rest[3:]
         return QueueState(
             waiting={"high": high, "normal": normal, "low": low},
             running=running,
             cost_s={"high": costs[0] / 1e6, "normal": costs[1] / 1e6, "low": costs[2] / 1e6},
+            owed_s={name: _by_owner(flat) for name, flat in zip(CLASSES, owed, strict=True)},
         )
 
     async def remember(
@@ -175,3 +178,8 @@ def publishing(link: Link, request: GenerateRequest, result_ttl_ms: int) -> Comm
 
 def _milliseconds(entry: str) -> int:
     return int(entry.partition("-")[0])
+
+
+def _by_owner(flat: list[bytes]) -> dict[str, float]:
+    """Seconds, from owner and microseconds in turn."""
+    return {owner.decode(): int(cost_us) / 1e6 for owner, cost_us in zip(flat[::2], flat[1::2], strict=True)}

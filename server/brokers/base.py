@@ -99,13 +99,21 @@ class Emitted:
     data: bytes | None = None
 
 
+OWNERS = 64
+"""Of how many at most a class says what each has waiting: every gateway asks, and often."""
+
+
 @dataclass(frozen=True, slots=True)
 class QueueState:
-    """The load of a deployment. `cost_s` sums `GenerateRequest.cost_s` of everything unfinished, per class."""
+    """The load of a deployment. `cost_s` sums `GenerateRequest.cost_s` of everything unfinished, per class.
+
+    `owed_s` is the same by owner; empty where these are more than `OWNERS`.
+    """
 
     waiting: dict[RequestClass, int]
     running: int
     cost_s: dict[RequestClass, float]
+    owed_s: dict[RequestClass, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

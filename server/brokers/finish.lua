@@ -33,7 +33,9 @@ end
 
 local pins = prefix .. 'pins:' .. deployment
 if redis.call('HINCRBY', pins, version, -1) <= 0 then redis.call('HDEL', pins, version) end
-redis.call('HINCRBY', prefix .. 'load:' .. deployment, class, string.format('%.0f', 0 - tonumber(f[8])))
+local cost_us, owed = string.format('%.0f', 0 - tonumber(f[8])), prefix .. 'owed:' .. deployment .. ':' .. class
+redis.call('HINCRBY', prefix .. 'load:' .. deployment, class, cost_us)
+if redis.call('HINCRBY', owed, f[10], cost_us) <= 0 then redis.call('HDEL', owed, f[10]) end
 
 local stream = prefix .. 'queue:' .. deployment .. ':' .. class
 if tell == 'dead' then

@@ -9,7 +9,7 @@ from engines.errors import DeadlineExceeded, RequestCanceled
 from server.brokers._memory_state import MemoryServer, Ticket
 from server.brokers._memory_swaps import MemorySwapSide
 from server.brokers._memory_worker import MemoryWorkerSide
-from server.brokers.base import Emitted, Entry, QueueState, Remembered, StaleVersion, Status
+from server.brokers.base import OWNERS, Emitted, Entry, QueueState, Remembered, StaleVersion, Status
 from server.messages import CLASSES, GenerateRequest, GenerateResult, StepEvent, ended_by
 
 __all__ = ["MemoryBroker", "MemoryServer"]
@@ -159,6 +159,7 @@ class MemoryBroker(MemoryWorkerSide, MemorySwapSide):
             waiting={each: sum(one.claimed_by is None for one in found) for each, found in by_class.items()},
             running=sum(one.claimed_by is not None for one in tickets),
             cost_s={each: sum(one.request.cost_s for one in found) for each, found in by_class.items()},
+            owed_s={each: _by_owner(found) for each, found in by_class.items()},
         )
 
     async def remember(
@@ -175,3 +176,10 @@ class MemoryBroker(MemoryWorkerSide, MemorySwapSide):
 
 def _moved(ticket: Ticket, seen: int) -> bool:
     return ticket.ended or len(ticket.events) > seen
+
+
+def _by_owner(tickets: Sequence[Ticket]) -> dict[str, float]:
+    owed: dict[str, float] = {}
+    for one in tickets:
+        owed[one.request.owner] = owed.get(one.request.owner, 0.0) + one.request.cost_s
+    return {owner: cost_s for owner, cost_s in owed.items() if cost_s > 0} if len(owed) <= OWNERS else {}

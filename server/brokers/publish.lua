@@ -22,6 +22,7 @@ redis.call('HSET', req, 'status', 'queued', 'deployment', deployment, 'class', c
 order_add(prefix, deployment .. ':' .. class, ARGV[6], entry, tonumber(enqueued_ms) + tonumber(ARGV[14]))
 redis.call('HINCRBY', prefix .. 'pins:' .. deployment, version, 1)
 redis.call('HINCRBY', prefix .. 'load:' .. deployment, class, ARGV[10])
+redis.call('HINCRBY', prefix .. 'owed:' .. deployment .. ':' .. class, ARGV[6], ARGV[10])
 if events == '1' then
   redis.call('XADD', prefix .. 'events:' .. id, '*', 'e', ARGV[12])
   redis.call('PEXPIRE', prefix .. 'events:' .. id, ARGV[13])

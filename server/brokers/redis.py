@@ -14,6 +14,7 @@ Keys, all under `fewstep:v1:` (the major version of the messages):
     dead:<deployment>            stream of poisoned and unreadable messages, the last thousand
     pins:<deployment>            hash version -> unfinished requests
     load:<deployment>            hash class -> predicted engine microseconds of unfinished requests
+    owed:<deployment>:<class>    hash owner -> the same of its requests; owners that have none are not in it
     servable:<deployment>        set of versions that publish accepts; absent: all
     idem:<owner>:<key>           "<body hash> <request id>"
     worker:<id>  workers         lease of a worker with what it says of itself; sorted set of ids by renewal

@@ -392,6 +392,28 @@ class TestClaiming:
         assert (state.waiting["normal"], state.running) == (1, 0)
         assert state.cost_s == {"high": 0.0, "normal": 0.25, "low": 0.25}
 
+    async def test_the_load_is_known_by_owner(self, hub: Hub) -> None:
+        gateway, worker = await hub("gateway"), await hub("w1")
+        for i, owner in enumerate(("", "calm", "flood", "flood", "flood")):
+            await gateway.publish(request_of(f"r{i}", owner=owner, cost_s=0.25))
+        assert (await gateway.queue_state("shapes")).owed_s["normal"] == {"": 0.25, "calm": 0.25, "flood": 0.75}
+        claims = await claim_all(worker, 2)
+        assert {claim.request.owner for claim in claims} == {"", "calm"}
+        for claim in claims:
+            await worker.finish(claim, done(claim))
+        await gateway.cancel("r4")
+        state = await gateway.queue_state("shapes")
+        assert state.owed_s == {"high": {}, "normal": {"flood": 0.5}, "low": {}}
+
+    async def test_of_too_many_owners_the_load_is_known_together_alone(self, hub: Hub) -> None:
+        gateway = await hub("gateway")
+        for i in range(65):
+            await gateway.publish(request_of(f"r{i}", owner=f"key{i}", cost_s=0.25))
+        state = await gateway.queue_state("shapes")
+        assert (state.cost_s["normal"], state.owed_s["normal"]) == (65 * 0.25, {})
+        await gateway.cancel("r7")
+        assert len((await gateway.queue_state("shapes")).owed_s["normal"]) == 64
+
 
 class TestDeath:
     async def test_claims_return_when_the_lease_is_gone_and_not_before(self, hub: Hub) -> None:

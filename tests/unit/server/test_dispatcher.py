@@ -7,6 +7,7 @@ import pytest
 
 from engines.errors import Overloaded
 from server import leases
+from server.brokers.base import QueueState
 from server.dispatcher import Dispatcher
 from server.intent import Decision, Intent
 from server.latencies import Latencies, Work
@@ -36,8 +37,8 @@ class Desk:
     def wait(self, seconds: float, request_class: str = "normal") -> None:
         self.catalog.view.published_s[("shapes", request_class)] = seconds
 
-    def decide(self, intent: Intent = AUTO_INTENT, budget_s: float = 60.0) -> Decision:
-        return self.dispatcher.decide(intent, budget_s)
+    def decide(self, intent: Intent = AUTO_INTENT, budget_s: float = 60.0, owner: str = "") -> Decision:
+        return self.dispatcher.decide(intent, budget_s, owner)
 
 
 @pytest.fixture
@@ -161,3 +162,45 @@ async def test_more_pictures_take_longer_and_are_not_measured_as_one(desk: Calla
 def test_the_thresholds_are_settings() -> None:
     settings = GatewaySettings(redis_url="memory:", registry_url="memory:")
     assert (settings.degrade_wait_s, settings.degrade_hold_s) == (1.0, 5.0)
+
+
+def flooded(desk: Callable[..., Desk], **owed_s: float) -> Desk:
+    here = desk(max_wait_s=2.0)
+    here.catalog.view.queues["shapes"] = QueueState(
+        waiting={"high": 0, "normal": 9, "low": 0},
+        running=0,
+        cost_s={"high": 0.0, "normal": sum(owed_s.values()), "low": 0.0},
+        owed_s={"normal": owed_s},
+    )
+    return here
+
+
+async def test_a_flood_of_one_key_is_a_wait_for_that_key_alone(desk: Callable[..., Desk]) -> None:
+    here = flooded(desk, flood=100.0, calm=0.5)
+    with pytest.raises(Overloaded, match=r"the queue is 100\.5 s long"):
+        here.decide(owner="flood")
+    assert here.decide(owner="calm").wait_s == pytest.approx(
+        1.0, abs=0.05
+    )  # its own half second, and as much of others
+    assert here.decide(owner="new").wait_s < 0.1
+
+
+async def test_what_this_gateway_has_published_since_it_looked_counts_for_its_key(desk: Callable[..., Desk]) -> None:
+    here = flooded(desk, flood=100.0)
+    here.catalog.published("shapes", "normal", 5.0, "calm")
+    with pytest.raises(Overloaded, match=r"the queue is 10\.0 s long"):
+        here.decide(owner="calm")
+    assert here.decide(owner="new").wait_s < 0.1
+
+
+async def test_where_nobody_says_whose_it_is_all_of_it_comes_first(desk: Callable[..., Desk]) -> None:
+    here = flooded(desk, flood=100.0)
+    here.catalog.view.queues["shapes"].owed_s.clear()
+    with pytest.raises(Overloaded, match=r"the queue is 100\.0 s long"):
+        here.decide(owner="calm")
+
+
+async def test_what_is_above_its_class_comes_first_whosever_it_is(desk: Callable[..., Desk]) -> None:
+    here = flooded(desk, flood=100.0)
+    with pytest.raises(Overloaded, match=r"the queue is 100\.0 s long"):
+        here.decide(replace(AUTO_INTENT, priority=-5), owner="calm")

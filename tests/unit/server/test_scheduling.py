@@ -177,6 +177,20 @@ def test_what_would_wait_too_long_is_refused_and_the_rest_waits_no_longer() -> N
     assert max(one.latency_s for one in served) < 2 * 0.5
 
 
+@given(st.integers(1, 3), st.sampled_from([1, 4]), st.floats(1.5, 4.0))
+@few
+def test_a_calm_key_is_not_refused_for_what_another_floods_with(workers: int, steps: int, times: float) -> None:
+    fleet = Fleet(costs(), workers, max_wait_s=1.0)
+    flood_s = fleet.queued_s(Asked(at_s=0, steps=steps)) / workers / times
+    flood = every(flood_s, 4.0, steps=steps, owner="flood")
+    calm = [Asked(at_s=0.5 + 0.1 * i, steps=1, owner="calm") for i in range(30)]
+    told = run([*flood, *calm], fleet)
+    ends = {owner: [one for one in told if one.asked.owner == owner] for owner in ("flood", "calm")}
+    assert all(one.ending == "succeeded" for one in ends["calm"])
+    assert any(one.ending == "shed" for one in ends["flood"])
+    assert max(one.latency_s for one in ends["flood"] if one.ending == "succeeded") < 2 * 1.0
+
+
 def test_workers_share_one_queue() -> None:
     asked = [Asked(at_s=0.0, steps=4, prompt_known=True) for _ in range(400)]
     last = {workers: max(one.ended_s for one in run(asked, Fleet(costs(), workers))) for workers in (1, 4)}
