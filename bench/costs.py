@@ -13,7 +13,7 @@ from pathlib import Path
 from bench.machine import described
 from bench.system import CACHE, ring
 from distill_jobs.tasks import shapes
-from engines.backends.base import Profile, choose
+from engines.backends.base import Profile, choose, device_of
 from engines.cache import DiskCache
 from engines.cost import CostKey, CostModel
 from engines.graph import GraphStore
@@ -47,7 +47,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fewstep-bench-") as folder:
         registry = FilesRegistry(Path(folder))
         [version] = ring(registry, shapes.TASK.pipeline, 1, [1])
-        profile = Profile(batches=SIZES, precision=choice.precision, threads=given.threads)
+        profile = Profile(SIZES, choice.precision, given.threads, device=device_of(choice.backend))
         loader = Loader(registry, choice, profile, GraphStore(DiskCache(CACHE)))
         costs = measured(loader, version, given.calls)
     report |= {"engine": f"{choice.backend} {choice.precision}", "costs": json.loads(costs.snapshot())}

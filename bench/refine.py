@@ -18,7 +18,7 @@ from bench.machine import described, quantile
 from distill_jobs.assessment import SEED, Assessor, TeacherAs, as_json, chosen, sampler_of
 from distill_jobs.evaluate.questions import questions
 from distill_jobs.evaluate.report import Sampler, evaluate
-from engines.backends.base import Profile
+from engines.backends.base import Profile, device_of
 from engines.errors import InvalidRequest
 from engines.loader import load_student
 from engines.registry.base import open_registry
@@ -52,7 +52,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     assessor = Assessor(registry, choice=choice, cache=cache, answers=options.work / "answers", threads=options.threads)
     asked = TeacherAs.of(teacher)
     reference = assessor.reference(asked, options.n)
-    profile = Profile(batches=(1, 8), precision=choice.precision, threads=options.threads)
+    profile = Profile((1, 8), choice.precision, options.threads, device=device_of(choice.backend))
     student, other = (
         load_student(registry, one, choice=choice, profile=profile, cache=cache) for one in (manifest, teacher)
     )

@@ -22,7 +22,7 @@ from bench.load import Record
 from bench.machine import described, quantile, spread
 from bench.system import CACHE, MODEL, PROMPTS, System, system
 from distill_jobs.tasks import shapes
-from engines.backends.base import Profile, choose
+from engines.backends.base import Profile, choose, device_of
 from engines.cache import DiskCache
 from engines.graph import GraphStore
 from engines.loader import Loader
@@ -128,9 +128,9 @@ def loaded(
     up: System, version: str, backend: str, precision: str, batches: tuple[int, ...], threads: int
 ) -> LoadedStudent:
     """The student as the worker has it, in this process, for the bare loop."""
-    profile = Profile(batches=batches, precision=precision, threads=threads)  # type: ignore[arg-type]
-    graphs = GraphStore(DiskCache(CACHE))
-    loader = Loader(up.registry, choose(backend, precision), profile, graphs)
+    choice = choose(backend, precision)
+    profile = Profile(batches, choice.precision, threads, device=device_of(choice.backend))
+    loader = Loader(up.registry, choice, profile, GraphStore(DiskCache(CACHE)))
     return loader.load(up.registry.student(version))
 
 

@@ -29,7 +29,7 @@ from bench.load import Record
 from bench.machine import described, quantile, spread
 from bench.system import CACHE, MODEL, PROMPTS, SEEDS, System, system
 from distill_jobs.tasks import shapes
-from engines.backends.base import Profile, Tolerance, choose, tolerance
+from engines.backends.base import Profile, Tolerance, choose, device_of, tolerance
 from engines.cache import DiskCache
 from engines.graph import GraphStore
 from engines.loader import Loader
@@ -250,7 +250,7 @@ class Verdict:
 def pictures(up: System, ring: Sequence[str], given: argparse.Namespace) -> dict[str, torch.Tensor]:
     """What every version answers to every body, in the order of `system.bodies`; by the version as it is shown."""
     found = choose(given.backend)
-    profile = Profile(batches=_BATCHES, precision=found.precision, threads=given.threads)
+    profile = Profile(_BATCHES, found.precision, given.threads, device=device_of(found.backend))
     loader = Loader(up.registry, found, profile, GraphStore(DiskCache(CACHE)))
     asked = [(prompt, seed) for prompt in PROMPTS for seed in SEEDS]
     made = {}

@@ -32,7 +32,7 @@ from distill_jobs.evaluate.report import (
 from distill_jobs.forgetting import Forget
 from distill_jobs.tasks import base as tasks
 from distill_jobs.tasks.base import Task
-from engines.backends.base import Choice, Profile, choose
+from engines.backends.base import Choice, Profile, choose, device_of
 from engines.cache import DiskCache
 from engines.graph import GraphStore
 from engines.loader import Loader
@@ -128,7 +128,7 @@ class Assessor:
         self._data = data
         self._check = check
         self._references: dict[tuple[Path, Forgets, tuple[str, ...]], Reference] = {}
-        profile = Profile(batches=(1, BATCH), precision=choice.precision, threads=threads)
+        profile = Profile((1, BATCH), choice.precision, threads, device=device_of(choice.backend))
         self._loader = Loader(registry, choice, profile, GraphStore(DiskCache(cache)))
 
     def reference(self, teacher: TeacherAs, n: int, forget: Forgets = (), networks: tuple[str, ...] = ()) -> Reference:

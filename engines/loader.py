@@ -17,7 +17,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from engines import plugins, process
-from engines.backends.base import Choice, Engine, Padded, Profile, automatic_device, load_backend
+from engines.backends.base import Choice, Engine, Padded, Profile, device_of, load_backend
 from engines.cache import DiskCache
 from engines.errors import CorruptBlob
 from engines.graph import ComponentGraph, GraphStore, spec
@@ -238,4 +238,4 @@ def load_student(
     if cache is None and choice.backend != "eager":
         raise ValueError(f"loading {shown(manifest.version)} on {choice.backend} needs a cache folder")
     graphs = GraphStore(DiskCache(cache) if cache else None)
-    return Loader(registry, choice, profile or Profile(device=automatic_device()), graphs).load(manifest)
+    return Loader(registry, choice, profile or Profile(device=device_of(choice.backend)), graphs).load(manifest)

@@ -90,7 +90,7 @@ class WorkerSettings(BaseSettings):
     deployments: tuple[str, ...] = Field((), description="JSON list; empty means every deployment there is")
     backend: str = Field("auto", description="a file of engines/backends, or the fastest one available")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    device: str = Field("auto", description="cpu, cuda or cuda:1; auto: the GPU if torch sees one")
+    device: str = Field("auto", description="cpu, cuda or cuda:1; auto: a GPU where the backend uses one")
     threads: int = Field(0, ge=0, description="engine threads; 0 means the cores this process may use")
     batch_sizes: tuple[int, ...] = Field((1, 2, 4, 8), min_length=1, description="network rows; the warmed sizes")
     targets: tuple[str, ...] = Field((), description="of TensorRT plans built ahead (SM89 …); none: for the GPU here")

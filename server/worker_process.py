@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from prometheus_client import start_http_server
 
-from engines.backends.base import Profile, automatic_device, choose
+from engines.backends.base import Profile, choose, device_of
 from engines.cache import DiskCache
 from engines.graph import GraphStore
 from engines.loader import Loader
@@ -57,8 +57,8 @@ def make_loader(settings: WorkerSettings, registry: Registry) -> Loader:
     """Graphs are exported in another process, so that live requests keep the GIL."""
     threads = settings.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    device = automatic_device() if settings.device == "auto" else settings.device
-    choice = choose(settings.backend, settings.precision, device)
+    choice = choose(settings.backend, settings.precision, settings.device)
+    device = device_of(choice.backend, settings.device)
     told = {"backend": choice.backend, "precision": choice.precision, "device": device, "threads": threads}
     log.info("engine", extra=told)
     profile = Profile(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engines import images
-from engines.backends.base import Choice, Precision, Profile
+from engines.backends.base import Choice, Precision, Profile, device_of
 from engines.cache import DiskCache
 from engines.graph import GraphStore
 from engines.loader import Loader
@@ -75,6 +75,7 @@ class Painter:
             precision=config.precision,
             threads=threads or config.threads,
             weights=config.weights,
+            device=device_of(config.backend),
         )
         loader = Loader(
             FilesRegistry(Path(config.registry)), choice, profile, GraphStore(DiskCache(Path(config.cache)))

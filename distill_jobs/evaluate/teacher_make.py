@@ -24,7 +24,7 @@ from distill_jobs.evaluate.report import Metrics, Progress, evaluate, measure, t
 from distill_jobs.evaluate.sample import Tally
 from distill_jobs.tasks import base as tasks
 from distill_jobs.teachers import publish
-from engines.backends.base import Profile
+from engines.backends.base import Profile, device_of
 from engines.cache import DiskCache
 from engines.graph import GraphStore
 from engines.loader import Loader
@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> dict[str, Metrics]:
         assessor = Assessor(registry, choice=choice, cache=cache, answers=options.out, threads=options.threads)
         log.info("asking %s on %s %s", version, choice.backend, choice.precision)
         reference = assessor.reference(teacher, options.n)
-        profile = Profile(batches=(1, BATCH), precision=choice.precision, threads=options.threads)
+        profile = Profile((1, BATCH), choice.precision, options.threads, device=device_of(choice.backend))
         loaded = Loader(registry, choice, profile, GraphStore(DiskCache(cache))).load(registry.student(version))
         unguided, n = f"unguided {teacher.steps} steps", options.n
         ask = sampler_of(loaded, guidance=1.0)

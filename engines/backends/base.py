@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engines import plugins
-from engines.errors import GraphMismatch, InvalidRequest, UnknownPlugin
+from engines.errors import BackendUnavailable, GraphMismatch, InvalidRequest, UnknownPlugin
 
 Precision = Literal["fp32", "bf16"]
 BATCHES = (1, 2, 4, 8, 16)
@@ -104,11 +104,15 @@ class Compiled(Protocol):
 
 
 class Backend(Protocol):
-    """`constants_pay` says whether calls are cheaper where `Profile.weights` is "constant"."""
+    """`constants_pay` says whether calls are cheaper where `Profile.weights` is "constant".
+
+    `on_gpu` says whether its engines can compute on a GPU, as it is installed here.
+    """
 
     name: str
     reload: Literal["refit", "recompile"]
     constants_pay: bool
+    on_gpu: bool
 
     def available(self) -> bool: ...
 
@@ -233,8 +237,18 @@ def tolerance(backend: str, precision: str) -> Tolerance:
     return table[precision]
 
 
-def automatic_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def device_of(backend: str, device: str = "auto") -> str:
+    """Where engines of a backend compute: on `device`, or by itself on the GPU that torch sees, if they can.
+
+    Raises:
+        BackendUnavailable: a GPU is asked of a backend that uses none.
+    """
+    on_gpu = load_backend(backend).on_gpu
+    if device == "auto":
+        return "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
+    if is_gpu(device) and not on_gpu:
+        raise BackendUnavailable(f"{backend} computes on the processor here, not on {device}: ask for device 'auto'")
+    return device
 
 
 def is_gpu(device: str) -> bool:
@@ -242,8 +256,8 @@ def is_gpu(device: str) -> bool:
 
 
 def on(device: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors there."""
-    return {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
+    """The same tensors there. Only copies to a GPU may be under way when this returns."""
+    return {name: value.to(device, non_blocking=is_gpu(device)) for name, value in inputs.items()}
 
 
 def finished(device: str) -> None:
@@ -269,19 +283,21 @@ class Choice:
     precision: Precision
 
 
-def choose(backend: str = "auto", precision: str = "auto", device: str = "cpu") -> Choice:
-    """The fastest backend that is installed here, and the precision that pays on `device`.
+def choose(backend: str = "auto", precision: str = "auto", device: str = "auto") -> Choice:
+    """The fastest backend that is installed here, and the precision that pays where it computes (see `device_of`).
 
     Raises:
         UnknownPlugin: no such backend or precision, or it cannot run here.
+        BackendUnavailable: not on this device.
     """
     name = backend
     if backend == "auto":
-        fastest = ("tensorrt", "torch_compile", "eager") if is_gpu(device) else ("openvino", "eager")
+        gpu = torch.cuda.is_available() if device == "auto" else is_gpu(device)
+        fastest = ("tensorrt", "torch_compile", "eager") if gpu else ("openvino", "eager")
         name = next(name for name in fastest if load_backend(name).available())
     elif not load_backend(name).available():
         raise UnknownPlugin(f"backend {name!r} cannot run here: install its package, or choose 'auto'")
     automatic = plugins.load("engines.backends", name, "automatic_precision")
-    wanted = automatic(device) if precision == "auto" else precision
+    wanted = automatic(device_of(name, device)) if precision == "auto" else precision
     tolerance(name, wanted)
     return Choice(name, cast(Precision, wanted))

@@ -81,6 +81,12 @@ class OnnxRuntime:
     reload: Literal["refit", "recompile"] = "refit"
     constants_pay = True
 
+    @property
+    def on_gpu(self) -> bool:
+        import onnxruntime
+
+        return _CUDA in onnxruntime.get_available_providers()
+
     def available(self) -> bool:
         return importlib.util.find_spec("onnxruntime") is not None
 

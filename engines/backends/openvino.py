@@ -124,6 +124,7 @@ class OpenVino:
     name = "openvino"
     reload: Literal["refit", "recompile"] = "refit"
     constants_pay = True
+    on_gpu = False
 
     def available(self) -> bool:
         return importlib.util.find_spec("openvino") is not None

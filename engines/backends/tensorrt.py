@@ -52,6 +52,7 @@ class TensorRt:
     name = "tensorrt"
     reload: Literal["refit", "recompile"] = "refit"
     constants_pay = False  # not measured: building beside live calls shares the GPU with them
+    on_gpu = True
 
     def available(self) -> bool:
         """Whether plans can be run here; building them ahead takes the library alone."""
