@@ -250,6 +250,8 @@ def _books(client: Any) -> list[str]:
     found = [f"{name} is {state}" for name in names if (state := client.hget(name, "status")) not in (None, *ENDINGS)]
     queues = client.scan_iter("fewstep:v1:queue:*", count=1000)
     found += [f"{name} holds {count}" for name in queues if (count := client.xlen(name))]
+    owed = client.scan_iter("fewstep:v1:owed:*", count=1000)
+    found += [f"{name} holds {client.hgetall(name)}" for name in owed]
     # Until the last swap has let go of it, a version without requests may still be named: its count is what matters.
     pins = client.hgetall(f"fewstep:v1:pins:{MODEL}")
     return found + [f"{count} requests pin {shown(version)}" for version, count in pins.items() if int(count)]
