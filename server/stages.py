@@ -82,7 +82,7 @@ class Stages:
         if new:
             family = rows[0].ticket.student.family
             tokens = family.tokenize(new)
-            cond = family.encode(new)
+            cond = family.embed(tokens)
             for i, prompt in enumerate(new):
                 made = Embedding(cond[i].clone(), tokens.ignored_words[i], tokens.counts[i])
                 found[prompt] = made

@@ -42,7 +42,9 @@ class TextToImage:
         return prompt
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        tokens = self.tokenize(prompts)
+        return self.embed(self.tokenize(prompts))
+
+    def embed(self, tokens: Tokens) -> Tensor:
         mask = tokens.mask if "mask" in self.encoder.inputs else None
         return self.encoder.run(**_present(ids=tokens.ids, mask=mask))["cond"]
 

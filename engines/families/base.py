@@ -94,6 +94,9 @@ class Family(Protocol):
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Conditioning, one row per prompt: [B, L, D] fp32."""
 
+    def embed(self, tokens: Tokens) -> Tensor:
+        """The same of prompts that were read before, for a caller that wants their tokens too."""
+
     def null(self) -> Tensor:
         """The conditioning [1, L, D] that guided rows are guided away from."""
 

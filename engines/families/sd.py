@@ -13,6 +13,7 @@ Checked against: diffusers/pipelines/stable_diffusion/pipeline_stable_diffusion.
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ INDEX: dict[str, Any] = {
     "unet": ["diffusers", "UNet2DConditionModel"],
 }
 """`model_index.json` of an exported student, without its scheduler and the class of its VAE."""
+_KNOWN_WORDS = 20_000
 _WORD = re.compile(r"\w+|[^\w\s]+")
 
 
@@ -112,6 +114,11 @@ class DenoiserNet(ComponentNetwork):
 class StableDiffusion(TextToImage):
     """The family. Words that its tokenizer does not know are left out and named."""
 
+    def __init__(self, *engines: Any, **options: Any) -> None:
+        super().__init__(*engines, **options)
+        # Asking a tokenizer for one word takes as long as the encoder takes for the whole prompt.
+        self._known = lru_cache(_KNOWN_WORDS)(partial(_knows, self._tokenizers))
+
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
         read = [self._readable(prompt) for prompt in prompts]
         tokens = read_prompts(self._tokenizers, [text for text, _ in read], self.lengths)
@@ -125,11 +132,6 @@ class StableDiffusion(TextToImage):
             return prompt, ()
         ignored = dict.fromkeys(word for word in words if word in lost and word[0].isalnum())
         return " ".join(word for word in words if word not in lost), tuple(ignored)
-
-    def _known(self, word: str) -> bool:
-        tokenizer = self._tokenizers[0]
-        ids = tokenizer(word, add_special_tokens=False).input_ids
-        return bool(ids) and tokenizer.unk_token_id not in ids
 
     @staticmethod
     def configs(role: str) -> tuple[str, ...]:
@@ -152,6 +154,11 @@ class StableDiffusion(TextToImage):
     @staticmethod
     def geometry(read: ReadFile) -> Geometry:
         return unet_geometry(read)
+
+
+def _knows(tokenizers: Sequence[Any], word: str) -> bool:
+    ids = tokenizers[0](word, add_special_tokens=False).input_ids
+    return bool(ids) and tokenizers[0].unk_token_id not in ids
 
 
 def _sinusoid(value: Tensor, width: int) -> Tensor:
