@@ -5,6 +5,7 @@ somebody holds a version that needs it. What is heavy (`compile`, `fill`) needs 
 chooses one; engines themselves are only run by whoever was given the student.
 """
 
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -23,7 +24,10 @@ from engines.errors import CorruptBlob
 from engines.graph import ComponentGraph, GraphStore, spec
 from engines.manifest import Component, StudentManifest, shown
 from engines.registry.base import Registry
+from engines.streams import tuned
 from engines.student import LoadedStudent
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +70,12 @@ def reader(registry: Registry, manifest: StudentManifest) -> Callable[[str], byt
 class Loader:
     """Loads students for one backend, precision and profile."""
 
-    def __init__(self, registry: Registry, choice: Choice, profile: Profile, graphs: GraphStore) -> None:
+    def __init__(
+        self, registry: Registry, choice: Choice, profile: Profile, graphs: GraphStore, *, tune: bool = False
+    ) -> None:
+        """With `tune` the first denoiser that is loaded decides into how many streams the profile's threads are cut."""
         self.registry, self.choice, self.profile = registry, choice, profile
+        self._tune = tune
         self._backend = load_backend(choice.backend)
         self._graphs = graphs
         self._compiled: dict[str, Any] = {}
@@ -77,6 +85,16 @@ class Loader:
         self._holders: Counter[str] = Counter()
         self._lock = threading.Lock()  # of who holds what
         self._building = threading.Lock()  # one graph and one engine at a time, whoever asks
+
+    @property
+    def settled(self) -> bool:
+        """Whether the profile stays as it is."""
+        return not self._tune
+
+    @property
+    def most_streams(self) -> int:
+        """What the streams of the profile are, or may become when it is settled."""
+        return self.profile.threads if self._tune else self.profile.streams
 
     def check(self, manifest: StudentManifest) -> None:
         """Reads every blob of a student against its hash.
@@ -96,6 +114,14 @@ class Loader:
         return key in self._engines or (
             graph.key in self._compiled and profile_of(self.profile, graph).weights == "set"
         )
+
+    def tune(self, graph: ComponentGraph) -> None:
+        """Settles the profile by this denoiser, unless it is settled; takes a build or two, the first time."""
+        with self._building:
+            if self._tune:
+                self.profile = tuned(self._backend, graph, self.profile)
+                log.info("streams", extra={"streams": self.profile.streams, "threads_each": self.profile.threads})
+            self._tune = False
 
     def compile(self, graph: ComponentGraph) -> Any:
         """The graph, compiled; the heavy part, once per graph."""
@@ -184,12 +210,13 @@ class Loader:
         return self._student(manifest, own | {role: Padded(one, self.profile.batches) for role, one in engines.items()})
 
     def replace(self, manifest: StudentManifest, role: str, engine: Engine) -> None:
-        """From the next call on `engine` answers for all who use this component. Call it in the engine's thread."""
+        """From the next call on `engine` answers for all who use this component.
+
+        A call of the one before that still runs holds it until it ends.
+        """
         key = self._held[manifest.version].keys[role]
-        padded = self._engines[key]
-        before, padded.engine = padded.engine, engine
+        self._engines[key].engine = engine
         self._specialised.add(key)
-        before.close()
 
     def _ensure(self, key: EngineKey, graph: ComponentGraph, component: Component) -> None:
         compiled = self.compile(graph)

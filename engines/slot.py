@@ -174,6 +174,8 @@ class EngineSlot:
         fresh: dict[str, LoadedStudent] = {}
         yield Piece("staged", partial(self._hold, versions, held), False)
         new = [(m, role, graph) for m in held for role, graph in self._new(m)]
+        for _, _, graph in [each for each in new if each[1] == "denoiser" and not self.loader.settled][:1]:
+            yield Piece("building", partial(self.loader.tune, graph), False)
         for graph in {graph.key: graph for _, _, graph in new}.values():
             yield Piece("building", partial(self.loader.compile, graph), False)
         for manifest in held:

@@ -1,67 +1,41 @@
-"""The one thread that calls engines: live rows most urgent first, and between them the small work of a swap.
+"""The threads that call engines: live rows most urgent first, and behind them the small work of a swap.
 
-Work-conserving: it sleeps only when nothing waits. What others want of it (new tickets, cancels) is posted to its
-inbox and taken at the next step boundary, so its state needs no lock. It reports to a `Sink` and decides nothing
-but what follows from a failure: a row that fails ends its own request, a batch that is too large is split, and
-what nobody foresaw ends the thread and with it the process.
+Each of them decides what it calls next, calls it, and sees to what came of it; only the calls themselves overlap. With
+one thread all of the processor's cores share a call, with several each has its own: small networks gain nothing from
+cores that wait for each other. Work-conserving: a thread sleeps only when nothing waits. What others want of the
+threads (new tickets, cancels) is posted to their inbox and taken at the next step boundary. They report to a `Sink` and
+decide nothing but what follows from a failure: a row that fails ends its own request, a batch that is too large is
+split, and what nobody foresaw ends the thread and with it the process.
 """
 
 import contextlib
 import logging
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
 from engines.errors import FewstepError, InternalError
-from server.batcher import Batcher, LaneKey, Row
-from server.stages import Stages, partial_index
+from server.batcher import Batcher, LaneKey
+from server.behind import Behind, Piece
+from server.flights import Flights
+from server.prompt_cache import Embedding
+from server.sink import Sink
+from server.stages import Stages, give, partial_index
 from server.stall import StallMeter
-from server.tickets import LatentRow, PictureRow, Ticket, latent_row, prompts_of, rows_of
+from server.tickets import PictureRow, PromptRow, Ticket, latent_row, prompts_of, rows_of
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-BEHIND_SHARE = 0.1
-"""Of the engine's time, what work behind live rows gets even if they never pause: a swap ends under any load."""
-_LEAST_WAIT_S = 0.01
-
-
-class Sink(Protocol):
-    """What the engine thread tells. Called in that thread: take note and return at once."""
-
-    def moved(self) -> None:
-        """There is room for new claims, or soon will be."""
-
-    def recalled(self, known: bool) -> None:
-        """A prompt was asked of the cache."""
-
-    def ran(self, rows: Sequence[Row], seconds: float) -> None:
-        """A live engine call has ended."""
-
-    def stepped(self, rows: Sequence[PictureRow]) -> None: ...
-    def decoded(self, rows: Sequence[LatentRow], pixels: Any) -> None:
-        """pixels uint8 [B, 3, H, W], the sink's own."""
-
-    def failed(self, ticket: Ticket, error: FewstepError) -> None: ...
-    def expired(self, ticket: Ticket) -> None: ...
-    def died(self, error: BaseException) -> None:
-        """The thread has ended with an error that nobody foresaw."""
-
-
-@dataclass(slots=True)
-class _Background:
-    work: Callable[[], Any]
-    future: "Future[Any]"
-    since_s: float
 
 
 class EngineLoop:
-    """`run` is the body of the thread; everything public may be called from any thread."""
+    """`run` is the body of each of its `threads`, of which `streams()` call at once. Any thread may call the rest."""
 
     def __init__(
         self,
@@ -71,13 +45,18 @@ class EngineLoop:
         *,
         now_s: Callable[[], float],
         meter: StallMeter | None = None,
+        streams: Callable[[], int] = lambda: 1,
+        threads: int = 1,
     ) -> None:
         self._stages, self._batcher, self._sink = stages, batcher, sink
         self._now_s = now_s
         self.meter = meter or StallMeter()
+        self.streams, self.threads = streams, threads
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._background: deque[_Background] = deque()
-        self._behind_s = 0.0  # what the last piece of background work took
+        self._lock = threading.Lock()  # of all below
+        self._behind = Behind()
+        self._flights = Flights()
+        self._idle = 0  # threads that wait for the inbox
         self._stopping = False
 
     # --- from any thread -------------------------------------------------------------------------
@@ -90,14 +69,21 @@ class EngineLoop:
         gone = frozenset(request_ids)
 
         def drop() -> None:
-            self._forget(self._batcher.remove(gone))
+            flying = [row for row in self._flights.rows() if row.request_id in gone]
+            self._forget([*self._batcher.remove(gone), *flying])
 
         self._inbox.put(drop)
 
     def background(self, work: Callable[[], T]) -> "Future[T]":
-        """Runs `work` in the engine thread when no live row waits. Keep it as short as a step."""
+        """Runs `work` in an engine thread when no live row waits. Keep it as short as a step."""
         future: Future[T] = Future()
-        self._inbox.put(lambda: self._background.append(_Background(work, future, time.monotonic())))
+        self._inbox.put(lambda: self._behind.add(work, future))
+        return future
+
+    def landed(self) -> "Future[None]":
+        """Done when every call has ended that runs when this is heard."""
+        future: Future[None] = Future()
+        self._inbox.put(lambda: self._flights.wait(future))
         return future
 
     def forget(self, encoders: Iterable[str]) -> None:
@@ -111,60 +97,142 @@ class EngineLoop:
         self._inbox.put(forget)
 
     def stop(self) -> None:
-        """Ends the thread at the next step boundary, whatever waits."""
+        """Ends the threads at their next step boundary, whatever waits."""
 
         def stop() -> None:
             self._stopping = True
 
         self._inbox.put(stop)
 
-    # --- in the engine thread --------------------------------------------------------------------
+    # --- in an engine thread, without the lock -----------------------------------------------------
 
     def run(self) -> None:
         try:
-            while not self._stopping:
-                self._listen()
-                self._turn()
+            while (work := self._next()) is not None:
+                work()
         except BaseException as error:
             log.exception("engine thread died")
             self._sink.died(error)
 
+    def _next(self) -> Callable[[], None] | None:
+        """What this thread does now, for which it waits if need be. None is the end."""
+        while True:
+            with self._lock:
+                self._listen()
+                if self._stopping:
+                    self._inbox.put(_nothing)  # for the next thread that waits
+                    return None
+                if work := self._work():
+                    if self._idle and self._free() and (self._behind.ready or len(self._batcher)):
+                        self._inbox.put(_nothing)  # wakes another thread for what is left
+                    return work
+                self._idle += 1
+            posted = self._inbox.get()
+            with self._lock:
+                self._idle -= 1
+                posted()
+
+    def _fly(self, batch: list[Any], number: int) -> None:
+        self._live(batch)
+        with self._lock:
+            self._flights.end(number)
+
+    def _live(self, batch: list[Any]) -> None:
+        lane: LaneKey = batch[0].lane
+        begun = time.perf_counter()
+        try:
+            settle = self._call(lane, batch)
+        except FewstepError as error:
+            self._isolate(batch, error)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            self._split(batch, error)
+        else:
+            seconds = time.perf_counter() - begun
+            with self._lock:
+                for ticket in {row.ticket: None for row in batch}:
+                    setattr(ticket, f"{lane.stage}_s", getattr(ticket, f"{lane.stage}_s") + seconds)
+                settle()
+                self._sink.ran(batch, seconds)
+        with self._lock:
+            self.meter.stepped(
+                self._now_s(),
+                still_waiting=len(self._batcher) > 0,
+                stage=lane.stage,
+                rows=len(batch),
+                seconds=time.perf_counter() - begun,
+            )
+
+    def _call(self, lane: LaneKey, batch: list[Any]) -> Callable[[], None]:
+        """The engine call; returns what follows from it, to be called with the lock."""
+        if lane.stage == "encode":
+            return partial(self._encoded, batch, self._stages.encode(batch))
+        if lane.stage == "denoise":
+            self._leave(batch)
+            return partial(self._denoised, batch, self._stages.denoise(batch))
+        return partial(self._sink.decoded, batch, self._stages.decode(batch))
+
+    def _run_behind(self, piece: Piece) -> None:
+        piece.run()
+        with self._lock:
+            self._behind.end()
+
+    def _leave(self, rows: Sequence[PictureRow]) -> None:
+        """Rows in their last step make room for new claims already while it runs."""
+        with self._lock:
+            last = [row for row in rows if row.step + 1 == len(row.ticket.plan) and not row.leaving]
+            for row in last:
+                row.leaving = True
+                row.ticket.rows_left -= 1
+            if last:
+                self._sink.moved()
+
+    def _isolate(self, batch: list[Any], error: FewstepError) -> None:
+        """A refused batch: every row alone, so that only the request at fault fails."""
+        tickets = list({row.ticket: None for row in batch})
+        if len(tickets) == 1:
+            with self._lock:
+                self._fail(tickets[0], error)
+            return
+        for ticket in tickets:
+            self._live([row for row in batch if row.ticket is ticket])
+
+    def _split(self, batch: list[Any], error: BaseException) -> None:
+        log.warning("out of memory", extra={"rows": len(batch), "stage": batch[0].lane.stage})
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(batch) == 1:
+            with self._lock:
+                self._fail(batch[0].ticket, InternalError(f"one picture does not fit this worker's memory: {error}"))
+            return
+        half = len(batch) // 2
+        for part in (batch[:half], batch[half:]):
+            self._live(part)
+
+    # --- in an engine thread, with the lock ---------------------------------------------------------
+
     def _listen(self) -> None:
-        """Takes what was posted; waits for it only if there is nothing else to do."""
-        if not len(self._batcher) and not self._background:
-            self._inbox.get()()
         with contextlib.suppress(Empty):
             while True:
                 self._inbox.get_nowait()()
 
-    def _turn(self) -> None:
-        late = self._batcher.expire(self._now_s())
+    def _work(self) -> Callable[[], None] | None:
+        now_s = self._now_s()
+        late = self._batcher.expire(now_s)
         if late:
             for ticket in self._forget(late):
                 self._sink.expired(ticket)
-        batch = [] if self._starved() else self._batcher.next_batch()
+        if not self._free():
+            return None
+        batch = [] if self._behind.starved else self._batcher.next_batch()
         if batch:
-            self._live(batch)
-        elif self._background:
-            self._behind(self._background.popleft())
+            for row in batch:
+                row.ticket.begin(now_s)
+            return partial(self._fly, batch, self._flights.begin(batch))
+        return partial(self._run_behind, self._behind.begin()) if self._behind.ready else None
 
-    def _starved(self) -> bool:
-        if not self._background:
-            return False
-        patience_s = max(_LEAST_WAIT_S, self._behind_s * (1 / BEHIND_SHARE - 1))
-        return time.monotonic() - self._background[0].since_s > patience_s
-
-    def _behind(self, piece: _Background) -> None:
-        if not piece.future.set_running_or_notify_cancel():
-            return
-        begun_s = time.monotonic()
-        try:
-            piece.future.set_result(piece.work())
-        except Exception as error:
-            piece.future.set_exception(error)
-        self._behind_s = time.monotonic() - begun_s
-        if self._background:
-            self._background[0].since_s = time.monotonic()
+    def _free(self) -> bool:
+        """Whether one more call may run, of live rows or behind them: an engine has so many streams and no more."""
+        return len(self._flights) + self._behind.running < self.streams()
 
     def _admit(self, tickets: Sequence[Ticket]) -> None:
         for ticket in tickets:
@@ -184,62 +252,22 @@ class EngineLoop:
             for row in rows_of(ticket):
                 self._batcher.add(row)
 
-    def _live(self, batch: list[Any]) -> None:
-        lane: LaneKey = batch[0].lane
-        now_s, begun = self._now_s(), time.perf_counter()
-        for row in batch:
-            row.ticket.begin(now_s)
-        try:
-            self._call(lane, batch)
-        except FewstepError as error:
-            self._isolate(batch, error)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            self._split(batch, error)
-        else:
-            seconds = time.perf_counter() - begun
-            for ticket in {row.ticket: None for row in batch}:
-                setattr(ticket, f"{lane.stage}_s", getattr(ticket, f"{lane.stage}_s") + seconds)
-            self._sink.ran(batch, seconds)
-        waiting = len(self._batcher) > 0
-        self.meter.stepped(
-            self._now_s(),
-            still_waiting=waiting,
-            stage=lane.stage,
-            rows=len(batch),
-            seconds=time.perf_counter() - begun,
-        )
-
-    def _call(self, lane: LaneKey, batch: list[Any]) -> None:
-        if lane.stage == "encode":
-            self._stages.encode(batch)
-            for ticket in {row.ticket: None for row in batch}:
-                self._join(ticket)
-        elif lane.stage == "denoise":
-            self._denoise(batch)
-        else:
-            self._sink.decoded(batch, self._stages.decode(batch))
-
-    def _denoise(self, rows: list[PictureRow]) -> None:
-        self._leave(rows)
-        estimates = self._stages.denoise(rows)
-        ended = [row for row in rows if row.done]
-        for row in ended:
-            self._finish_row(row)
-        for place, latents in estimates.items():
-            self._batcher.add(latent_row(rows[place], latents, partial_index=partial_index(rows[place])))
+    def _encoded(self, rows: list[PromptRow], made: Mapping[str, Embedding]) -> None:
         for row in rows:
-            if not row.done:
-                self._again(row)
-        self._sink.stepped(rows)
+            give(row, made[row.prompt])
+        for ticket in {row.ticket: None for row in rows}:
+            self._join(ticket)
 
-    def _leave(self, rows: Sequence[PictureRow]) -> None:
-        """Rows in their last step make room for new claims already while it runs."""
-        last = [row for row in rows if row.step + 1 == len(row.ticket.plan) and not row.leaving]
-        for row in last:
-            row.leaving = True
-            row.ticket.rows_left -= 1
-        if last:
-            self._sink.moved()
+    def _denoised(self, rows: list[PictureRow], estimates: Mapping[int, torch.Tensor]) -> None:
+        for row in rows:
+            if row.done and not row.ticket.over:
+                self._finish_row(row)
+        for place, row in enumerate(rows):
+            if place in estimates and not row.ticket.over:
+                self._batcher.add(latent_row(row, estimates[place], partial_index=partial_index(row)))
+            if not row.done and not row.ticket.over:
+                self._again(row)
+        self._sink.stepped([row for row in rows if not row.ticket.over])
 
     def _finish_row(self, row: PictureRow) -> None:
         latents = cast(torch.Tensor, row.state and row.state.x)
@@ -251,28 +279,7 @@ class EngineLoop:
     def _again(self, row: PictureRow) -> None:
         row.lane = row.ticket.lane(row.step)
         row.network_rows = row.ticket.network_rows(row.step)
-        if not row.ticket.over:
-            self._batcher.add(row)
-
-    def _isolate(self, batch: list[Any], error: FewstepError) -> None:
-        """A refused batch: every row alone, so that only the request at fault fails."""
-        tickets = list({row.ticket: None for row in batch})
-        if len(tickets) == 1:
-            self._fail(tickets[0], error)
-            return
-        for ticket in tickets:
-            self._live([row for row in batch if row.ticket is ticket])
-
-    def _split(self, batch: list[Any], error: BaseException) -> None:
-        log.warning("out of memory", extra={"rows": len(batch), "stage": batch[0].lane.stage})
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if len(batch) == 1:
-            self._fail(batch[0].ticket, InternalError(f"one picture does not fit into this worker's memory: {error}"))
-            return
-        half = len(batch) // 2
-        for part in (batch[:half], batch[half:]):
-            self._live(part)
+        self._batcher.add(row)
 
     def _fail(self, ticket: Ticket, error: FewstepError) -> None:
         if not ticket.over:
@@ -293,3 +300,6 @@ class EngineLoop:
     def _forget_ticket(self, ticket: Ticket) -> None:
         ticket.over, ticket.rows_left = True, 0
         self._sink.moved()
+
+
+def _nothing() -> None: ...

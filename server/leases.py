@@ -14,7 +14,7 @@ from engines.manifest import Step, StudentManifest
 
 
 class StageCost(msgspec.Struct, frozen=True, kw_only=True):
-    """Engine seconds: of one row alone, and per row in the largest batch."""
+    """Engine seconds: of one row alone, and per row where largest batches are computed, as many as at once can be."""
 
     alone_s: float = 0.0
     row_s: float = 0.0
@@ -44,7 +44,7 @@ class WorkerLease(msgspec.Struct, frozen=True, kw_only=True):
     backend: str = ""
     precision: str = ""
     costs: dict[str, VersionCost] = {}
-    batch_rows: int = 1  # network rows of its largest batch
+    batch_rows: int = 1  # network rows of the largest batches that it computes at once
 
 
 def read(info: Mapping[str, Any]) -> WorkerLease:

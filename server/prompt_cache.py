@@ -1,9 +1,10 @@
 """Prompt embeddings, least recently used out first, bounded by bytes.
 
 Captions repeat (a sheet of seeds, a retry, an empty negative prompt) and encoding a hit costs nothing. Keys hold the
-encoder's weights, so students that share an encoder share its embeddings. Used from one thread.
+encoder's weights, so students that share an encoder share its embeddings. Any thread may use it.
 """
 
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
@@ -34,30 +35,34 @@ class PromptCache:
     max_bytes: int
     num_bytes: int = 0
     _items: OrderedDict[PromptKey, Embedding] = field(default_factory=OrderedDict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __len__(self) -> int:
         return len(self._items)
 
     def get(self, key: PromptKey) -> Embedding | None:
-        found = self._items.get(key)
-        if found is not None:
-            self._items.move_to_end(key)
-        return found
+        with self._lock:
+            found = self._items.get(key)
+            if found is not None:
+                self._items.move_to_end(key)
+            return found
 
     def put(self, key: PromptKey, embedding: Embedding) -> None:
         """Keeps an embedding, unless it alone is larger than the cache."""
-        self._drop(key)
-        if embedding.num_bytes > self.max_bytes:
-            return
-        self._items[key] = embedding
-        self.num_bytes += embedding.num_bytes
-        while self.num_bytes > self.max_bytes:
-            self._drop(next(iter(self._items)))
+        with self._lock:
+            self._drop(key)
+            if embedding.num_bytes > self.max_bytes:
+                return
+            self._items[key] = embedding
+            self.num_bytes += embedding.num_bytes
+            while self.num_bytes > self.max_bytes:
+                self._drop(next(iter(self._items)))
 
     def forget_encoder(self, encoder: str) -> None:
         """Drops the embeddings of an encoder that is no longer loaded."""
-        for key in [key for key in self._items if key.encoder == encoder]:
-            self._drop(key)
+        with self._lock:
+            for key in [key for key in self._items if key.encoder == encoder]:
+                self._drop(key)
 
     def _drop(self, key: PromptKey) -> None:
         gone = self._items.pop(key, None)

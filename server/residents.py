@@ -1,6 +1,6 @@
 """The students of one deployment on this worker: brings them in beside live traffic and lets them go.
 
-`EngineSlot` says what there is to do, piece by piece; here each piece gets its place: engine calls go to the engine
+`EngineSlot` says what there is to do, piece by piece; here each piece gets its place: engine calls go to an engine
 thread behind live rows, what is heavy goes to a niced thread, and what only reads files to any thread.
 """
 
@@ -78,11 +78,11 @@ class Residents:
                 self._settled.add(version)
 
     async def unload(self, version: str) -> bool:
-        """After what is in the engine thread now: a row of a request that was canceled may still be there."""
+        """After what is in the engine threads now: a row of a request that was canceled may still be there."""
         self._wanted += 1
         try:
             async with self._lock:
-                await asyncio.wrap_future(self._engine.background(_nothing))
+                await asyncio.wrap_future(self._engine.landed())
                 if self._uses(version) or version in self._slot.serving:
                     return False
                 self._gone(version, await asyncio.to_thread(self._slot.retire, version))
@@ -128,7 +128,3 @@ async def _result(running: "Future[Any]") -> Any:
 
 class _GaveWay(Exception):
     """A load waits; what was begun is begun again later."""
-
-
-def _nothing() -> None:
-    """Lets everything that was posted before it go first."""

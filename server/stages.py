@@ -1,4 +1,4 @@
-"""The three stages of a batch on its engines: encode, one step, decode. Runs in the engine thread and decides nothing.
+"""The three stages of a batch on its engines: encode, one step, decode. Runs in an engine thread and decides nothing.
 
 Rows of different requests, students and step counts come in one batch as long as the same weights answer them;
 what follows an evaluation is done once per plan and step, not once per row.
@@ -74,11 +74,12 @@ class Stages:
         return found is not None
 
     @torch.inference_mode()
-    def encode(self, rows: Sequence[PromptRow]) -> None:
-        """Gives each row's ticket its embedding; a prompt that several rows share is encoded once."""
+    def encode(self, rows: Sequence[PromptRow]) -> dict[str, Embedding]:
+        """The embedding of each prompt; one that several rows share is encoded once. `give` them to their tickets."""
         encoder = rows[0].lane.engine
-        found = {row.prompt: self.cache.get(PromptKey(encoder, row.prompt)) for row in rows}
-        new = [prompt for prompt, embedding in found.items() if embedding is None]
+        known = {row.prompt: self.cache.get(PromptKey(encoder, row.prompt)) for row in rows}
+        found = {prompt: embedding for prompt, embedding in known.items() if embedding is not None}
+        new = [prompt for prompt in known if prompt not in found]
         if new:
             family = rows[0].ticket.student.family
             tokens = family.tokenize(new)
@@ -87,8 +88,7 @@ class Stages:
                 made = Embedding(cond[i].clone(), tokens.ignored_words[i], tokens.counts[i])
                 found[prompt] = made
                 self.cache.put(PromptKey(encoder, prompt), made)
-        for row in rows:
-            give(row, found[row.prompt])
+        return found
 
     @torch.inference_mode()
     def denoise(self, rows: Sequence[PictureRow]) -> dict[int, Tensor]:
@@ -174,7 +174,7 @@ class Stages:
         return torch.stack(draws).to(self.device)
 
 
-def give(row: PromptRow, embedding: Embedding | None) -> None:
+def give(row: PromptRow, embedding: Embedding) -> None:
     """Puts a prompt's embedding where its ticket looks for it."""
     if row.is_negative:
         row.ticket.negative = embedding

@@ -48,6 +48,16 @@ class Students:
         """Where rows live between calls of their engines."""
         return self._loader.profile.device
 
+    @property
+    def streams(self) -> int:
+        """Engine calls at once."""
+        return self._loader.profile.streams
+
+    @property
+    def most_streams(self) -> int:
+        """What `streams` may become."""
+        return self._loader.most_streams
+
     def serving(self) -> list[str]:
         """Deployments that may be claimed for: their current revision is loaded."""
         return [name for name, follower in self._followers.items() if follower.joined and follower.current]
@@ -149,7 +159,7 @@ class Students:
             backend=self.backend,
             precision=self._loader.choice.precision,
             costs=costs,
-            batch_rows=self._batches[-1],
+            batch_rows=self._batches[-1] * self.streams,
         )
 
     def _version_cost(self, student: LoadedStudent) -> VersionCost:
@@ -162,7 +172,7 @@ class Students:
 
     def _stage_cost(self, key: CostKey) -> StageCost:
         alone, full = self.cost.seconds(key, self._batches[0]), self.cost.seconds(key, self._batches[-1])
-        return StageCost(alone_s=alone or 0.0, row_s=(full or 0.0) / self._batches[-1])
+        return StageCost(alone_s=alone or 0.0, row_s=(full or 0.0) / (self._batches[-1] * self.streams))
 
 
 def _key(lane: LaneKey) -> CostKey:

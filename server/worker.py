@@ -1,6 +1,6 @@
 """A worker: what it claims goes to its engine thread, and each request gets its one answer.
 
-The event loop talks to the broker (`intake`, `answers`), one thread calls engines (`engine_loop`), a few encode
+The event loop talks to the broker (`intake`, `answers`), some threads call engines (`engine_loop`), a few encode
 pictures, and the lease is renewed by a thread of its own. Nothing here waits for a batch to fill. Whatever nobody
 foresaw ends `run` with its error: the process ends, its lease goes, and its claims return to the others.
 """
@@ -79,6 +79,8 @@ class Worker:
             self,
             now_s=self._now_s,
             meter=meter,
+            streams=lambda: students.streams,
+            threads=students.most_streams,
         )
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -87,9 +89,10 @@ class Worker:
         Raises:
             Exception: whatever ended the engine thread or a task; the process should end with it.
         """
-        thread = Aside(self.engine.run, "engine")
+        threads = [Aside(self.engine.run, f"engine-{stream}") for stream in range(self.engine.threads)]
         with self._broker.keep_lease(self._lease):
-            thread.start()
+            for thread in threads:
+                thread.start()
             tasks = [asyncio.create_task(work) for work in self._works()]
             stopping = asyncio.create_task(stop.wait())
             ends: list[asyncio.Future[Any]] = [stopping, self._death, *tasks]
@@ -100,7 +103,8 @@ class Worker:
             finally:
                 await self._end([stopping, *tasks])
                 self.engine.stop()
-                await asyncio.to_thread(thread.join, _JOIN_S)
+                for thread in threads:
+                    await asyncio.to_thread(thread.join, _JOIN_S)
                 self._answers.close()
                 self.engine.meter.flush()
 
@@ -147,7 +151,8 @@ class Worker:
             held[ticket.claim.request.request_class == "high"] += ticket.rows_left
         latest_s = max((ticket.due_s for ticket in self._tickets.values()), default=None)
         slack_ms = None if latest_s is None else int(1000 * (latest_s - self._now_s())) - 1
-        return room(2 * max(self._settings.batch_sizes), held[True], held[False], slack_below_ms=slack_ms)
+        limit = (1 + self.engine.streams()) * max(self._settings.batch_sizes)
+        return room(limit, held[True], held[False], slack_below_ms=slack_ms)
 
     def _admit(self, claims: Sequence[Claim]) -> None:
         """Hands claims to the engine at once; whether they are still wanted is asked meanwhile."""

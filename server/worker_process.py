@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from prometheus_client import start_http_server
 
-from engines.backends.base import Profile, choose, device_of
+from engines.backends.base import Profile, choose, device_of, is_gpu, load_backend
 from engines.cache import DiskCache
 from engines.graph import GraphStore
 from engines.loader import Loader
@@ -56,20 +56,23 @@ async def serve(settings: WorkerSettings) -> None:
 def make_loader(settings: WorkerSettings, registry: Registry) -> Loader:
     """Graphs are exported in another process, so that live requests keep the GIL."""
     threads = settings.threads or len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads)
     choice = choose(settings.backend, settings.precision, settings.device)
     device = device_of(choice.backend, settings.device)
+    streams = min(settings.streams or 1, threads)
+    torch.set_num_threads(1 if load_backend(choice.backend).concurrent else threads)
     told = {"backend": choice.backend, "precision": choice.precision, "device": device, "threads": threads}
     log.info("engine", extra=told)
     profile = Profile(
         batches=tuple(sorted(settings.batch_sizes)),
         precision=choice.precision,
-        threads=threads,
+        threads=threads // streams,
+        streams=streams,
         device=device,
         targets=settings.targets,
     )
     cache = DiskCache(settings.cache_dir, settings.cache_bytes)
-    return Loader(registry, choice, profile, GraphStore(cache, in_process=False))
+    tune = settings.streams == 0 and not is_gpu(device)
+    return Loader(registry, choice, profile, GraphStore(cache, in_process=False), tune=tune)
 
 
 @contextlib.contextmanager

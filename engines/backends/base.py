@@ -24,6 +24,7 @@ class Profile:
     """What an engine is built for. It only ever sees these batch sizes: `Padded` sees to it.
 
     `weights`: "set" makes other weights cheap to load, "constant" makes each call cheaper and other weights a build.
+    An engine is called by so many threads at once as there are `streams`, and each of its calls has `threads`.
     `device` is where the engine computes and where its outputs are, as torch names it; inputs may be anywhere.
     `targets`: the GPUs to build for where that is done ahead, without one, such as SM89; none means the device here.
     """
@@ -31,15 +32,17 @@ class Profile:
     batches: tuple[int, ...] = BATCHES
     precision: Precision = "fp32"
     threads: int = 2
+    streams: int = 1
     weights: Literal["set", "constant"] = "set"
     device: str = "cpu"
     targets: tuple[str, ...] = ()
 
 
 class Engine(Protocol):
-    """One component with its weights. Called from one thread; rows are independent; outputs are the caller's.
+    """One component with its weights. Rows are independent; outputs are the caller's.
 
-    Inputs may be on any device; outputs are on the engine's. A call that has returned has been computed.
+    Called from as many threads at once as its profile has streams. Inputs may be on any device; outputs are on the
+    engine's. A call that has returned has been computed.
     """
 
     inputs: frozenset[str]
@@ -106,13 +109,15 @@ class Compiled(Protocol):
 class Backend(Protocol):
     """`constants_pay` says whether calls are cheaper where `Profile.weights` is "constant".
 
-    `on_gpu` says whether its engines can compute on a GPU, as it is installed here.
+    `on_gpu` says whether its engines can compute on a GPU, as it is installed here, `concurrent` whether calls of one
+    engine overlap on a processor; where they do not, a profile has one stream.
     """
 
     name: str
     reload: Literal["refit", "recompile"]
     constants_pay: bool
     on_gpu: bool
+    concurrent: bool
 
     def available(self) -> bool: ...
 

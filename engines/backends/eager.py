@@ -57,6 +57,7 @@ class Eager:
     name = "eager"
     reload: Literal["refit", "recompile"] = "refit"
     constants_pay = False
+    concurrent = False
     on_gpu = True
 
     def available(self) -> bool:

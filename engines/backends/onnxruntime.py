@@ -15,6 +15,7 @@ optimised graph is not kept on disk, because where optimising takes time its out
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any, Literal
 
 import numpy as np
@@ -46,17 +47,20 @@ class Compiled:
 
 
 class OnnxRuntimeEngine:
-    """A binding of a session, which several engines may share. It owns copies of the weights that it binds."""
+    """Bindings of a session, one per stream, which several engines may share. It owns copies of the weights."""
 
-    def __init__(self, graph: Graph, session: Any, weights: Mapping[str, Any]) -> None:
+    def __init__(self, graph: Graph, session: Any, weights: Mapping[str, Any], streams: int) -> None:
         self.inputs = graph.inputs
         self._outputs = {port.name: tuple(port.shape[1:]) for port in session.get_outputs()}
         self._session = session
-        self._binding = session.io_binding()
         self._reads = {port.name for port in session.get_inputs()}
         self._weights = {name: value for name, value in weights.items() if name in self._reads}
-        for name, value in self._weights.items():
-            self._binding.bind_ortvalue_input(name, value)
+        self._bindings: SimpleQueue[Any] = SimpleQueue()
+        for _ in range(streams):
+            binding = session.io_binding()
+            for name, value in self._weights.items():
+                binding.bind_ortvalue_input(name, value)
+            self._bindings.put(binding)
 
     def run(self, **inputs: Tensor) -> dict[str, Tensor]:
         """The session reads the caller's tensors and writes new ones: nothing is copied on the way."""
@@ -64,15 +68,19 @@ class OnnxRuntimeEngine:
         held = {name: value.contiguous() for name, value in inputs.items()}
         first = next(iter(held.values()))
         made = {name: torch.empty((len(first), *shape), device=first.device) for name, shape in self._outputs.items()}
-        for name in held.keys() & self._reads:
-            self._binding.bind_input(name, *_place(held[name]))
-        for name, value in made.items():
-            self._binding.bind_output(name, *_place(value))
-        self._session.run_with_iobinding(self._binding)
+        binding = self._bindings.get()
+        try:
+            for name in held.keys() & self._reads:
+                binding.bind_input(name, *_place(held[name]))
+            for name, value in made.items():
+                binding.bind_output(name, *_place(value))
+            self._session.run_with_iobinding(binding)
+        finally:
+            self._bindings.put(binding)
         return made
 
     def close(self) -> None:
-        self._binding = self._session = None
+        self._bindings, self._session = SimpleQueue(), None
         self._weights = {}
 
 
@@ -80,6 +88,7 @@ class OnnxRuntime:
     name = "onnxruntime"
     reload: Literal["refit", "recompile"] = "refit"
     constants_pay = True
+    concurrent = True
 
     @property
     def on_gpu(self) -> bool:
@@ -101,9 +110,9 @@ class OnnxRuntime:
         device = "cpu" if compiled.session is None else torch.device(compiled.profile.device).type
         values = {WEIGHT + name: _value(value, device) for name, value in weights.items()}
         if compiled.session is not None:
-            return OnnxRuntimeEngine(compiled.graph, compiled.session, values)
-        constants = {name: values[name] for name in compiled.names}
-        return OnnxRuntimeEngine(compiled.graph, _session(compiled.model, compiled.profile, constants), {})
+            return OnnxRuntimeEngine(compiled.graph, compiled.session, values, compiled.profile.streams)
+        session = _session(compiled.model, compiled.profile, {name: values[name] for name in compiled.names})
+        return OnnxRuntimeEngine(compiled.graph, session, {}, compiled.profile.streams)
 
 
 def providers(device: str, installed: Sequence[str]) -> list[Any]:

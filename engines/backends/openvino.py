@@ -20,6 +20,7 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal
 
 import numpy as np
@@ -68,21 +69,32 @@ class Compiled:
 
 
 class OpenVinoEngine:
-    """An infer request per batch size, all with the same weights. It owns copies of them."""
+    """Infer requests of each batch size, one per stream, all with the same weights. It owns copies of them."""
 
-    def __init__(self, graph: Graph, shaped: Mapping[int, _Shaped], weights: Mapping[str, _Array]) -> None:
+    def __init__(
+        self, graph: Graph, shaped: Mapping[int, _Shaped], weights: Mapping[str, _Array], streams: int
+    ) -> None:
         import openvino as ov
 
         self.inputs = graph.inputs
         self._outputs = graph.outputs
         self._kept = dict(weights)
         tensors = {name: ov.Tensor(value, shared_memory=True) for name, value in self._kept.items()}
-        self._requests = {rows: _Request(one, tensors) for rows, one in shaped.items()}
+        self._requests: dict[int, SimpleQueue[_Request]] = {}
+        for rows, one in shaped.items():
+            self._requests[rows] = SimpleQueue()
+            for _ in range(streams):
+                self._requests[rows].put(_Request(one, tensors))
 
     def run(self, **inputs: Tensor) -> dict[str, Tensor]:
         check_inputs(self.inputs, inputs)
         rows = len(next(iter(inputs.values())))
-        arrays = self._requests[rows].infer({name: value.contiguous().numpy() for name, value in inputs.items()})
+        free = self._requests[rows]
+        request = free.get()
+        try:
+            arrays = request.infer({name: value.contiguous().numpy() for name, value in inputs.items()})
+        finally:
+            free.put(request)
         return {name: torch.from_numpy(array) for name, array in zip(self._outputs, arrays, strict=True)}
 
     def close(self) -> None:
@@ -124,6 +136,7 @@ class OpenVino:
     name = "openvino"
     reload: Literal["refit", "recompile"] = "refit"
     constants_pay = True
+    concurrent = True
     on_gpu = False
 
     def available(self) -> bool:
@@ -140,9 +153,10 @@ class OpenVino:
         check_weights(graph.shapes, weights)
         arrays = {name: np.array(value.float().numpy(), order="C") for name, value in weights.items()}
         if profile.weights == "set":
-            return OpenVinoEngine(graph, compiled.shaped, arrays)
+            return OpenVinoEngine(graph, compiled.shaped, arrays, profile.streams)
         onnx = graph.onnx()
-        return OpenVinoEngine(graph, {rows: _compile(onnx, rows, profile, arrays) for rows in profile.batches}, {})
+        shaped = {rows: _compile(onnx, rows, profile, arrays) for rows in profile.batches}
+        return OpenVinoEngine(graph, shaped, {}, profile.streams)
 
 
 def _compile(onnx: bytes, rows: int, profile: Profile, constants: Mapping[str, _Array] | None = None) -> _Shaped:
@@ -155,8 +169,8 @@ def _compile(onnx: bytes, rows: int, profile: Profile, constants: Mapping[str, _
         model = _filled(model, constants)
     rest, features, names = _cut_features(model)
     options = {
-        "NUM_STREAMS": 1,
-        "INFERENCE_NUM_THREADS": profile.threads,
+        "NUM_STREAMS": profile.streams,
+        "INFERENCE_NUM_THREADS": profile.threads * profile.streams,
         "PERFORMANCE_HINT": "LATENCY",
         "ENABLE_CPU_PINNING": False,
     }

@@ -67,6 +67,7 @@ class Paced:
     name = "paced"
     reload: Literal["refit", "recompile"] = "refit"
     constants_pay = False
+    concurrent = False
     on_gpu = False
 
     def available(self) -> bool:

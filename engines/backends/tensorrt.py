@@ -53,6 +53,7 @@ class TensorRt:
     reload: Literal["refit", "recompile"] = "refit"
     constants_pay = False  # not measured: building beside live calls shares the GPU with them
     on_gpu = True
+    concurrent = False
 
     def available(self) -> bool:
         """Whether plans can be run here; building them ahead takes the library alone."""

@@ -112,6 +112,7 @@ class TorchCompile:
     name = "torch_compile"
     reload: Literal["refit", "recompile"] = "refit"
     constants_pay = False
+    concurrent = False
     on_gpu = True
 
     def available(self) -> bool:

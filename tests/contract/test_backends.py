@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -204,6 +205,18 @@ def test_the_family_is_diffusers_own_pipeline(teacher: tiny_sd.Teacher, student:
     expected = torch.from_numpy((pictures * 255).round().astype("uint8")).permute(0, 3, 1, 2)
     made = sample(student, PROMPTS[:2], seeds, 4, guidance=3.0)
     assert allowed(student).fault(made, expected) is None
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_calls_of_several_streams_at_once_give_what_each_gives_alone(teacher: tiny_sd.Teacher, backend: str) -> None:
+    profile = Profile((1, 2, 4), threads=1, streams=3)
+    assert load_backend(backend).concurrent
+    student = Loader(teacher.registry, Choice(backend, "fp32"), profile, teacher.graphs).load(teacher.manifest)
+    asked = [([PROMPTS[i % 3]] * (1 + i % 4), range(i, i + 1 + i % 4), (1, 4)[i % 2]) for i in range(24)]
+    alone = [sample(student, *one) for one in asked]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda one: sample(student, *one), asked))
+    assert all(torch.equal(made, expected) for made, expected in zip(together, alone, strict=True))
 
 
 def allowed(student: LoadedStudent) -> Tolerance:

@@ -63,10 +63,17 @@ class Recorder:
 class Bench:
     """An engine loop and what it said. Its clock stands unless told."""
 
-    def __init__(self) -> None:
+    def __init__(self, streams: int = 1, threads: int = 1) -> None:
         self.now_s = 0.0
         self.sink = Recorder()
-        self.loop = EngineLoop(Stages(PromptCache(1 << 20)), Batcher((1, 2, 4)), self.sink, now_s=lambda: self.now_s)
+        self.loop = EngineLoop(
+            Stages(PromptCache(1 << 20)),
+            Batcher((1, 2, 4)),
+            self.sink,
+            now_s=lambda: self.now_s,
+            streams=lambda: streams,
+            threads=threads,
+        )
 
     def ticket(self, student: LoadedStudent, request_id: str, *, deadline_s: float = 60.0, **given: Any) -> Ticket:
         claimed = toy.claim(student, request_id, **given)
@@ -75,14 +82,16 @@ class Bench:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        thread = threading.Thread(target=self.loop.run)
-        thread.start()
+        threads = [threading.Thread(target=self.loop.run) for _ in range(self.loop.threads)]
+        for thread in threads:
+            thread.start()
         try:
             yield
         finally:
             self.loop.stop()
-            thread.join(5)
-            assert not thread.is_alive()
+            for thread in threads:
+                thread.join(5)
+            assert not any(thread.is_alive() for thread in threads)
 
 
 @pytest.fixture

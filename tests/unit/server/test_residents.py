@@ -24,6 +24,9 @@ class Engine:
         future.set_result(work())
         return future
 
+    def landed(self) -> "Future[object]":
+        return self.background(_none)
+
 
 def _none() -> None: ...
 

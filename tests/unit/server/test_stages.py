@@ -12,7 +12,7 @@ from engines.noise import noise
 from engines.student import LoadedStudent, sample
 from server.batcher import LaneKey
 from server.prompt_cache import PromptCache
-from server.stages import Plans, Stages, partial_steps
+from server.stages import Plans, Stages, give, partial_steps
 from server.tickets import LatentRow, PictureRow, Ticket, latent_row, prompts_of, rows_of
 from tests.unit.server import toy
 
@@ -34,7 +34,9 @@ def encoded(stages: Stages, *tickets: Ticket) -> list[PictureRow]:
     for one in tickets:
         prompts = prompts_of(one)
         one.missing = len(prompts)
-        stages.encode(prompts)
+        made = stages.encode(prompts)
+        for row in prompts:
+            give(row, made[row.prompt])
     return [row for one in tickets for row in rows_of(one)]
 
 
