@@ -38,7 +38,7 @@ from engines.graph import GraphStore
 from engines.loader import Loader
 from engines.manifest import StudentManifest
 from engines.registry.base import Registry
-from engines.student import LoadedStudent, sample
+from engines.student import Aid, LoadedStudent, sample
 
 Forgets = tuple[Forget, ...]
 
@@ -49,16 +49,16 @@ SEED = 0
 
 
 def sampler_of(
-    student: LoadedStudent, *, guidance: float | None = None, batch: int = BATCH, teacher: LoadedStudent | None = None
+    student: LoadedStudent, *, guidance: float | None = None, batch: int = BATCH, aid: Aid | None = None
 ) -> Sampler:
     """The evaluation's seam over a loaded student: what the server would answer for these seeds, before rounding.
 
-    A `teacher` takes the first step.
+    `aid` is what a teacher adds.
     """
 
     def draw(captions: Sequence[str], seeds: Sequence[int], steps: int) -> Pixels:
         made: Pixels = sample(
-            student, captions, seeds, steps, guidance=guidance, batch=batch, rounded=False, teacher=teacher
+            student, captions, seeds, steps, guidance=guidance, batch=batch, rounded=False, aid=aid
         ).numpy()
         return made
 

@@ -40,6 +40,7 @@ class Step:
     `w` is the guidance weight of u + w(c − u), or None where the network is asked once without it.
     `eta` is the share of fresh noise: 0 follows the flow map, 1 predicts x0 and re-noises to `s`.
     `coefficients` are the row of solver `linear`: of x, of this clean prediction and of the earlier ones.
+    `by_teacher`: the network is that of the student's teacher. `share` is of the rows that come to this step.
     """
 
     net: str
@@ -48,6 +49,8 @@ class Step:
     w: float | None
     eta: float
     coefficients: tuple[float, ...] | None = None
+    by_teacher: bool = False
+    share: float = 1.0
 
 
 class Betas(_Frozen):
@@ -171,6 +174,33 @@ class Guidance(_Frozen):
         return self
 
 
+REDO_SHARES = tuple(round(0.05 * k, 2) for k in range(1, 11))
+"""Shares of its pictures that a student may have redone by its teacher."""
+
+
+class Judge(_Frozen):
+    """When a picture of a student is its teacher's to redo: where the teacher doubts it more than it doubts most.
+
+    It is asked, and goes on, at the middle of its own schedule of `steps`. `doubts[k][j]`, of pictures of k steps, is
+    what at most the share `REDO_SHARES[j]` of held-out ones exceeds.
+    """
+
+    steps: int = Field(ge=2, description="of the teacher's schedule, of which it takes the second half")
+    doubts: dict[int, tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...]] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _falling(self) -> "Judge":
+        for steps, doubts in self.doubts.items():
+            if len(doubts) != len(REDO_SHARES) or any(b > a for a, b in pairwise(doubts)):
+                raise ValueError(f"doubts[{steps}] must be {len(REDO_SHARES)} falling values, not {doubts}")
+        return self
+
+    def threshold(self, steps: int, share: float) -> float:
+        """What at most `share` of a student's pictures exceeds; the share is rounded down to one that is known."""
+        known = [doubt for doubt, at in zip(self.doubts[steps], REDO_SHARES, strict=True) if at <= share + 1e-9]
+        return known[-1]
+
+
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?$")]
 """A file or one folder and a file: names become paths where a student is exported or its tokenizer is read."""
 
@@ -212,6 +242,9 @@ class StudentManifest(_Frozen):
     solver: str = "ddim"
     schedules: dict[int, Schedule] = Field(min_length=1)
     guidance: Guidance = Guidance()
+    judge: Judge | None = Field(
+        None, exclude_if=lambda judge: judge is None, description="which of its pictures its teacher redoes, if asked"
+    )
     resolutions: tuple[tuple[int, int], ...] = Field(min_length=1, description="width, height in pixels")
     latent_channels: int = Field(ge=1)
     downscale: int = Field(ge=1, description="pixels per latent position")
@@ -268,6 +301,10 @@ class StudentManifest(_Frozen):
         """Every blob that this student needs to be whole."""
         parts = (sha for part in self.components.values() for sha in (part.weights, *part.files.values()))
         return frozenset(parts) | ({self.golden} if self.golden else frozenset())
+
+    def judged(self, judge: Judge) -> "StudentManifest":
+        """The same student with a judge: another version, whose pictures are the same."""
+        return StudentManifest.model_validate(self.model_dump() | {"judge": judge.model_dump()})
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         return self.latent_channels, height // self.downscale, width // self.downscale

@@ -93,6 +93,10 @@ class Solver(ABC):
             x = renoise(self.process, x, noise, self.target(state), self.plan[state.i].s)
         return State(x=x, i=state.i + 1, history=history)
 
+    def settle(self, state: State) -> State:
+        """What is left to do of one row after a step: all of the plan, unless a solver lets its state decide."""
+        return state
+
     @abstractmethod
     def _step(self, state: State, x0: Tensor, eps: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(x at `target(state)`, new history)."""

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from engines import refine, solvers
 from engines.backends.base import Precision
+from engines.corrected import Corrected
 from engines.families.base import Family
-from engines.manifest import StudentManifest
+from engines.manifest import Step, StudentManifest
 from engines.noise import noise
 from engines.process import Process
+from engines.redone import Redone
+from engines.refine import Refinement
 from engines.solvers import Solver, State
 
 
@@ -44,12 +47,22 @@ class LoadedStudent:
     def latent_shape(self) -> tuple[int, int, int]:
         return self.manifest.latent_shape(*self.manifest.resolutions[0])
 
-    def solver(self, steps: int, guidance: float | None = None, teacher: "LoadedStudent | None" = None) -> Solver:
-        """One plan of this student, ready to start; with `teacher` the first step is that one's."""
-        if teacher is None:
-            plan = self.manifest.plan(steps, guidance)
-        else:
-            plan = refine.first_step(self.manifest, teacher.manifest, steps, guidance)
+    def solver(self, steps: int, guidance: float | None = None, aid: "Aid | None" = None) -> Solver:
+        """One plan of this student, ready to start, with what a teacher adds to it."""
+        own = self.manifest.plan(steps, guidance)
+        if aid is None:
+            return self._rule(steps, own)
+        plan = refine.plan(self.manifest, aid.teacher.manifest, steps, guidance, aid.refinement)
+        if aid.refinement.how == "first_step":
+            return self._rule(steps, plan)
+        if aid.refinement.how == "correction":
+            return Corrected(self._rule(steps, own), plan)
+        judge = self.manifest.judge
+        assert judge is not None, "refine.plan refuses to redo unjudged pictures"
+        second = aid.teacher._rule(judge.steps, plan[len(own) :])
+        return Redone(self._rule(steps, own), second, plan, judge.threshold(steps, aid.refinement.share))
+
+    def _rule(self, steps: int, plan: Sequence[Step]) -> Solver:
         return solvers.make(self.manifest.solver_for(steps), self.process, self.manifest.prediction, plan)
 
     def times(self, solver: Solver, state: State) -> NetworkTimes:
@@ -57,6 +70,14 @@ class LoadedStudent:
         pair = torch.tensor([solver.plan[state.i].t, solver.target(state)], dtype=torch.float64)
         t, s = self.process.network_time(pair).tolist()
         return NetworkTimes(t, s, self.process.network_scale(pair[:1]).item())
+
+
+@dataclass(frozen=True, slots=True)
+class Aid:
+    """What a teacher adds to the sampling of its student."""
+
+    teacher: LoadedStudent
+    refinement: Refinement
 
 
 def sample(
@@ -69,11 +90,11 @@ def sample(
     negative: Sequence[str] | None = None,
     batch: int = 8,
     rounded: bool = True,
-    teacher: LoadedStudent | None = None,
+    aid: Aid | None = None,
 ) -> Tensor:
     """Pictures, uint8 [N, 3, H, W]: what the server would answer for these seeds, one after the other.
 
-    Not `rounded`, they are fp32 in levels 0..255. A `teacher` takes the first step.
+    Not `rounded`, they are fp32 in levels 0..255. `aid` is what a teacher adds.
     """
     calls = sampling(
         student,
@@ -84,7 +105,7 @@ def sample(
         negative=negative,
         batch=batch,
         rounded=rounded,
-        teacher=teacher,
+        aid=aid,
     )
     for call in calls.work:
         call()
@@ -112,21 +133,21 @@ def sampling(
     negative: Sequence[str] | None = None,
     batch: int = 8,
     rounded: bool = True,
-    teacher: LoadedStudent | None = None,
+    aid: Aid | None = None,
 ) -> Sampling:
     """As `sample`, for a caller that makes the calls itself."""
     made = Sampling([], [])
     for start in range(0, len(seeds), batch):
         part = slice(start, start + batch)
         bad = None if negative is None else list(negative[part])
-        solver = student.solver(steps, guidance, teacher)
-        run = _Run(student, list(prompts[part]), list(seeds[part]), solver, bad, teacher)
-        made.work.extend([run.encode, *[run.step] * steps, partial(run.decode, made.pictures, rounded)])
+        solver = student.solver(steps, guidance, aid)
+        run = Run(student, list(prompts[part]), list(seeds[part]), solver, bad, aid)
+        made.work.extend([run.encode, *[run.step] * len(solver.plan), partial(run.decode, made.pictures, rounded)])
     return made
 
 
-class _Run:
-    """Some rows of one plan on their way from prompts to pictures."""
+class Run:
+    """Some rows of one plan on their way from prompts to pictures. A row that `settle` ends waits for the others."""
 
     def __init__(
         self,
@@ -134,11 +155,13 @@ class _Run:
         prompts: list[str],
         seeds: list[int],
         solver: Solver,
-        negative: list[str] | None,
-        teacher: LoadedStudent | None,
+        negative: list[str] | None = None,
+        aid: Aid | None = None,
     ) -> None:
-        self._student, self._solver, self._first = student, solver, teacher or student
+        self._student, self._solver, self._teacher = student, solver, aid.teacher if aid else student
         self._prompts, self._seeds, self._bad = prompts, seeds, negative
+        self._left = list(range(len(seeds)))  # rows that are on their way
+        self._ended: dict[int, Tensor] = {}
         self._state = solver.start(self._draw(0))
 
     def encode(self) -> None:
@@ -147,24 +170,43 @@ class _Run:
         self._negative = None if self._bad is None else family.encode(self._bad)
 
     def step(self) -> None:
-        state, rows = self._state, len(self._seeds)
+        if not self._left:
+            return
+        state, rows = self._state, len(self._left)
         times, step = self._student.times(self._solver, state), self._solver.plan[state.i]
-        family = (self._student if state.i else self._first).family
+        family = (self._teacher if step.by_teacher else self._student).family
         pred = family.denoise(
             state.x * times.scale,
             torch.full((rows,), times.t),
-            self._cond,
+            self._cond[self._left],
             torch.full((rows,), times.s),
             [step.w] * rows,
-            negative=self._negative,
+            negative=None if self._negative is None else self._negative[self._left],
             net=step.net,
         )
         fresh = self._draw(state.i + 1) if self._solver.needs_noise(state) else None
-        self._state = self._solver.advance(state, pred, fresh)
+        self._settle(self._solver.advance(state, pred, fresh))
+
+    def latents(self) -> Tensor:
+        """[N, C, H, W], when all steps are made."""
+        return torch.stack([self._ended[row] for row in range(len(self._seeds))])
 
     def decode(self, pictures: list[Tensor], rounded: bool) -> None:
         family = self._student.family
-        pictures.append((family.decode if rounded else family.levels)(self._state.x).cpu())
+        pictures.append((family.decode if rounded else family.levels)(self.latents()).cpu())
+
+    def _settle(self, state: State) -> None:
+        rows = [
+            self._solver.settle(State(state.x[k], state.i, tuple(part[k] for part in state.history)))
+            for k in range(len(self._left))
+        ]
+        self._ended |= {row: one.x for row, one in zip(self._left, rows, strict=True) if self._solver.done(one)}
+        going = [one for one in rows if not self._solver.done(one)]
+        self._left = [row for row in self._left if row not in self._ended]
+        if going:
+            parts = zip(*(one.history for one in going), strict=True)
+            x = torch.stack([one.x for one in going])
+            self._state = State(x, going[0].i, tuple(torch.stack(part) for part in parts))
 
     def _draw(self, k: int) -> Tensor:
-        return torch.stack([noise(seed, k, self._student.latent_shape) for seed in self._seeds])
+        return torch.stack([noise(self._seeds[row], k, self._student.latent_shape) for row in self._left])

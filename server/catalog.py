@@ -13,18 +13,21 @@ from dataclasses import dataclass, field
 
 from engines.errors import FewstepError, InvalidRequest, ModelNotFound, Unavailable
 from engines.manifest import StudentManifest, shown
+from engines.refine import Refinement
 from engines.registry.base import Registry, Revision, TierTarget
 from server import leases, router
 from server.admission import Loading
 from server.brokers.base import Broker, QueueState
 from server.fair_queue import passed_s
-from server.leases import WorkerLease
+from server.leases import Evaluations, WorkerLease
 from server.menu import Choice, Wanted
 from server.messages import CLASSES, RequestClass
 
 _logger = logging.getLogger(__name__)
 Expect = Callable[[str, TierTarget], router.Expected | None]
 """What a request at a target of a deployment takes."""
+_Asked = tuple[str, int, float | None, str | None, Refinement | None]
+"""Version, steps, guidance, teacher and what that adds."""
 _MAX_CHOICES = 4096  # remembered routings; a few kinds of request make up nearly all
 
 
@@ -47,7 +50,9 @@ class View:
     workers: dict[str, WorkerLease] = field(default_factory=dict)
     queues: dict[str, QueueState] = field(default_factory=dict)
     choices: dict[Wanted, tuple[Choice, ...]] = field(default_factory=dict)
-    evaluations: dict[tuple[str, int, float | None, str | None], int] = field(default_factory=dict)
+    evaluations: dict[tuple[str, int, float | None, str | None, Refinement | None], Evaluations] = field(
+        default_factory=dict
+    )
     published_s: dict[tuple[str, str], float] = field(default_factory=dict)  # by us since this look
     published_by_s: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)  # the same by owner
 
@@ -136,14 +141,19 @@ class Catalog:
         return choices
 
     def evaluations(
-        self, deployment: str, target: TierTarget, guidance: float | None, teacher: str | None = None
-    ) -> int:
-        """Network rows of one picture; with `teacher`, a version, the first step is that one's."""
-        known, key = self.view.evaluations, (target.student, target.steps, guidance, teacher)
+        self,
+        deployment: str,
+        target: TierTarget,
+        guidance: float | None,
+        teacher: str | None = None,
+        refinement: Refinement | None = None,
+    ) -> Evaluations:
+        """Network rows of one picture, with what `teacher`, a version, adds to it."""
+        known, key = self.view.evaluations, (target.student, target.steps, guidance, teacher, refinement)
         if key not in known:
             manifests = self.view.deployments[deployment].manifests
             by = manifests[teacher] if teacher else None
-            known[key] = leases.num_evaluations(manifests[target.student], target.steps, guidance, by)
+            known[key] = leases.evaluations(manifests[target.student], target.steps, guidance, by, refinement)
         return known[key]
 
     def num_workers(self, deployment: str) -> int:

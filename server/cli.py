@@ -2,7 +2,7 @@
 
 import typer
 
-from server.commands import deployments, distill, imports, processes, stack, students
+from server.commands import calibrate, deployments, distill, imports, processes, stack, students
 from server.commands.generate import generate
 from server.commands.terminal import one_sentence_errors
 
@@ -20,6 +20,7 @@ app.command(rich_help_panel=_HERE)(stack.demo)
 app.command(rich_help_panel=_USE)(generate)
 app.add_typer(distill.app, name="distill", rich_help_panel=_USE)
 students.app.command("import")(imports.import_)
+students.app.command()(calibrate.calibrate)
 app.add_typer(students.app, name="students", rich_help_panel=_USE)
 app.command(rich_help_panel=_USE)(deployments.deployments)
 app.command(rich_help_panel=_USE)(deployments.promote)

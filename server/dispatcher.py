@@ -110,13 +110,14 @@ class Dispatcher:
         """What a choice would cost, and what stands before it."""
         request_class = class_of(intent.priority)
         catalog, target = self._catalog, TierTarget(student=choice.version, steps=choice.steps)
-        rows = catalog.evaluations(choice.deployment, target, intent.wanted.guidance, choice.teacher)
+        wanted = intent.wanted
+        rows = catalog.evaluations(choice.deployment, target, wanted.guidance, choice.teacher, wanted.refinement)
         costs = catalog.costs(choice.version)
-        cost_s = intent.n * leases.queued_s(costs, rows)
+        cost_s = intent.n * leases.queued_s(costs, rows.expected)
         load = admission.Load(
             num_workers=catalog.num_workers(choice.deployment),
             wait_s=catalog.wait_s(choice.deployment, request_class, owner, cost_s),
-            service_s=leases.alone_s(costs, rows) or 0.0,
+            service_s=leases.alone_s(costs, rows.most) or 0.0,
             worker_seen_s_ago=catalog.worker_seen_s_ago(choice.deployment),
             loading=catalog.loading(choice.deployment),
             lump_s=waits.lump_s,
@@ -124,23 +125,23 @@ class Dispatcher:
             stretch=waits.stretch,
         )
         size = choice.width, choice.height
-        work = Work(choice.deployment, choice.version, rows, size) if intent.n == 1 else None
+        work = Work(choice.deployment, choice.version, rows.expected, size) if intent.n == 1 else None
         return Decision(choice, request_class, cost_s, load.wait_s, work), load
 
     def _expect(self, intent: Intent, owner: str, deployment: str, target: TierTarget) -> Expected | None:
         """By what such requests took of late at a load like this; by costs and predicted wait where too few did."""
         catalog, wanted = self._catalog, intent.wanted
         manifests = catalog.deployment(deployment).manifests
-        teacher = teacher_of(manifests[target.student], manifests) if wanted.refine else None
-        rows = catalog.evaluations(deployment, target, wanted.guidance, teacher)
+        teacher = teacher_of(manifests[target.student], manifests) if wanted.refinement else None
+        rows = catalog.evaluations(deployment, target, wanted.guidance, teacher, wanted.refinement)
         costs = catalog.costs(target.student)
-        alone_s = leases.alone_s(costs, rows)
+        alone_s = leases.alone_s(costs, rows.most)
         if alone_s is None:
             return None
-        row_s = leases.queued_s(costs, rows)
+        row_s = leases.queued_s(costs, rows.expected)
         more_s = (intent.n - 1) * row_s
         wait_s = catalog.wait_s(deployment, class_of(intent.priority), owner, intent.n * row_s)
         size = wanted.size or manifests[target.student].resolutions[0]
-        p95_ms = self._latencies.p95_ms(Work(deployment, target.student, rows, size), wait_s)
+        p95_ms = self._latencies.p95_ms(Work(deployment, target.student, rows.expected, size), wait_s)
         now_ms = 1000 * (wait_s + alone_s) if p95_ms is None else p95_ms
         return Expected(alone_ms=1000 * (alone_s + more_s), now_ms=now_ms + 1000 * more_s)

@@ -179,12 +179,7 @@ class EngineLoop:
     def _leave(self, rows: Sequence[PictureRow]) -> None:
         """Rows in their last step make room for new claims already while it runs."""
         with self._lock:
-            last = [row for row in rows if row.step + 1 == len(row.ticket.plan) and not row.leaving]
-            for row in last:
-                row.leaving = True
-                row.ticket.rows_left -= 1
-            if last:
-                self._sink.moved()
+            self._leaving([row for row in rows if row.step + 1 == len(row.ticket.plan)])
 
     def _isolate(self, batch: list[Any], error: FewstepError) -> None:
         """A refused batch: every row alone, so that only the request at fault fails."""
@@ -259,15 +254,24 @@ class EngineLoop:
             self._join(ticket)
 
     def _denoised(self, rows: list[PictureRow], estimates: Mapping[int, torch.Tensor]) -> None:
-        for row in rows:
-            if row.done and not row.ticket.over:
-                self._finish_row(row)
+        ended = [row for row in rows if row.done and not row.ticket.over]
+        self._leaving(ended)  # some end before the last step of their plan
+        for row in ended:
+            self._finish_row(row)
         for place, row in enumerate(rows):
-            if place in estimates and not row.ticket.over:
+            if place in estimates and not row.done and not row.ticket.over:
                 self._batcher.add(latent_row(row, estimates[place], partial_index=partial_index(row)))
             if not row.done and not row.ticket.over:
                 self._again(row)
         self._sink.stepped([row for row in rows if not row.ticket.over])
+
+    def _leaving(self, rows: Sequence[PictureRow]) -> None:
+        last = [row for row in rows if not row.leaving]
+        for row in last:
+            row.leaving = True
+            row.ticket.rows_left -= 1
+        if last:
+            self._sink.moved()
 
     def _finish_row(self, row: PictureRow) -> None:
         latents = cast(torch.Tensor, row.state and row.state.x)
@@ -279,6 +283,8 @@ class EngineLoop:
     def _again(self, row: PictureRow) -> None:
         row.lane = row.ticket.lane(row.step)
         row.network_rows = row.ticket.network_rows(row.step)
+        if row.ticket.plan[row.step].share < 1:  # not every row comes so far
+            row.ticket.redone.add(row.index)
         self._batcher.add(row)
 
     def _fail(self, ticket: Ticket, error: FewstepError) -> None:

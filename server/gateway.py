@@ -198,7 +198,8 @@ class Gateway:
                 cost_s=decision.cost_s,
                 due_after_s=self._due_after_s(intent, decision.cost_s, timeout_ms / 1000),
                 downgraded_from=choice.downgraded_from,
-                first_step_by=choice.teacher,
+                refinement=choice.refinement,
+                teacher=choice.teacher,
             )
             try:
                 await self.broker.publish(request)

@@ -21,7 +21,7 @@ class Work:
 
     deployment: str
     version: str
-    evaluations: int
+    evaluations: float
     size: tuple[int, int]
 
 

@@ -5,12 +5,14 @@ not know and does without what is missing.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from engines import refine
 from engines.manifest import Step, StudentManifest
+from engines.refine import Refinement
 
 
 class StageCost(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,29 +63,43 @@ def write(lease: WorkerLease) -> dict[str, Any]:
     return record
 
 
-def num_evaluations(
-    manifest: StudentManifest, steps: int, guidance: float | None = None, teacher: StudentManifest | None = None
-) -> int:
-    """Network rows of one picture; with `teacher` the first step is that one's."""
-    if teacher is None:
-        return sum(_rows(manifest, step) for step in manifest.plan(steps, guidance))
-    first, *rest = refine.first_step(manifest, teacher, steps, guidance)
-    return _rows(teacher, first) + sum(_rows(manifest, step) for step in rest)
+@dataclass(frozen=True, slots=True)
+class Evaluations:
+    """Network rows of one picture: `most` where it takes every step of its plan, `expected` where a share does."""
+
+    most: int
+    expected: float
+
+
+def evaluations(
+    manifest: StudentManifest,
+    steps: int,
+    guidance: float | None = None,
+    teacher: StudentManifest | None = None,
+    refinement: Refinement | None = None,
+) -> Evaluations:
+    """Of one picture, with what `teacher` adds to it."""
+    if teacher is None or refinement is None:
+        plan, by = manifest.plan(steps, guidance), manifest
+    else:
+        plan, by = refine.plan(manifest, teacher, steps, guidance, refinement), teacher
+    rows = [_rows(by if step.by_teacher else manifest, step) for step in plan]
+    return Evaluations(sum(rows), sum(count * step.share for count, step in zip(rows, plan, strict=True)))
 
 
 def _rows(manifest: StudentManifest, step: Step) -> int:
     return 2 if manifest.guidance.mode == "cfg" and step.w is not None else 1
 
 
-def alone_s(costs: Iterable[VersionCost], evaluations: int) -> float | None:
+def alone_s(costs: Iterable[VersionCost], rows: int) -> float | None:
     """Engine seconds of one picture on an idle worker, the slowest one; None where nothing was measured."""
-    found = [cost.encode.alone_s + evaluations * cost.step.alone_s + cost.decode.alone_s for cost in costs]
+    found = [cost.encode.alone_s + rows * cost.step.alone_s + cost.decode.alone_s for cost in costs]
     return max(found, default=None)
 
 
-def queued_s(costs: Iterable[VersionCost], evaluations: int) -> float:
+def queued_s(costs: Iterable[VersionCost], rows: float) -> float:
     """Engine seconds that one picture adds to a busy queue; 0 where nothing was measured."""
-    found = [cost.encode.row_s + evaluations * cost.step.row_s + cost.decode.row_s for cost in costs]
+    found = [cost.encode.row_s + rows * cost.step.row_s + cost.decode.row_s for cost in costs]
     return max(found, default=0.0)
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from engines import refine
 from engines.errors import InvalidRequest, InvalidSize
 from engines.manifest import StudentManifest, shown
-from engines.refine import Refine
+from engines.refine import Refinement
 from engines.registry.base import Revision, TierTarget
-from server.leases import num_evaluations
+from server import leases
 from server.messages import TierSteps
 
 AUTO = "auto"
@@ -36,7 +36,7 @@ class Wanted:
     max_latency_ms: int | None = None
     guidance: float | None = None
     size: tuple[int, int] | None = None
-    refine: Refine | None = None
+    refinement: Refinement | None = None
     names: Names = Names()
 
 
@@ -44,7 +44,7 @@ class Wanted:
 class Choice:
     """What the request is pinned to. `downgraded_from` is the default tier where latency or load forbade it.
 
-    `teacher` is the version that takes the first step, where the request wants that.
+    `teacher` is the version that adds what `refinement` says.
     """
 
     deployment: str
@@ -55,6 +55,7 @@ class Choice:
     height: int
     downgraded_from: TierSteps | None = None
     teacher: str | None = None
+    refinement: Refinement | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ class Menu:
         return rungs
 
     def rows(self, target: TierTarget) -> int:
-        return num_evaluations(self.manifests[target.student], target.steps)
+        return leases.evaluations(self.manifests[target.student], target.steps).most
 
     def serves(self, target: TierTarget) -> bool:
         """Whether its student was made for the guidance and size that the request wants."""
@@ -120,11 +121,12 @@ class Menu:
     def choice(self, tier: str, target: TierTarget, *, instead_of: tuple[str, TierTarget] | None = None) -> Choice:
         """Raises what is wrong with the guidance or size that the request wants."""
         manifest = self.manifests[target.student]
-        teacher = self.teacher(manifest) if self.wanted.refine else None
-        if teacher is None:
-            manifest.plan(target.steps, self.wanted.guidance)
+        asked, guidance = self.wanted.refinement, self.wanted.guidance
+        teacher = self.teacher(manifest, asked) if asked else None
+        if teacher is None or asked is None:
+            manifest.plan(target.steps, guidance)
         else:
-            refine.first_step(manifest, teacher, target.steps, self.wanted.guidance)
+            refine.plan(manifest, teacher, target.steps, guidance, asked)
         width, height = _size(self.wanted, manifest)
         above = instead_of if instead_of and self.rows(target) < self.rows(instead_of[1]) else None
         return Choice(
@@ -136,14 +138,15 @@ class Menu:
             height,
             downgraded_from=TierSteps(tier=above[0], steps=above[1].steps) if above else None,
             teacher=teacher.version if teacher else None,
+            refinement=asked,
         )
 
-    def teacher(self, student: StudentManifest) -> StudentManifest:
+    def teacher(self, student: StudentManifest, asked: Refinement) -> StudentManifest:
         """Raises `InvalidRequest` where the teacher of a student does not serve beside it."""
         version = refine.teacher_of(student, self.revision.versions)
         if version is None:
             raise InvalidRequest(
-                f"refine={self.wanted.refine} needs the teacher of {shown(student.version)} in a tier of "
+                f"refine={asked.how} needs the teacher of {shown(student.version)} in a tier of "
                 f"{self.revision.deployment}: leave refine out, or promote it too",
                 param="refine",
             )

@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 import msgspec
 
 from engines.errors import FewstepError, UnsupportedMessage, by_code
+from engines.refine import Refine, Refinement
 
 RequestClass = Literal["high", "normal", "low"]
 State = Literal["queued", "running", "succeeded", "failed", "canceled", "expired"]
@@ -66,7 +67,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     cost_s: float = 0.0  # predicted engine seconds of all rows; sums to the predicted queue wait
     due_after_s: float = 0.0  # seconds in which it should be done, less what its priority is worth
     downgraded_from: TierSteps | None = None  # what would have served it with less load, or with more time
-    first_step_by: str | None = None  # the full version of the teacher, where that one takes the first step
+    refinement: Refinement | None = None  # what the teacher adds
+    teacher: str | None = None  # its full version, where it adds something
 
     @property
     def request_class(self) -> RequestClass:
@@ -101,6 +103,14 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     total_ms: float = 0.0
 
 
+class Refined(msgspec.Struct, frozen=True, kw_only=True):
+    """What a teacher, a full version, had a part in. `redone` are the pictures that it made again."""
+
+    refine: Refine
+    teacher: str
+    redone: list[int] = []
+
+
 class GenerateResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The one answer to one request. `error` is set unless `status` is succeeded."""
 
@@ -118,7 +128,7 @@ class GenerateResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     text_tokens: int = 0
     num_images: int = 0
     downgraded_from: TierSteps | None = None
-    first_step_by: str | None = None
+    refined: Refined | None = None
 
 
 class StepEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

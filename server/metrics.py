@@ -57,6 +57,7 @@ class Metrics:
         )
         self.batch_rows = histogram("batch_rows", "Network rows in one evaluation", ROW_BUCKETS, "model")
         self.steps = counter("steps_total", "Row steps done", "model", "version")
+        self.judged = counter("judged_total", "Pictures of refine=redo: kept, or redone", "model", "verdict")
         self.waiting = gauge("waiting", "Requests queued and not claimed", "model", "class")
         self.running = gauge("running", "Rows inside this worker", "model")
         self.cancelled = counter("cancelled_total", "Requests canceled", "where")

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from engines.manifest import Step
 from engines.noise import noise
+from engines.refine import Refinement
 from engines.solvers import Solver, State
-from engines.student import LoadedStudent, NetworkTimes
+from engines.student import Aid, LoadedStudent, NetworkTimes
 from server.prompt_cache import Embedding, PromptCache, PromptKey
 from server.tickets import LatentRow, PictureRow, PromptRow
 
@@ -22,22 +23,21 @@ _MAX_PLANS = 512
 
 
 class Plans:
-    """Plans and solvers by version, step count, guidance and teacher, so that equal requests share theirs."""
+    """Plans and solvers by version, count, guidance and what a teacher adds, so that equal requests share theirs."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[str, int, float | None, str | None], Solver] = {}
+        self._made: dict[tuple[str, int, float | None, str | None, Refinement | None], Solver] = {}
 
-    def solver(
-        self, student: LoadedStudent, steps: int, guidance: float | None, teacher: LoadedStudent | None = None
-    ) -> Solver:
+    def solver(self, student: LoadedStudent, steps: int, guidance: float | None, aid: Aid | None = None) -> Solver:
         """Its `plan` is the request's.
 
         Raises:
             StepsNotAllowed, InvalidRequest, InvalidManifest, UnknownPlugin: the student does not allow this.
         """
-        key = (student.version, steps, guidance, teacher.version if teacher else None)
+        by, how = (aid.teacher.version, aid.refinement) if aid else (None, None)
+        key = (student.version, steps, guidance, by, how)
         if key not in self._made:
-            rule = student.solver(steps, guidance, teacher)
+            rule = student.solver(steps, guidance, aid)
             if len(self._made) >= _MAX_PLANS:
                 self._made.clear()
             self._made[key] = rule
@@ -163,7 +163,8 @@ class Stages:
         clean = solver.x0(state, mine) if shown else None
         after = solver.advance(state, mine, self._fresh(solver, state, [rows[k] for k in group]))
         for place, k in enumerate(group):
-            batch.after[k] = State(after.x[place], after.i, tuple(part[place] for part in after.history))
+            own = State(after.x[place], after.i, tuple(part[place] for part in after.history))
+            batch.after[k] = solver.settle(own)
         return {} if clean is None else {k: clean[group.index(k)] for k in shown}
 
     def _fresh(self, solver: Solver, state: State, rows: Sequence[PictureRow]) -> Tensor | None:

@@ -10,7 +10,7 @@ from engines.solvers import Solver, State
 from engines.student import LoadedStudent
 from server.batcher import LaneKey, Row
 from server.brokers.base import Claim
-from server.messages import ErrorBody, GenerateResult, Timing
+from server.messages import ErrorBody, GenerateResult, Refined, Timing
 from server.metrics import Metrics
 from server.prompt_cache import Embedding
 
@@ -21,7 +21,7 @@ _SEEDS = 2**63
 class Ticket:
     """One claim: what it needs, what is done of it, and where its time went (seconds).
 
-    `teacher` takes the first step, where the request wants that.
+    `teacher` takes the steps that the plan says are its.
     """
 
     claim: Claim
@@ -41,6 +41,7 @@ class Ticket:
     denoise_s: float = 0.0
     decode_s: float = 0.0
     image_s: float = 0.0
+    redone: set[int] = field(default_factory=set)  # pictures that the teacher makes again
     over: bool = False  # answered, or given up: what still runs of it is dropped
 
     def __post_init__(self) -> None:
@@ -60,7 +61,7 @@ class Ticket:
 
     def performer(self, i: int) -> LoadedStudent:
         """Whose network takes step `i`."""
-        return self.teacher if i == 0 and self.teacher else self.student
+        return self.teacher if self.teacher and self.plan[i].by_teacher else self.student
 
     def lane(self, i: int) -> LaneKey:
         """Of step `i`. Rows share a call if the same weights answer them: never the step count, tier or guidance."""
@@ -100,8 +101,15 @@ class Ticket:
             text_tokens=prompt.tokens if prompt else 0,
             num_images=request.n,
             downgraded_from=request.downgraded_from,
-            first_step_by=request.first_step_by,
+            refined=self.refined(),
         )
+
+    def refined(self) -> Refined | None:
+        """What the teacher had a part in."""
+        asked = self.claim.request.refinement
+        if asked is None or self.teacher is None:
+            return None
+        return Refined(refine=asked.how, teacher=self.teacher.version, redone=sorted(self.redone))
 
     def failure(self, body: ErrorBody, *, worker: str, now_s: float) -> GenerateResult:
         """The answer of a request that this worker cannot serve."""

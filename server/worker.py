@@ -14,6 +14,7 @@ from typing import Any
 
 from engines.aside import Aside
 from engines.errors import DeadlineExceeded, FewstepError
+from engines.student import Aid
 from server import leases
 from server.answers import Answers, Picture, collect, event
 from server.batcher import Batcher
@@ -170,13 +171,14 @@ class Worker:
         if request.id in self._tickets or request.id in self._later:
             return None
         student = self._students.loaded(request.model, request.version)
-        teacher = self._students.loaded(request.model, request.first_step_by) if request.first_step_by else None
-        if student is None or (request.first_step_by and teacher is None):
+        teacher = self._students.loaded(request.model, request.teacher) if request.teacher else None
+        if student is None or (request.teacher and teacher is None):
             self._later.add(request.id)
             self._aside(self._admit_later(claim))
             return None
+        aid = Aid(teacher, request.refinement) if teacher and request.refinement else None
         try:
-            solver = self._plans.solver(student, request.steps, request.guidance, teacher)
+            solver = self._plans.solver(student, request.steps, request.guidance, aid)
         except FewstepError as error:
             self._answer_failed(claim, error)
             return None
@@ -190,7 +192,7 @@ class Worker:
     async def _admit_later(self, claim: Claim) -> None:
         """A request pinned to a version that is not here, such as one that a dead worker had."""
         try:
-            for version in filter(None, (claim.request.version, claim.request.first_step_by)):
+            for version in filter(None, (claim.request.version, claim.request.teacher)):
                 await self._students.fetch(claim.request.model, version)
         except FewstepError as error:
             self._later.discard(claim.request.id)
@@ -244,6 +246,10 @@ class Worker:
 
     def _answer(self, ticket: Ticket) -> None:
         result = ticket.result(worker=self._broker.identity, now_s=self._now_s())
+        if result.refined and result.refined.refine == "redo":
+            judged = self._metrics.judged
+            judged.labels(ticket.claim.request.model, "redone").inc(len(ticket.redone))
+            judged.labels(ticket.claim.request.model, "kept").inc(result.num_images - len(ticket.redone))
         self._metrics.queue_seconds.labels(ticket.claim.request.model).observe(result.timing.queue_ms / 1000)
         self._answers.add(Finished(ticket.claim, result, [image for image in ticket.images if image is not None]))
 

@@ -24,7 +24,7 @@ from server import leases
 from server.app import Authorise, create_app
 from server.brokers.base import Broker, Claim
 from server.brokers.memory import MemoryBroker, MemoryServer
-from server.messages import ErrorBody, GenerateResult, StepEvent, Timing
+from server.messages import ErrorBody, GenerateRequest, GenerateResult, Refined, StepEvent, Timing
 from server.settings import GatewaySettings
 from tests.eventually import eventually
 
@@ -101,7 +101,7 @@ class Painter:
             text_tokens=len(request.prompt.split()),
             num_images=request.n,
             downgraded_from=request.downgraded_from,
-            first_step_by=request.first_step_by,
+            refined=_refined(request),
         )
         await self.broker.finish(claim, result, images)
 
@@ -114,6 +114,13 @@ class Painter:
         for index in range(request.partial_images):
             data = picture(seeds[0], request.width, request.height, request.output_format)
             await self.broker.emit(StepEvent(id=request.id, kind="partial_image", partial_index=index), data)
+
+
+def _refined(request: GenerateRequest) -> Refined | None:
+    asked = request.refinement
+    if asked is None or request.teacher is None:
+        return None
+    return Refined(refine=asked.how, teacher=request.teacher, redone=[0] if asked.how == "redo" else [])
 
 
 class GatewayStack:

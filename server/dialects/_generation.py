@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 import msgspec
 
 from engines.manifest import shown
+from engines.refine import Refine
 from server import http_errors
 from server.brokers.base import Status
 from server.http_errors import ErrorInfo
@@ -32,6 +33,14 @@ class GenerationTiming(msgspec.Struct, frozen=True, kw_only=True):
     total_ms: float
 
 
+class RefinedRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What the teacher of the student added; `redone` are the pictures, by place, that it made again."""
+
+    refine: Refine
+    teacher: str
+    redone: list[int] = []
+
+
 class Generation(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     object: str = "generation"
@@ -50,7 +59,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     images: list[GenerationImage] = []
     ignored_words: list[str] = []
     downgraded_from: TierSteps | None = None
-    first_step_by: str | None = None
+    refined: RefinedRecord | None = None
 
 
 def in_progress(status: Status) -> Generation:
@@ -94,8 +103,15 @@ def finished(signer: Signer, answer: Answer, *, store: bool, model: str, status:
         images=_images(signer, answer, store=store),
         ignored_words=result.ignored_words,
         downgraded_from=result.downgraded_from,
-        first_step_by=shown(result.first_step_by) if result.first_step_by else None,
+        refined=refined(result),
     )
+
+
+def refined(result: GenerateResult) -> RefinedRecord | None:
+    found = result.refined
+    if found is None:
+        return None
+    return RefinedRecord(refine=found.refine, teacher=shown(found.teacher), redone=found.redone)
 
 
 def content_path(request_id: str, index: int) -> str:
@@ -118,7 +134,7 @@ def headers_of(result: GenerateResult) -> dict[str, str]:
         "x-backend": result.backend,
         "server-timing": spent,
         **_downgraded(result.downgraded_from),
-        **({"x-first-step-by": shown(result.first_step_by)} if result.first_step_by else {}),
+        **_refined(refined(result)),
     }
 
 
@@ -130,6 +146,14 @@ def headers_of_queued(ticket: Ticket) -> dict[str, str]:
 def _downgraded(above: TierSteps | None) -> dict[str, str]:
     """What would have served it with less load or more time, as RFC 8941 writes an item: `medium;steps=4`."""
     return {"x-downgraded-from": f"{above.tier};steps={above.steps}"} if above else {}
+
+
+def _refined(found: RefinedRecord | None) -> dict[str, str]:
+    """What the teacher added, as RFC 8941 writes an item: `first_step;teacher="shapes@3f2a91c0de11"`."""
+    if found is None:
+        return {}
+    redone = f';redone="{" ".join(map(str, found.redone))}"' if found.redone else ""
+    return {"x-refined": f'{found.refine};teacher="{found.teacher}"{redone}'}
 
 
 def rfc3339(ms: int | None) -> str | None:

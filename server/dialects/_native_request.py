@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Meta
 
 from engines.errors import ContradictoryFields, InvalidRequest
-from engines.refine import Refine
+from engines.refine import Refine, asked
 from server.dialects.base import MIME
 from server.intent import ImageFormat, Intent
 from server.menu import Wanted
@@ -31,6 +31,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     max_latency_ms: Annotated[int, Meta(ge=1, le=2**31)] | None = None
     guidance_scale: Annotated[float, Meta(ge=0, le=1000)] | None = None
     refine: Refine | None = None
+    redo_share: Annotated[float, Meta(ge=0.05, le=0.5)] | None = None
     output_format: ImageFormat | None = None
     output_compression: Annotated[int, Meta(ge=0, le=100)] | None = None
     priority: Annotated[int, Meta(ge=-10, le=10)] = 0
@@ -77,7 +78,7 @@ def intent_of(body: GenerationRequest, accepted: ImageFormat | None, traceparent
             max_latency_ms=body.max_latency_ms,
             guidance=body.guidance_scale,
             size=size,
-            refine=body.refine,
+            refinement=asked(body.refine, body.redo_share),
         ),
         prompt=body.prompt,
         negative_prompt=body.negative_prompt,

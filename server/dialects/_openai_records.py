@@ -7,6 +7,7 @@ from msgspec import Meta
 
 from engines.manifest import shown
 from engines.refine import Refine
+from server.dialects._generation import RefinedRecord, refined
 from server.dialects._native_request import MAX_PROMPT_CHARS
 from server.intent import Answer, ImageFormat
 from server.messages import TierSteps
@@ -35,6 +36,7 @@ class ImageGenerationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_u
     negative_prompt: Annotated[str, Meta(max_length=MAX_PROMPT_CHARS)] | None = None
     max_latency_ms: Annotated[int, Meta(ge=1, le=2**31)] | None = None
     refine: Refine | None = None
+    redo_share: Annotated[float, Meta(ge=0.05, le=0.5)] | None = None
     priority: Annotated[int, Meta(ge=-10, le=10)] | None = None
     timeout_ms: Annotated[int, Meta(ge=1, le=2**31)] | None = None
 
@@ -75,7 +77,7 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True):
     image_ms: float
     ignored_words: list[str]
     downgraded_from: TierSteps | None = None
-    first_step_by: str | None = None
+    refined: RefinedRecord | None = None
 
 
 class ImagesResponse(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,5 +121,5 @@ def provenance(answer: Answer) -> Provenance:
         image_ms=round(timing.image_ms, 3),
         ignored_words=result.ignored_words,
         downgraded_from=result.downgraded_from,
-        first_step_by=shown(result.first_step_by) if result.first_step_by else None,
+        refined=refined(result),
     )

@@ -103,7 +103,7 @@ def _capability(gateway: Gateway, deployment: Deployment) -> Capability:
 
 def _tier(gateway: Gateway, deployment: Deployment, target: TierTarget) -> TierCapability:
     manifest, catalog = deployment.manifests[target.student], gateway.catalog
-    guidance, rows = manifest.guidance, catalog.evaluations(deployment.name, target, None)
+    guidance, rows = manifest.guidance, catalog.evaluations(deployment.name, target, None).most
     alone_s = leases.alone_s(catalog.costs(target.student), rows)
     seen = gateway.latencies.quantiles(Work(deployment.name, target.student, rows, manifest.resolutions[0]))
     return TierCapability(
@@ -124,8 +124,13 @@ def _refine(deployment: Deployment, manifest: StudentManifest, steps: int) -> li
     version = refine.teacher_of(manifest, deployment.current.versions)
     if version is None:
         return []
+    teacher = deployment.manifests[version]
+    return [one.how for one in refine.ALL if fits(manifest, teacher, steps, one)]
+
+
+def fits(student: StudentManifest, teacher: StudentManifest, steps: int, asked: refine.Refinement) -> bool:
     try:
-        refine.first_step(manifest, deployment.manifests[version], steps)
+        refine.plan(student, teacher, steps, None, asked)
     except InvalidRequest:
-        return []
-    return ["first_step"]
+        return False
+    return True

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engines.errors import FewstepError, InvalidRequest, InvalidSize, NotBuilt
+from engines.refine import asked
 from server import idempotency
 from server.dialects import base
 from server.dialects._generation import content_path, headers_of, headers_of_queued
@@ -186,7 +187,7 @@ def _intent(body: ImageGenerationRequest, traceparent: str | None) -> Intent:
             max_latency_ms=body.max_latency_ms,
             guidance=body.guidance_scale,
             size=_size(body.size),
-            refine=body.refine,
+            refinement=asked(body.refine, body.redo_share),
             names=_NAMES,
         ),
         prompt=body.prompt,

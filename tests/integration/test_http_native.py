@@ -1,10 +1,12 @@
 import io
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
 from PIL import Image
 
+from engines.manifest import Judge
 from engines.registry.memory import MemoryRegistry
 from tests.eventually import eventually
 from tests.gateway_stack import GatewayStack, running
@@ -382,19 +384,36 @@ def test_tier_auto_gives_way_to_load_and_no_word_means_the_default_tier() -> Non
         assert stack.client.post(PATH, json={"prompt": "x"}).json()["downgraded_from"] is None
 
 
-def test_a_first_step_by_the_teacher_is_asked_for_told_and_offered() -> None:
+def test_what_the_teacher_adds_is_asked_for_told_and_offered() -> None:
     made = manifest("shapes-fast", 1, 2, 4, mark=2, base=TEACHER)
+    judged = made.judged(Judge(steps=8, doubts={1: (0.5,) * 10}))
     registry = MemoryRegistry()
     publish(registry, TEACHER, made)
-    now = revision(1, {"low": (made, 1), "medium": (made, 4), "high": (TEACHER, 8)})
+    registry.publish(judged)
+    now = revision(1, {"low": (judged, 1), "medium": (made, 4), "high": (TEACHER, 8)})
     teacher = f"shapes@{TEACHER.digest[:12]}"
     with running(now, registry=registry) as stack:
         tiers = stack.client.get("/v1/capabilities").json()["data"][0]["tiers"]
-        assert {tier: one["refine"] for tier, one in tiers.items()} == {"low": [], "medium": ["first_step"], "high": []}
-        told = stack.client.post(PATH, json={"prompt": "x", "refine": "first_step"})
-        assert (told.json()["first_step_by"], told.headers["x-first-step-by"]) == (teacher, teacher)
-        openai = stack.client.post("/v1/images/generations", json={"prompt": "x", "refine": "first_step"})
-        assert openai.json()["x_fewstep"]["first_step_by"] == teacher
-        refused = stack.client.post(PATH, json={"prompt": "x", "tier": "low", "refine": "first_step"})
-        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "refine")
-        assert stack.client.post(PATH, json={"prompt": "x", "refine": "more"}).status_code == 400
+        offered = {"low": ["redo"], "medium": ["first_step", "correction"], "high": []}
+        assert {tier: one["refine"] for tier, one in tiers.items()} == offered
+
+        def ask(path: str = PATH, **fields: Any) -> httpx.Response:
+            return stack.client.post(path, json={"prompt": "x", **fields})
+
+        told = ask(refine="first_step")
+        assert told.json()["refined"] == {"refine": "first_step", "teacher": teacher, "redone": []}
+        assert told.headers["x-refined"] == f'first_step;teacher="{teacher}"'
+        told = ask(tier="low", refine="redo", redo_share=0.1)
+        assert told.json()["refined"] == {"refine": "redo", "teacher": teacher, "redone": [0]}
+        assert told.headers["x-refined"] == f'redo;teacher="{teacher}";redone="0"'
+        openai = ask("/v1/images/generations", refine="correction")
+        assert openai.json()["x_fewstep"]["refined"] == {"refine": "correction", "teacher": teacher, "redone": []}
+        for fields, param in (
+            ({"tier": "low", "refine": "first_step"}, "refine"),
+            ({"refine": "redo"}, "refine"),
+            ({"refine": "correction", "redo_share": 0.1}, "redo_share"),
+            ({"tier": "low", "refine": "redo", "redo_share": 0.6}, "redo_share"),
+        ):
+            refused = ask(**fields)
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, param), fields
+        assert ask(refine="more").status_code == 400

@@ -54,7 +54,7 @@ def test_the_answer_has_openai_s_shape_and_what_made_it(stack: GatewayStack) -> 
             "image_ms": 0.25,
             "ignored_words": [],
             "downgraded_from": None,
-            "first_step_by": None,
+            "refined": None,
         },
     }
 

@@ -4,6 +4,7 @@ import asyncio
 import io
 import secrets
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,11 +13,14 @@ from PIL import Image
 from torch import Tensor
 
 from engines.backends.base import tolerance
+from engines.calibration import calibrate
 from engines.loader import load_student
-from engines.student import sample
+from engines.refine import FIRST_STEP, Refinement
+from engines.student import Aid, sample
 from server.brokers.base import Broker
 from server.brokers.memory import MemoryBroker, MemoryServer
 from server.brokers.redis import RedisBroker
+from server.messages import Refined
 from tests.contract.conftest import redis_server
 from tests.eventually import aeventually
 from tests.integration.worker_stack import MODEL, Running, running, student, weighted_student
@@ -41,6 +45,9 @@ def brokers(request: pytest.FixtureRequest) -> tuple[Broker, Broker]:
         return MemoryBroker(server, "gateway"), MemoryBroker(server, "worker")
     url, namespace = request.getfixturevalue("redis_server").url, secrets.token_hex(4)
     return RedisBroker(url, "gateway", namespace=namespace), RedisBroker(url, "worker", namespace=namespace)
+
+
+HALF = Refinement("redo", 0.5)
 
 
 async def picture(up: Running, request_id: str, index: int = 0) -> Tensor:
@@ -194,13 +201,36 @@ async def test_a_teacher_takes_the_first_step_of_its_student_though_it_was_unloa
     candidate = up.propose(student(up.registry, 0.9), 4)
     assert (await up.outcome(candidate)).state == "live"
     await aeventually(lambda: unloaded(up, base.version), 20)
-    request = up.request("r1", first_step_by=base.version)
+    request = up.request("r1", refinement=FIRST_STEP, teacher=base.version)
     result = await up.answer(request)
-    assert (result.status, result.first_step_by) == ("succeeded", base.version)
+    assert (result.status, result.refined) == ("succeeded", Refined(refine="first_step", teacher=base.version))
     made, teacher = (load_student(up.registry, up.registry.student(one)) for one in (request.version, base.version))
-    expected = sample(made, ["a red circle"], [7], 4, teacher=teacher)[0]
+    expected = sample(made, ["a red circle"], [7], 4, aid=Aid(teacher, FIRST_STEP))[0]
     same(await picture(up, "r1"), expected)
     assert not torch.equal(expected, sample(made, ["a red circle"], [7], 4)[0])
+
+
+async def test_pictures_that_the_teacher_doubts_are_redone_by_it_and_told(up: Running) -> None:
+    base = up.student().manifest
+    plain = up.registry.student(student(up.registry, 0.9))
+    loaded, teacher = (load_student(up.registry, one) for one in (plain, base))
+    prompts = ["a red circle"] * 19
+    found = calibrate(loaded, teacher, 4, prompts).judge
+    made = replace(loaded, manifest=plain.judged(found))
+    expected = sample(made, prompts[:8], range(8), 1, aid=Aid(teacher, HALF), rounded=True)
+    own = sample(made, prompts[:8], range(8), 1)
+    redone = [k for k in range(8) if not torch.equal(expected[k], own[k])]
+    assert 0 < len(redone) < 8
+    candidate = up.propose(up.registry.publish(made.manifest), 1)
+    assert (await up.outcome(candidate)).state == "live"
+    request = up.request("r1", n=8, seed=0, steps=1, refinement=HALF, teacher=base.version)
+    result = await up.answer(request)
+    assert (result.error, result.refined) == (None, Refined(refine="redo", teacher=base.version, redone=redone))
+    for k in range(8):
+        same(await picture(up, "r1", k), expected[k])
+    for verdict, count in (("redone", len(redone)), ("kept", 8 - len(redone))):
+        labels = {"model": MODEL, "verdict": verdict}
+        assert up.metrics.registry.get_sample_value("fewstep_judged_total", labels) == count
 
 
 async def unloaded(up: Running, version: str) -> bool:

@@ -9,8 +9,9 @@ from engines import refine, solvers
 from engines.errors import InvalidRequest, StepsNotAllowed
 from engines.manifest import Guidance, ProcessSpec, StudentManifest
 from engines.noise import noise
+from engines.refine import FIRST_STEP
 from engines.solvers import State
-from engines.student import sample
+from engines.student import Aid, sample
 from tests.unit.server import toy
 
 TEACHER = toy.manifest("teacher", weights="t", guided=True)
@@ -21,7 +22,7 @@ def student(**options: Any) -> StudentManifest:
 
 
 def test_the_first_step_is_the_teacher_s_with_its_guidance_and_along_its_flow() -> None:
-    plan = refine.first_step(student(eta=1.0), TEACHER, 4)
+    plan = refine.plan(student(eta=1.0), TEACHER, 4, None, FIRST_STEP)
     assert [(step.t, step.s, step.w, step.eta) for step in plan] == [
         (1.0, 0.75, 2.0, 0.0),
         (0.75, 0.5, None, 1.0),
@@ -33,20 +34,20 @@ def test_the_first_step_is_the_teacher_s_with_its_guidance_and_along_its_flow() 
 def test_a_teacher_that_is_not_guided_there_by_itself_is_not_here() -> None:
     guidance = Guidance(mode="cfg", default=2.0, maximum=8.0, interval=(0.2, 0.8))
     late = toy.manifest("teacher", weights="t", guidance=guidance)
-    assert refine.first_step(toy.manifest("student", base=late.version), late, 4)[0].w is None
+    assert refine.plan(toy.manifest("student", base=late.version), late, 4, None, FIRST_STEP)[0].w is None
 
 
 @pytest.mark.parametrize(
     ("options", "steps", "says"),
     [
-        ({}, 1, "none is left for it"),
+        ({}, 1, "takes one step"),
         ({"base": None}, 4, "was not made from teacher@"),
         ({"process": ProcessSpec(shift=3.0)}, 4, "differ in process"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_why(options: dict[str, Any], steps: int, says: str) -> None:
     with pytest.raises(InvalidRequest, match=says) as caught:
-        refine.first_step(student(**options), TEACHER, steps)
+        refine.plan(student(**options), TEACHER, steps, None, FIRST_STEP)
     assert caught.value.param == "refine"
 
 
@@ -60,20 +61,20 @@ def test_what_does_not_fit_is_refused_with_why(options: dict[str, Any], steps: i
 )
 def test_students_of_another_space_than_their_teacher_s_are_refused(change: dict[str, Any], says: str) -> None:
     with pytest.raises(InvalidRequest, match=says):
-        refine.first_step(student().model_copy(update=change), TEACHER, 4)
+        refine.plan(student().model_copy(update=change), TEACHER, 4, None, FIRST_STEP)
 
 
 def test_steps_learnt_for_the_student_alone_are_refused() -> None:
     learnt = student().schedules[2].model_copy(update={"solver": "linear", "coefficients": ((1.0, 0.5), (0.0, 1.0))})
     with pytest.raises(InvalidRequest, match="solver linear"):
-        refine.first_step(student().model_copy(update={"schedules": {2: learnt}}), TEACHER, 2)
+        refine.plan(student().model_copy(update={"schedules": {2: learnt}}), TEACHER, 2, None, FIRST_STEP)
 
 
 def test_the_student_s_own_contract_still_holds() -> None:
     with pytest.raises(StepsNotAllowed):
-        refine.first_step(student(), TEACHER, 3)
+        refine.plan(student(), TEACHER, 3, None, FIRST_STEP)
     with pytest.raises(InvalidRequest, match="guidance_scale"):
-        refine.first_step(student(), TEACHER, 4, guidance=3.0)
+        refine.plan(student(), TEACHER, 4, 3.0, FIRST_STEP)
 
 
 def test_the_teacher_is_found_among_what_serves() -> None:
@@ -86,7 +87,7 @@ def test_the_teacher_is_found_among_what_serves() -> None:
 def test_a_picture_is_one_step_of_the_teacher_and_then_the_student_s_sampler(solver: str) -> None:
     teacher = toy.student(toy.ToyFamily(slope=0.3), name="teacher", weights="t", guided=True, solver=solver)
     made = toy.student(toy.ToyFamily(slope=0.7), base=teacher.version, solver=solver)
-    found = sample(made, ["a red circle"], [7], 4, teacher=teacher)
+    found = sample(made, ["a red circle"], [7], 4, aid=Aid(teacher, FIRST_STEP))
 
     cond, x = made.family.encode(["a red circle"]), noise(7, 0, made.latent_shape)[None]
     first = teacher.manifest.plan(4)[:1]

@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from engines.errors import Overloaded
+from engines.errors import InvalidRequest, Overloaded
+from engines.manifest import Judge
+from engines.refine import Refinement
 from server import leases
 from server.brokers.base import QueueState
 from server.dispatcher import Dispatcher
@@ -16,7 +18,7 @@ from server.messages import TierSteps
 from server.metrics import make
 from server.settings import GatewaySettings
 from tests.gateway_stack import COST
-from tests.unit.server.manifests import manifest, revision
+from tests.unit.server.manifests import CFG, manifest, revision
 from tests.unit.server.test_gateway import Stand
 
 STUDENT = manifest("shapes-fast", 1, 2, 4, mark=1)
@@ -204,3 +206,26 @@ async def test_what_is_above_its_class_comes_first_whosever_it_is(desk: Callable
     here = flooded(desk, flood=100.0)
     with pytest.raises(Overloaded, match=r"the queue is 100\.0 s long"):
         here.decide(replace(AUTO_INTENT, priority=-5), owner="calm")
+
+
+async def test_admission_counts_the_share_that_is_redone_and_the_latency_of_one_that_is() -> None:
+    teacher = manifest("shapes", 8, guidance=CFG)
+    student = manifest("shapes-fast", 1, mark=1, base=teacher).judged(Judge(steps=8, doubts={1: (1.0,) * 10}))
+    stand = Stand(students=(teacher, student), current=revision(1, {"medium": (student, 1), "high": (teacher, 8)}))
+    costs = {student.version: COST, teacher.version: COST}
+    lease = leases.WorkerLease(deployments={"shapes": sorted(costs)}, costs=costs)
+    await stand.worker.renew_lease(leases.write(lease))
+    await stand.gateway.start()
+    here = Desk(stand)
+
+    def cost_s(share: float) -> float:
+        return here.decide(Intent(Wanted("shapes", refinement=Refinement("redo", share)), "x", n=2)).cost_s
+
+    fixed_s, row_s = COST.encode.row_s + COST.decode.row_s, COST.step.row_s
+    assert cost_s(0.25) == pytest.approx(2 * (fixed_s + (1 + 2 + 0.25 * 6) * row_s))
+    assert cost_s(0.5) == pytest.approx(2 * (fixed_s + (1 + 2 + 0.5 * 6) * row_s))
+    alone_ms = 1000 * (COST.encode.alone_s + 9 * COST.step.alone_s + COST.decode.alone_s)
+    wanted = Wanted("shapes", refinement=Refinement("redo", 0.05), max_latency_ms=int(alone_ms) - 1)
+    with pytest.raises(InvalidRequest, match="too little"):
+        here.decide(Intent(wanted, "x"))
+    await stand.gateway.stop()

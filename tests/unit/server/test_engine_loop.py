@@ -3,14 +3,16 @@
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 
 from engines.errors import FewstepError, InternalError, InvalidRequest
-from engines.student import LoadedStudent, sample
+from engines.manifest import Judge
+from engines.refine import REDO
+from engines.student import Aid, LoadedStudent, sample
 from server.batcher import Batcher
 from server.engine_loop import EngineLoop
 from server.prompt_cache import PromptCache
@@ -75,10 +77,12 @@ class Bench:
             threads=threads,
         )
 
-    def ticket(self, student: LoadedStudent, request_id: str, *, deadline_s: float = 60.0, **given: Any) -> Ticket:
+    def ticket(
+        self, student: LoadedStudent, request_id: str, *, deadline_s: float = 60.0, aid: Aid | None = None, **given: Any
+    ) -> Ticket:
         claimed = toy.claim(student, request_id, **given)
-        solver = Plans().solver(student, claimed.request.steps, claimed.request.guidance)
-        return Ticket(claimed, student, solver.plan, solver, due_s=0.0, deadline_s=deadline_s)
+        solver, by = Plans().solver(student, claimed.request.steps, claimed.request.guidance, aid), aid and aid.teacher
+        return Ticket(claimed, student, solver.plan, solver, due_s=0.0, deadline_s=deadline_s, teacher=by)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -109,6 +113,23 @@ def test_every_picture_of_every_request_comes_and_is_right(bench: Bench) -> None
         n, steps = ticket.claim.request.n, ticket.claim.request.steps
         alone = sample(student, ["a red circle"] * n, range(i, i + n), steps)
         assert all(torch.equal(bench.sink.pictures[ticket.id, k], alone[k]) for k in range(n))
+
+
+def test_a_kept_picture_makes_room_at_once_and_which_were_redone_is_known(bench: Bench) -> None:
+    teacher = toy.student(toy.ToyFamily(slope=0.3), name="teacher", weights="t", guided=True)
+    made = toy.student(toy.ToyFamily(slope=0.7), base=teacher.version, eta=1.0)
+    judge = Judge(steps=4, doubts={2: (0.35,) * 10})
+    student, aid = replace(made, manifest=made.manifest.judged(judge)), Aid(teacher, REDO)
+    ticket = bench.ticket(student, "r", aid=aid, steps=2, n=3, seed=7, partial_images=3)
+    room: list[tuple[int, int]] = []
+    bench.sink.on_step = lambda: room.append((len(bench.sink.steps), ticket.rows_left))
+    with bench.running():
+        bench.loop.submit([ticket])
+        eventually(lambda: sum(key[0] == "r" for key in bench.sink.pictures) == 3)
+    alone = sample(student, ["a red circle"] * 3, [7, 8, 9], 2, aid=aid)
+    assert all(torch.equal(bench.sink.pictures["r", k], alone[k]) for k in range(3))
+    assert (ticket.redone, ticket.rows_left) == ({1, 2}, 0)
+    assert [left for _, left in room][:3] == [3, 3, 2]  # the first of the three ends two steps before its plan
 
 
 def test_a_row_joins_those_that_are_under_way(bench: Bench) -> None:

@@ -12,6 +12,7 @@ from engines.errors import (
     StepsNotAllowed,
 )
 from engines.manifest import Guidance, StudentManifest
+from engines.refine import FIRST_STEP
 from engines.registry.base import Revision, TierTarget
 from server.menu import AUTO, UNTIERED, Choice, Names, Wanted
 from server.messages import TierSteps
@@ -266,18 +267,19 @@ def refined(wanted: Wanted, **tiers: tuple[StudentManifest, int]) -> tuple[Choic
 
 
 def test_a_first_step_by_the_teacher_needs_it_in_the_deployment() -> None:
-    wanted = Wanted("shapes", refine="first_step")
+    wanted = Wanted("shapes", refinement=FIRST_STEP)
     (choice,) = refined(wanted, medium=(TAUGHT, 4), high=(TEACHER, 32))
-    assert (choice.version, choice.steps, choice.teacher) == (TAUGHT.version, 4, TEACHER.version)
+    assert (choice.version, choice.steps) == (TAUGHT.version, 4)
+    assert (choice.teacher, choice.refinement) == (TEACHER.version, FIRST_STEP)
     with pytest.raises(InvalidRequest, match="needs the teacher of shapes-fast@"):
         refined(wanted, medium=(TAUGHT, 4))
-    with pytest.raises(InvalidRequest, match="none is left for it"):
+    with pytest.raises(InvalidRequest, match="takes one step"):
         refined(
-            Wanted("shapes", tier="low", refine="first_step"), low=(TAUGHT, 1), medium=(TAUGHT, 4), high=(TEACHER, 32)
+            Wanted("shapes", tier="low", refinement=FIRST_STEP), low=(TAUGHT, 1), medium=(TAUGHT, 4), high=(TEACHER, 32)
         )
 
 
 def test_auto_keeps_a_step_for_the_student_where_the_first_is_the_teacher_s() -> None:
-    wanted = Wanted("shapes", tier=AUTO, refine="first_step")
+    wanted = Wanted("shapes", tier=AUTO, refinement=FIRST_STEP)
     ladder = refined(wanted, low=(TAUGHT, 1), medium=(TAUGHT, 4), high=(TEACHER, 32))
     assert [choice.steps for choice in ladder] == [4, 2]

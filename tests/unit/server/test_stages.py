@@ -1,15 +1,17 @@
 """The stages give every row what it would have had alone, whoever shares its batch."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from engines.errors import InternalError
-from engines.manifest import Guidance, ProcessSpec
+from engines.manifest import Guidance, Judge, ProcessSpec
 from engines.noise import noise
-from engines.student import LoadedStudent, sample
+from engines.refine import CORRECTION, FIRST_STEP, REDO
+from engines.student import Aid, LoadedStudent, sample
 from server.batcher import LaneKey
 from server.prompt_cache import PromptCache
 from server.stages import Plans, Stages, give, partial_steps
@@ -22,12 +24,11 @@ def stages() -> Stages:
     return Stages(PromptCache(1 << 20))
 
 
-def ticket(
-    student: LoadedStudent, request_id: str = "r", teacher: LoadedStudent | None = None, **given: object
-) -> Ticket:
+def ticket(student: LoadedStudent, request_id: str = "r", aid: Aid | None = None, **given: object) -> Ticket:
     claimed = toy.claim(student, request_id, **given)  # type: ignore[arg-type]
-    solver = Plans().solver(student, claimed.request.steps, claimed.request.guidance, teacher)
-    return Ticket(claimed, student, solver.plan, solver, due_s=0.0, deadline_s=60.0, teacher=teacher)
+    solver = Plans().solver(student, claimed.request.steps, claimed.request.guidance, aid)
+    by = aid.teacher if aid else None
+    return Ticket(claimed, student, solver.plan, solver, due_s=0.0, deadline_s=60.0, teacher=by)
 
 
 def encoded(stages: Stages, *tickets: Ticket) -> list[PictureRow]:
@@ -180,7 +181,7 @@ def test_first_steps_of_a_teacher_share_its_calls_with_its_own_rows_and_the_rest
     teacher = toy.student(toy.ToyFamily(slope=0.3), name="teacher", weights="t", guided=True)
     student = toy.student(toy.ToyFamily(slope=0.7), base=teacher.version)
     plain, guided = ticket(student, "s", steps=4), ticket(teacher, "t", steps=4)
-    mixed = ticket(student, "m", teacher, steps=4)
+    mixed = ticket(student, "m", Aid(teacher, FIRST_STEP), steps=4)
     rows = encoded(stages, plain, guided, mixed)
     latents: dict[str, LatentRow] = {}
     while left := [row for row in rows if not row.done]:
@@ -194,19 +195,49 @@ def test_first_steps_of_a_teacher_share_its_calls_with_its_own_rows_and_the_rest
     prompt, seed = ["a red circle"], [7]
     assert torch.equal(pictures["s"], sample(student, prompt, seed, 4)[0])
     assert torch.equal(pictures["t"], sample(teacher, prompt, seed, 4)[0])
-    assert torch.equal(pictures["m"], sample(student, prompt, seed, 4, teacher=teacher)[0])
+    assert torch.equal(pictures["m"], sample(student, prompt, seed, 4, aid=Aid(teacher, FIRST_STEP))[0])
     assert not torch.equal(pictures["m"], pictures["s"])
     assert teacher.family.calls.count(("denoise", 2)) == 1  # type: ignore[attr-defined]
     assert student.family.calls.count(("denoise", 2)) == 3  # type: ignore[attr-defined]
 
 
+def test_what_teachers_add_to_some_rows_leaves_every_row_as_it_is_alone(stages: Stages) -> None:
+    """Rows without a teacher, corrected ones and judged ones, of which one is kept, all at once."""
+    teacher = toy.student(toy.ToyFamily(slope=0.3), name="teacher", weights="t", guided=True, solver="dpmpp_2m")
+    plain = toy.student(toy.ToyFamily(slope=0.7), base=teacher.version, eta=1.0)
+    judge = Judge(steps=4, doubts={2: (0.35,) * 10})
+    student = replace(plain, manifest=plain.manifest.judged(judge))
+    alone = {
+        name: sample(student, ["a red circle"] * 3, [7, 8, 9], 2, aid=aid)
+        for name, aid in (("p", None), ("c", Aid(teacher, CORRECTION)), ("r", Aid(teacher, REDO)))
+    }
+    kept = [torch.equal(one, own) for one, own in zip(alone["r"], alone["p"], strict=True)]
+    assert sorted(kept) == [False, False, True]
+    tickets = [
+        ticket(student, "p", steps=2, n=3),
+        ticket(student, "c", Aid(teacher, CORRECTION), steps=2, n=3),
+        ticket(student, "r", Aid(teacher, REDO), steps=2, n=3),
+    ]
+    rows = encoded(stages, *tickets)
+    while left := [row for row in rows if not row.done]:
+        lanes: dict[LaneKey, list[PictureRow]] = {}
+        for row in left:
+            lanes.setdefault(row.ticket.lane(row.step), []).append(row)
+        for batch in lanes.values():
+            stages.denoise(batch)
+    for row in rows:
+        assert row.state is not None
+        picture = torch.from_numpy(stages.decode([latent_row(row, row.state.x)]))[0]
+        assert torch.equal(picture, alone[row.request_id][row.index]), (row.request_id, row.index)
+
+
 def test_a_negative_prompt_is_what_the_teacher_s_first_step_is_guided_away_from(stages: Stages) -> None:
     teacher = toy.student(toy.ToyFamily(slope=0.3), name="teacher", weights="t", guided=True)
     student = toy.student(toy.ToyFamily(slope=0.7), base=teacher.version)
-    rows = encoded(stages, ticket(student, "r", teacher, steps=4, negative_prompt="two squares"))
-    expected = sample(student, ["a red circle"], [7], 4, teacher=teacher, negative=["two squares"])
+    rows = encoded(stages, ticket(student, "r", Aid(teacher, FIRST_STEP), steps=4, negative_prompt="two squares"))
+    expected = sample(student, ["a red circle"], [7], 4, aid=Aid(teacher, FIRST_STEP), negative=["two squares"])
     assert torch.equal(run(stages, rows)["r0"], expected[0])
-    assert not torch.equal(expected, sample(student, ["a red circle"], [7], 4, teacher=teacher))
+    assert not torch.equal(expected, sample(student, ["a red circle"], [7], 4, aid=Aid(teacher, FIRST_STEP)))
 
 
 def test_plans_are_shared_until_a_version_that_has_a_part_in_them_is_gone() -> None:

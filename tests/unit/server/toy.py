@@ -54,7 +54,7 @@ class ToyFamily:
 
     def embed(self, tokens: Tokens) -> Tensor:
         self._called("encode", len(tokens.ids))
-        return (tokens.ids / 100)[:, :, None].expand(-1, -1, 3)
+        return (tokens.ids / 100)[:, :, None].expand(-1, -1, 3).contiguous()
 
     def denoise(
         self,
@@ -80,7 +80,10 @@ class ToyFamily:
 
     def decode(self, latents: Tensor) -> Tensor:
         self._called("decode", len(latents))
-        return (latents[:, :3] * 32 + 128).clamp(0, 255).to(torch.uint8)
+        return self.levels(latents).to(torch.uint8)
+
+    def levels(self, latents: Tensor) -> Tensor:
+        return (latents[:, :3] * 32 + 128).clamp(0, 255)
 
     def network_rows(self, w: float | None) -> int:
         return 1 if w is None else 2
