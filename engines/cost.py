@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 _SHARE = 0.1  # of a new measurement in the moving mean
+_FOLLOW = 0.9  # of a size's change, what the sizes that are not asked for change by
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,11 @@ class CostKey:
 
 
 class CostModel:
-    """A moving mean per key and batch size. One thread observes a key at a time; others may read, inherit, forget."""
+    """A moving mean per key and batch size. One thread observes a key at a time; others may read, inherit, forget.
+
+    What makes calls of one size slower, such as other calls beside them, makes all sizes slower. So the others follow
+    in proportion: a size that was last measured on an idle machine would look cheaper than the one in use.
+    """
 
     def __init__(self) -> None:
         self._seconds: dict[CostKey, dict[int, float]] = {}
@@ -30,7 +35,12 @@ class CostModel:
         """A call with a batch of `size` (as the engine saw it, padding included) took this long."""
         known = self._seconds.setdefault(key, {})
         before = known.get(size)
-        known[size] = seconds if before is None else before + _SHARE * (seconds - before)
+        if before is None:
+            known[size] = seconds
+            return
+        change = _SHARE * (seconds / before - 1)
+        for other in known:
+            known[other] *= 1 + (change if other == size else _FOLLOW * change)
 
     def inherit(self, key: CostKey, other: CostKey) -> None:
         """Other weights of the same graph take as long, until measured."""

@@ -93,7 +93,7 @@ class WorkerSettings(BaseSettings):
     device: str = Field("auto", description="cpu, cuda or cuda:1; auto: a GPU where the backend uses one")
     threads: int = Field(0, ge=0, description="engine threads; 0 means the cores this process may use")
     streams: int = Field(0, ge=0, description="engine calls at once, which share the threads; 0: what measures best")
-    batch_sizes: tuple[int, ...] = Field((1, 2, 4, 8), min_length=1, description="network rows; the warmed sizes")
+    batch_sizes: tuple[int, ...] = Field((1, 2, 4, 8, 16), min_length=1, description="network rows; the warmed sizes")
     targets: tuple[str, ...] = Field((), description="of TensorRT plans built ahead (SM89 …); none: for the GPU here")
     cache_dir: Path = Field(Path(".fewstep/engines"), description="graphs and engines; processes may share it")
     cache_bytes: int = Field(20 * 2**30, ge=0, description="of cache_dir; what no process reads is deleted beyond it")

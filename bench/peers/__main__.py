@@ -30,7 +30,7 @@ from engines.registry.files import FilesRegistry
 out = Console(stderr=True)
 _BENCH = Path(__file__).parents[1]
 _WORK = _BENCH / "tmp" / "peers"
-_BATCHES = (1, 2, 4, 8)
+_BATCHES = (1, 2, 4, 8, 16)
 _OURS = (
     "gateway, one worker and a Redis-protocol server as `fewstep up` starts them, with the engine, threads and batch "
     "sizes that all have; everything else at its default."

@@ -43,6 +43,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     weights: Literal["set", "constant"] = "set"
     grouped: bool = False
+    processes: int = 1
     port: int = 0
 
     @property

@@ -55,7 +55,8 @@ PEERS: Mapping[str, Peer] = {
     "diffusers": Peer("with_diffusers", alike=False),
 }
 FORMS = ("naive", "grouped")
-SERVERS = (FEWSTEP, *(f"{peer} {form}" for peer in PEERS for form in FORMS))
+WORKERS = "fastapi workers"
+SERVERS = (FEWSTEP, *(f"{peer} {form}" for peer in PEERS for form in FORMS), WORKERS)
 
 
 def measures(server: str, mix: Mapping[str, float]) -> bool:
@@ -169,15 +170,18 @@ def _fewstep(config: Config, folder: Path) -> Iterator[Running]:
 @contextlib.contextmanager
 def _peer(server: str, config: Config, folder: Path, python: Path) -> Iterator[Running]:
     name, _, form = server.partition(" ")
-    peer, grouped = PEERS[name], form == "grouped"
-    told = msgspec.structs.replace(config, grouped=grouped, port=free_port())
+    peer, grouped = PEERS[name], form != "naive"
+    processes = config.threads if server == WORKERS else 1
+    told = msgspec.structs.replace(
+        config, grouped=grouped, port=free_port(), processes=processes, threads=config.threads // processes
+    )
     path = folder / "config.json"
     path.write_bytes(msgspec.json.encode(told))
     env = {
         **os.environ,
         "PEERS_CONFIG": str(path),
         "PYTHONPATH": str(_ROOT),
-        "OMP_NUM_THREADS": str(config.threads),  # as Fewstep's worker has it
+        "OMP_NUM_THREADS": str(told.threads),  # as Fewstep's worker has it
         "OMP_WAIT_POLICY": "PASSIVE",
         **_token(folder, peer),
     }

@@ -1,6 +1,7 @@
 """What families share of text: encoders as modules, their names in weight files, and prompts as token ids."""
 
 import json
+import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -108,6 +109,8 @@ def read_json(read: ReadFile, name: str) -> dict[str, Any]:
 
 def load_tokenizers(read: ReadFile, names: Sequence[str]) -> tuple[Any, ...]:
     """The tokenizers among an encoder's files, in the order of their folders' names."""
+    # A batch of prompts is too short to share: on busy cores, to wake threads for it takes longer than they save.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer
 
     folders = sorted({name.partition("/")[0] for name in names if name.startswith("tokenizer")})

@@ -29,11 +29,20 @@ def test_a_new_measurement_moves_the_mean_a_tenth_of_the_way() -> None:
     assert made.seconds(KEY, 1) == pytest.approx(0.011)
 
 
+def test_the_other_sizes_follow_in_proportion_and_a_little_less() -> None:
+    made = model()
+    for _ in range(200):
+        made.observe(KEY, 8, 0.06)
+    assert made.seconds(KEY, 8) == pytest.approx(0.06)
+    assert made.seconds(KEY, 1) == pytest.approx(0.01 * 2**0.9, rel=0.01)
+    assert made.seconds(KEY, 4) == pytest.approx(0.02 * 2**0.9, rel=0.01)
+
+
 def test_other_weights_of_a_graph_cost_the_same_until_measured() -> None:
     made = model()
     made.inherit(OTHER, KEY)
     made.observe(OTHER, 1, 0.11)
-    assert made.predict(OTHER, 8) == pytest.approx(0.03)
+    assert made.predict(OTHER, 8) == pytest.approx(0.03 * 1.9)
     assert made.seconds(OTHER, 1) == pytest.approx(0.02)
     assert made.seconds(KEY, 1) == pytest.approx(0.01)
 
