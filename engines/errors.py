@@ -25,6 +25,7 @@ FewstepError
 ├── RequestCanceled           request_canceled
 ├── RequestPoisoned           request_poisoned       (its workers died three times)
 ├── UnsupportedMessage        unsupported_message
+├── MemoryExceeded            memory_exceeded        (a worker cannot hold the weights: both sizes, and what to do)
 ├── BackendUnavailable        backend_unavailable    (its library or its device is missing: which, and what to do)
 ├── NotBuilt                  not_built              (documented, refused until it exists)
 ├── ArtefactRejected          artefact_rejected      (a student may not serve)
@@ -151,6 +152,10 @@ class RequestPoisoned(FewstepError):
 
 class UnsupportedMessage(FewstepError):
     code = "unsupported_message"
+
+
+class MemoryExceeded(FewstepError):
+    code = "memory_exceeded"
 
 
 class BackendUnavailable(FewstepError):

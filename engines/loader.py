@@ -184,6 +184,22 @@ class Loader:
         """The engine of one component of a student that is loaded."""
         return self._engines[self._held[manifest.version].keys[role]]
 
+    def weight_bytes(self, manifest: StudentManifest, *, specialised: bool = False) -> dict[EngineKey, int]:
+        """What the weights of each engine of a student take in memory, loaded or not, or once it is specialised."""
+        parts = self._parts(manifest)
+        sizes = {key: self._engine_bytes(key, parts.graphs[role], specialised) for role, key in parts.keys.items()}
+        with self._lock:  # having looked at a student that nobody holds leaves nothing here
+            held = {key.graph for each in self._held.values() for key in each.keys.values()}
+            for graph in {key.graph for key in sizes} - held:
+                self._graphs.forget(graph)
+        return sizes
+
+    def loaded_bytes(self) -> int:
+        """What the weights of all engines here take."""
+        with self._lock:
+            graphs = {key: parts.graphs[role] for parts in self._held.values() for role, key in parts.keys.items()}
+        return sum(self._engine_bytes(key, graph) for key, graph in graphs.items() if key in self._engines)
+
     def blobs(self, graph: ComponentGraph) -> frozenset[str]:
         """The weights that students have for this graph who are held."""
         with self._lock:
@@ -217,6 +233,12 @@ class Loader:
         key = self._held[manifest.version].keys[role]
         self._engines[key].engine = engine
         self._specialised.add(key)
+
+    def _engine_bytes(self, key: EngineKey, graph: ComponentGraph, specialised: bool = False) -> int:
+        profile = profile_of(self.profile, graph)
+        if specialised or key in self._specialised:
+            profile = replace(profile, weights="constant")
+        return self._backend.weight_bytes(graph, profile)
 
     def _ensure(self, key: EngineKey, graph: ComponentGraph, component: Component) -> None:
         compiled = self.compile(graph)

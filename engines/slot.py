@@ -20,7 +20,7 @@ from engines.cost import CostKey, CostModel
 from engines.errors import Conflict, FewstepError, GoldenMismatch, StudentNotFound
 from engines.golden import Golden, verification
 from engines.graph import ComponentGraph
-from engines.loader import Loader
+from engines.loader import EngineKey, Loader
 from engines.manifest import StudentManifest, shown
 from engines.student import LoadedStudent
 
@@ -164,6 +164,24 @@ class EngineSlot:
         student = self._loaded.pop(version, None)
         self.draining -= {version}
         return frozenset() if student is None else self._let_go(student.manifest)
+
+    def evict(self, version: str) -> Callable[[], frozenset[str]]:
+        """Takes a version out at once, served or not: it is staged again when somebody asks for it.
+
+        What is returned closes its engines and tells the blobs that no engine holds then. Where that may be called is
+        as `retire` says.
+        """
+        student = self._loaded.pop(version, None)
+        self.serving, self.draining = self.serving - {version}, self.draining - {version}
+        return frozenset if student is None else partial(self._let_go, student.manifest)
+
+    def weight_bytes(self, version: str, *, specialised: bool = False) -> dict[EngineKey, int]:
+        """Memory of the weights of each engine that a version needs. Reads its manifest and configs.
+
+        Raises:
+            StudentNotFound, CorruptBlob, NotFound: it cannot be read.
+        """
+        return self.loader.weight_bytes(self.loader.registry.student(version), specialised=specialised)
 
     def cost_key(self, student: LoadedStudent, role: str) -> CostKey:
         blob = student.manifest.components[role].weights

@@ -24,8 +24,8 @@ class Loading:
 class Load:
     """What stands before a request. `wait_s`: when an engine will be free for it; `service_s`: what it takes alone.
 
-    `lump_s`, `booked_s` and `stretch` are those of `waits`. Where no worker ever measured anything all seconds are 0,
-    and nobody is refused for it.
+    `ready_in_s`: when its version is in memory, where it is not. `lump_s`, `booked_s` and `stretch` are those of
+    `waits`. Where no worker ever measured anything all seconds are 0, and nobody is refused for it.
     """
 
     num_workers: int
@@ -36,6 +36,7 @@ class Load:
     lump_s: float = 0.0
     booked_s: float = 0.0
     stretch: float = 1.0
+    ready_in_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,13 @@ def admit(load: Load, limits: Limits, *, budget_s: float) -> None:
     if load.num_workers == 0 and load.worker_seen_s_ago > limits.worker_grace_s:
         raise unserved(load.loading)
     allowed_s = min(limits.max_wait_s, max(0.0, budget_s - load.service_s))
+    if load.ready_in_s > max(allowed_s, load.wait_s):
+        again_s = load.ready_in_s - allowed_s + limits.look_s
+        raise Overloaded(
+            f"the version that this request is for will be in memory in {load.ready_in_s:.1f} s and it may wait "
+            f"{allowed_s:.1f} s: try again in {again_s:.1f} s, or allow it more time",
+            retry_after_s=again_s,
+        )
     excess_s = load.wait_s - allowed_s
     if excess_s > 0:
         # A queue shrinks only when requests end, a whole batch at a time, and is seen to have shrunk at the next look.

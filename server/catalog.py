@@ -53,6 +53,7 @@ class View:
     evaluations: dict[tuple[str, int, float | None, str | None, Refinement | None], Evaluations] = field(
         default_factory=dict
     )
+    wanted: set[tuple[str, str]] = field(default_factory=set)  # announced since this look
     published_s: dict[tuple[str, str], float] = field(default_factory=dict)  # by us since this look
     published_by_s: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)  # the same by owner
 
@@ -171,6 +172,12 @@ class Catalog:
 
     def costs(self, version: str) -> list[leases.VersionCost]:
         return [lease.costs[version] for lease in self.view.workers.values() if version in lease.costs]
+
+    def ready_in_s(self, deployment: str, version: str) -> float:
+        """When a version could serve a row that comes now, on the slowest worker; 0 where it is in memory."""
+        leases_ = self.view.workers.values()
+        found = [lease.versions[deployment].get(version) for lease in leases_ if deployment in lease.versions]
+        return max((one.ready_in_s for one in found if one), default=0.0)
 
     def lump_s(self, version: str, steps: int) -> float:
         """How long a full batch of such rows takes to its end, on the slowest worker."""

@@ -34,7 +34,10 @@ class Dispatcher:
         latencies: Latencies,
         metrics: Metrics,
         clock_s: Callable[[], float],
+        wanted: Callable[[str, str], None],
     ) -> None:
+        """`wanted` hears the deployment and version of who is sent away until it is in memory."""
+        self._wanted = wanted
         self._catalog, self._latencies, self._metrics, self._clock_s = catalog, latencies, metrics, clock_s
         self._limits = admission.Limits(settings.max_wait_s, settings.worker_grace_s, look_s=settings.poll_s)
         self._thresholds = Thresholds(settings.degrade_wait_s, settings.degrade_hold_s)
@@ -98,6 +101,8 @@ class Dispatcher:
             try:
                 admission.admit(load, self._limits, budget_s=budget_s)
             except Overloaded as error:
+                if load.ready_in_s:
+                    self._wanted(choice.deployment, choice.version)
                 if choice is rungs[-1]:
                     waits.book(now_s + (error.retry_after_s or 0.0), decision.cost_s / max(1, load.num_workers))
                     raise
@@ -123,10 +128,11 @@ class Dispatcher:
             lump_s=waits.lump_s,
             booked_s=waits.booked_s(self._clock_s()),
             stretch=waits.stretch,
+            ready_in_s=catalog.ready_in_s(choice.deployment, choice.version),
         )
         size = choice.width, choice.height
         work = Work(choice.deployment, choice.version, rows.expected, size) if intent.n == 1 else None
-        return Decision(choice, request_class, cost_s, load.wait_s, work), load
+        return Decision(choice, request_class, cost_s, max(load.wait_s, load.ready_in_s), work), load
 
     def _expect(self, intent: Intent, owner: str, deployment: str, target: TierTarget) -> Expected | None:
         """By what such requests took of late at a load like this; by costs and predicted wait where too few did."""
@@ -141,6 +147,7 @@ class Dispatcher:
         row_s = leases.queued_s(costs, rows.expected)
         more_s = (intent.n - 1) * row_s
         wait_s = catalog.wait_s(deployment, class_of(intent.priority), owner, intent.n * row_s)
+        wait_s = max(wait_s, catalog.ready_in_s(deployment, target.student))
         size = wanted.size or manifests[target.student].resolutions[0]
         p95_ms = self._latencies.p95_ms(Work(deployment, target.student, rows.expected, size), wait_s)
         now_ms = 1000 * (wait_s + alone_s) if p95_ms is None else p95_ms

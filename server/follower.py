@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from engines.errors import FewstepError
+from engines.errors import FewstepError, MemoryExceeded
 from engines.manifest import shown
 from engines.registry.base import Candidate, Registry, Revision
 from server import swaps
@@ -25,6 +25,7 @@ from server.settings import WorkerSettings
 from server.stall import StallMeter
 
 log = logging.getLogger(__name__)
+OnPhase = Callable[[str], Awaitable[None]]
 _FAST_S = 0.05  # how often it looks while a swap is under way
 
 
@@ -38,16 +39,29 @@ class Residents(Protocol):
     def held(self) -> frozenset[str]:
         """Versions that can serve now."""
 
-    def serve(self, versions: Iterable[str]) -> None:
-        """From now on these are served: one assignment, between two steps."""
+    @property
+    def known(self) -> frozenset[str]:
+        """Versions that can serve, now or once a row asks for them."""
 
-    async def load(
-        self, versions: Sequence[str], phase: Callable[[str], Awaitable[None]] | None = None, *, beside: bool = False
-    ) -> None:
-        """Builds, warms and verifies versions, saying when each phase begins; niced where it is `beside` live traffic.
+    def serve(self, versions: Sequence[str]) -> None:
+        """From now on these are served: one assignment, between two steps. The first is the default tier's."""
+
+    def keep(self, versions: Iterable[str]) -> None:
+        """These are not unloaded for others from now on."""
+
+    async def preload(self, versions: Sequence[str], phase: OnPhase | None = None) -> None:
+        """Builds, warms and verifies what is about to be served, as far as there is room, saying when a phase begins.
 
         Raises:
             FewstepError: one of them may not serve here; what was loaded of the others stays.
+        """
+
+    async def load(
+        self, versions: Sequence[str], phase: OnPhase | None = None, *, beside: bool = False, keeps: Iterable[str] = ()
+    ) -> None:
+        """The same with each of these that is not here, in turn; room is made for it, but not of `keeps`.
+
+        It is niced where it is `beside` live traffic. Raises the same.
         """
 
     async def specialise(self, versions: Iterable[str]) -> None:
@@ -141,11 +155,13 @@ class Follower:
 
     async def _follow(self, revision: Revision) -> None:
         """Makes a revision the one served. Its students are loaded first where they were not staged."""
-        if missing := self._missing(revision.versions):
+        versions = _in_order(revision)
+        if missing := [version for version in versions if version not in self._residents.held]:
             log.info("loading", extra={"deployment": self.deployment, "versions": [shown(v) for v in missing]})
-            await self._load(missing)
+            await self._load(versions)
         self.previous = self.current or await self._before(revision)
-        self._residents.serve(revision.versions)
+        self._residents.serve(versions)
+        self._residents.keep(())
         self.current, self._current_since_s = revision, time.monotonic()
         swap = self._swaps.pop(revision.swap_id or "", None)
         log.info("live", extra={"deployment": self.deployment, "revision": revision.number})
@@ -167,7 +183,11 @@ class Follower:
             with contextlib.suppress(FewstepError):
                 await self._changed()
 
-        await self._residents.load(versions, phase)
+        try:
+            await self._residents.preload(versions, phase)
+        except MemoryExceeded as error:
+            await phase(f"{error.code}: {error}")
+            raise
         self.loading = None
 
     async def _before(self, revision: Revision) -> Revision | None:
@@ -202,7 +222,7 @@ class Follower:
 
         try:
             await phase("staged")
-            await self._residents.load(self._missing(swap.candidate.versions), phase, beside=True)
+            await self._stage_beside(swap.candidate, phase)
             await phase("ready")
         except Exception as error:  # compilers and runtimes raise what they like
             log.warning("rejected", extra={"swap_id": swap.candidate.swap_id, "error": str(error)})
@@ -210,6 +230,14 @@ class Follower:
             at = swap.phase
             await self._advance(swap, "rejected", f"{code} at {at}: {error}")
         self.wake.set()
+
+    async def _stage_beside(self, candidate: Candidate, phase: OnPhase) -> None:
+        """Whatever is new is verified here; the default tier's version comes last and stays, beside the one before."""
+        first, *others = _in_order(candidate)
+        new = [version for version in others if version not in self._residents.known]
+        stays = [first, *(_in_order(self.current)[:1] if self.current else ())]
+        self._residents.keep(stays)
+        await self._residents.load([*new, first], phase, beside=True, keeps=stays)
 
     async def _advance(self, swap: Swap, phase: str, reason: str | None = None) -> None:
         if swap.phase == phase:
@@ -236,6 +264,7 @@ class Follower:
         """Forgets a candidate that ended otherwise than by becoming current."""
         if swap.task:
             swap.task.cancel()
+        self._residents.keep(())
         self._close(swap)
 
     # --- leaving ---------------------------------------------------------------------------------
@@ -267,7 +296,7 @@ class Follower:
             await self._coordinator.open(self.current.versions | (servable or frozenset()))
             return
         holdings = swaps.Holdings(
-            held=self._residents.held | servable,
+            held=self._residents.known | servable,
             current=self.current.versions,
             previous=self.previous.versions if self.previous else frozenset(),
             candidate=candidate.versions if candidate else frozenset(),
@@ -278,7 +307,7 @@ class Follower:
                 await self._unload(version)
 
     async def _unload(self, version: str) -> None:
-        if version in self._residents.held and await self._residents.unload(version):
+        if version in self._residents.known and await self._residents.unload(version):
             log.info("retired", extra={"deployment": self.deployment, "version": shown(version)})
             self._metrics.forget_version(self.deployment, shown(version))
 
@@ -296,5 +325,8 @@ class Follower:
     def _busy(self) -> bool:
         return bool(self._swaps) or self._leaving is not None
 
-    def _missing(self, versions: Iterable[str]) -> list[str]:
-        return sorted(set(versions) - self._residents.held)
+
+def _in_order(revision: Revision | Candidate) -> list[str]:
+    """Its versions, that of the default tier first."""
+    first = revision.tiers[revision.default_tier].student
+    return [first, *sorted(revision.versions - {first})]

@@ -16,6 +16,7 @@ from typing import Any
 from engines.errors import DeadlineExceeded, Gone, NotFound, Unavailable
 from engines.manifest import shown
 from engines.registry.base import Registry
+from server import leases
 from server.auth import Keys, Principal, Scope
 from server.batcher import due
 from server.brokers.base import Broker, Emitted, StaleVersion, Status
@@ -52,7 +53,7 @@ class Gateway:
         self.settings, self.broker, self.registry, self.metrics = settings, broker, registry, metrics
         self.catalog = Catalog(broker, registry, poll_s=settings.poll_s, clock_s=clock_s, changed=self._looked)
         self.latencies = Latencies(clock_s)
-        self._dispatcher = Dispatcher(settings, self.catalog, self.latencies, metrics, clock_s)
+        self._dispatcher = Dispatcher(settings, self.catalog, self.latencies, metrics, clock_s, self._wanted)
         self.keys = Keys(settings.keys)
         secret = settings.url_secret.get_secret_value().encode() if settings.url_secret else os.urandom(32)
         self.signer = Signer(secret, settings.base_url, settings.url_ttl_s, now_s=now_s)
@@ -263,6 +264,13 @@ class Gateway:
             report = await asyncio.to_thread(self.registry.report, version)
             for metric, value in quality(report or {}).items():
                 self.metrics.student_quality.labels(deployment, shown(version), metric).set(value)
+
+    def _wanted(self, deployment: str, version: str) -> None:
+        """Has a version loaded for somebody who will come again; said once a look."""
+        said = self.catalog.view.wanted
+        if (deployment, version) not in said:
+            said.add((deployment, version))
+            self._spawn(self.broker.announce(leases.wanted(deployment, version)))
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.get_running_loop().create_task(work)

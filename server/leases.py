@@ -30,6 +30,17 @@ class VersionCost(msgspec.Struct, frozen=True, kw_only=True):
     decode: StageCost = StageCost()
 
 
+class VersionState(msgspec.Struct, frozen=True, kw_only=True):
+    """A version on one worker. `weight_bytes` counts what it shares with others too.
+
+    `ready_in_s`: when it could serve a row that comes now; 0 where it is resident.
+    """
+
+    state: str = "resident"  # or loading, or on_demand: loaded when a row asks for it
+    weight_bytes: int = 0
+    ready_in_s: float = 0.0
+
+
 class Loading(msgspec.Struct, frozen=True, kw_only=True):
     """A deployment whose current revision is being loaded: the phase it is in, and since when it is loading."""
 
@@ -38,7 +49,10 @@ class Loading(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkerLease(msgspec.Struct, frozen=True, kw_only=True):
-    """`deployments` maps each deployment that the worker claims for to the full versions it can serve."""
+    """`deployments` maps each deployment that the worker claims for to the full versions it can serve.
+
+    `versions` says of each of these whether it is in memory.
+    """
 
     deployments: dict[str, list[str]] = {}
     loading: dict[str, Loading] = {}
@@ -47,6 +61,24 @@ class WorkerLease(msgspec.Struct, frozen=True, kw_only=True):
     precision: str = ""
     costs: dict[str, VersionCost] = {}
     batch_rows: int = 1  # network rows of the largest batches that it computes at once
+    versions: dict[str, dict[str, VersionState]] = {}
+    resident_bytes: int = 0
+    resident_limit_bytes: int = 0
+
+
+_WANTED = "wanted"
+
+
+def wanted(deployment: str, version: str) -> str:
+    """The announcement that somebody was sent away while a version is on demand, and will come again."""
+    return f"{_WANTED}/{deployment}/{version}"
+
+
+def read_wanted(topic: str) -> tuple[str, str] | None:
+    """Deployment and version of such an announcement; None of any other."""
+    kind, _, rest = topic.partition("/")
+    deployment, _, version = rest.partition("/")
+    return (deployment, version) if kind == _WANTED else None
 
 
 def read(info: Mapping[str, Any]) -> WorkerLease:

@@ -101,6 +101,7 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     decode_ms: float = 0.0
     image_ms: float = 0.0
     total_ms: float = 0.0
+    load_ms: float = 0.0  # of queue_ms: until its version was in memory
 
 
 class Refined(msgspec.Struct, frozen=True, kw_only=True):

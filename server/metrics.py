@@ -72,6 +72,15 @@ class Metrics:
         self.swaps = counter("swaps_total", "Swaps ended", "model", "result")
         self.model_info = gauge("model_info", "1 for each version that serves", "model", "version", "backend")
         self.embedding_cache = counter("embedding_cache_total", "Prompt embeddings asked for", "result")
+        self.resident_bytes = gauge("resident_bytes", "Memory of the weights that this worker holds")
+        self.resident_limit_bytes = gauge("resident_limit_bytes", "What it may hold")
+        self.evictions = counter("evictions_total", "Versions unloaded to make room", "model")
+        self.demand_load_seconds = histogram(
+            "demand_load_seconds",
+            "From the first row that waited for a version until it was loaded",
+            SWAP_BUCKETS_S,
+            "model",
+        )
         self.student_quality = gauge("student_quality", "From the version's report", "model", "version", "metric")
 
     def forget_version(self, model: str, version: str) -> None:

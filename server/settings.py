@@ -103,6 +103,17 @@ class WorkerSettings(BaseSettings):
         description="live for so long, a version's weights are compiled in where that pays; they take twice their "
         "bytes for each batch size then. inf means never",
     )
+    resident_bytes: int = Field(
+        0,
+        ge=0,
+        description="of the weights of loaded versions; what does not fit is loaded when a request asks for it. "
+        "0: three quarters of the memory of the GPU, or of this machine or container",
+    )
+    pinned: tuple[str, ...] = Field(
+        (),
+        description="JSON list of versions (name@digest), and of deployments for the version of their default tier: "
+        "what is never unloaded to make room",
+    )
     prompt_cache_bytes: int = Field(64 * 2**20, ge=0)
     image_threads: int = Field(2, ge=1)
     lease_s: float = Field(5, gt=0)

@@ -3,26 +3,39 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from engines import memory
 from engines.backends.base import fitting
 from engines.cost import CostKey, CostModel
-from engines.errors import FewstepError, NotFound
+from engines.errors import FewstepError
 from engines.loader import Loader
 from engines.registry.base import Registry
 from engines.slot import EngineSlot
 from engines.student import LoadedStudent
+from server import leases
 from server.batcher import LaneKey
 from server.brokers.base import Broker
 from server.engine_loop import EngineLoop
 from server.follower import Follower
 from server.leases import StageCost, VersionCost, WorkerLease, write
 from server.metrics import Metrics
+from server.residency import Residency, Tenant
 from server.residents import OnGone, Residents
+from server.room import Room
 from server.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """Versions of a deployment that rows wait for together."""
+
+    deployment: str
+    versions: frozenset[str]
 
 
 class Students:
@@ -37,6 +50,9 @@ class Students:
         self._batches = tuple(sorted(settings.batch_sizes))
         self._followers: dict[str, Follower] = {}
         self._residents: dict[str, Residents] = {}
+        self._costs: dict[str, VersionCost] = {}  # as they were when each version was loaded last
+        self._demands: dict[Demand, asyncio.Task[None]] = {}
+        self.room = Room(Residency(settings.resident_bytes or memory.share(loader.profile.device)), metrics)
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     @property
@@ -63,38 +79,67 @@ class Students:
         return [name for name, follower in self._followers.items() if follower.joined and follower.current]
 
     def loaded(self, deployment: str, version: str) -> LoadedStudent | None:
+        """For one more row; None where it has to be fetched first."""
         residents = self._residents.get(deployment)
         return residents.student(version) if residents else None
 
-    async def fetch(self, deployment: str, version: str) -> LoadedStudent:
-        """Loads a version that a request pins and that is not here.
+    def used(self, deployment: str, version: str) -> None:
+        """A row of it has come or gone."""
+        self._residents[deployment].used(version)
+        self.room.moved()
+
+    async def fetch(self, deployment: str, versions: Iterable[str]) -> None:
+        """Loads versions that a request needs together, once for all who ask meanwhile.
 
         Raises:
-            FewstepError: it cannot be had.
+            FewstepError: they cannot be had.
         """
-        residents = self._residents[deployment]
-        await residents.load([version])
-        student = residents.student(version)
-        if student is None:
-            raise NotFound(f"{version} was unloaded while it was being loaded: try again")
-        return student
+        await asyncio.shield(self._demand(Demand(deployment, frozenset(versions))))
+
+    def _demand(self, demand: Demand) -> "asyncio.Task[None]":
+        task = self._demands.get(demand)
+        if task is None:
+            task = asyncio.create_task(self._bring(demand))
+            self._demands[demand] = task
+            task.add_done_callback(lambda done: self._fetched(demand, done))
+        return task
+
+    async def _bring(self, demand: Demand) -> None:
+        """Gateways hear at once that it is being loaded, and that it is there."""
+        with contextlib.suppress(FewstepError):
+            await self._renew()
+        await self._residents[demand.deployment].fetch(sorted(demand.versions))
+        with contextlib.suppress(FewstepError):
+            await self._renew()
+
+    def _fetch_for_later(self, deployment: str, version: str) -> None:
+        """Somebody was told to come again when this is loaded."""
+        residents = self._residents.get(deployment)
+        if residents is not None and version in residents.known and residents.student(version) is None:
+            self._demand(Demand(deployment, frozenset({version})))
+
+    def _fetched(self, demand: Demand, task: "asyncio.Task[None]") -> None:
+        del self._demands[demand]
+        if not task.cancelled() and (error := task.exception()):  # whoever waits has it too, but may have gone
+            log.warning("cannot load on demand", extra={"deployment": demand.deployment, "error": str(error)})
 
     # --- following -------------------------------------------------------------------------------
 
     async def run(self, engine: EngineLoop, uses: Callable[[str], bool], gone: OnGone) -> None:
         """Follows every deployment that there is, or those of the settings, for ever. For the rest see `Residents`."""
+        self.room.uses, self.room.evict = uses, self._evict
         listening = asyncio.create_task(self._listen())
         try:
             while True:
                 for name in await self._names():
                     if name not in self._followers:
-                        self._follow(name, engine, uses, gone)
+                        self._follow(name, engine, gone)
                 for task in (*self._tasks.values(), listening):
                     if task.done():
                         task.result()
                 await asyncio.sleep(self._settings.poll_s)
         finally:
-            tasks = [listening, *self._tasks.values()]
+            tasks = [listening, *self._tasks.values(), *self._demands.values()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -102,8 +147,9 @@ class Students:
     async def _names(self) -> Sequence[str]:
         return self._settings.deployments or await asyncio.to_thread(self._registry.deployments)
 
-    def _follow(self, name: str, engine: EngineLoop, uses: Callable[[str], bool], gone: OnGone) -> None:
-        residents = Residents(EngineSlot(self._loader, self.cost), engine, uses, gone)
+    def _follow(self, name: str, engine: EngineLoop, gone: OnGone) -> None:
+        slot = EngineSlot(self._loader, self.cost)
+        residents = Residents(name, slot, engine, self.room, gone, pinned=self._settings.pinned)
         follower = Follower(
             name,
             broker=self._broker,
@@ -118,6 +164,9 @@ class Students:
         self._followers = {**self._followers, name: follower}
         self._tasks[name] = asyncio.create_task(follower.run())
 
+    async def _evict(self, tenant: Tenant) -> bool:
+        return await self._residents[tenant.deployment].evict(tenant.version)
+
     async def _renew(self) -> None:
         """The lease is renewed by its own thread; what is new in it should not wait for that."""
         await self._broker.renew_lease(write(self.lease()))
@@ -125,9 +174,12 @@ class Students:
     async def _listen(self) -> None:
         while True:
             with contextlib.suppress(FewstepError, OSError):
-                async for _ in self._broker.announcements():
-                    for follower in self._followers.values():
-                        follower.wake.set()
+                async for topic in self._broker.announcements():
+                    if wanted := leases.read_wanted(topic):
+                        self._fetch_for_later(*wanted)
+                    else:
+                        for follower in self._followers.values():
+                            follower.wake.set()
             await asyncio.sleep(self._settings.poll_s)
 
     # --- costs -----------------------------------------------------------------------------------
@@ -145,21 +197,27 @@ class Students:
 
     def lease(self) -> WorkerLease:
         """What this worker says of itself."""
-        held = {name: sorted(self._residents[name].held) for name, one in self._followers.items() if one.joined}
-        costs = {
-            version: self._version_cost(student)
-            for name, versions in held.items()
-            for version in versions
-            if (student := self.loaded(name, version))
-        }
+        serving = {name: self._residents[name] for name, one in self._followers.items() if one.joined}
+        known = {name: sorted(residents.known) for name, residents in serving.items()}
+        costs, before = {}, self._costs
+        for name, versions in known.items():
+            for version in versions:
+                if student := serving[name].family(version):
+                    costs[version] = self._version_cost(student)
+                elif version in before:
+                    costs[version] = before[version]
+        self._costs = costs
         return WorkerLease(
-            deployments=held,
+            deployments=known,
             loading={name: one.loading for name, one in self._followers.items() if one.loading},
             revisions={name: one.current.number for name, one in self._followers.items() if one.current},
             backend=self.backend,
             precision=self._loader.choice.precision,
             costs=costs,
             batch_rows=self._batches[-1] * self.streams,
+            versions={name: residents.states() for name, residents in serving.items()},
+            resident_bytes=self.room.residency.used_bytes,
+            resident_limit_bytes=self.room.residency.limit_bytes,
         )
 
     def _version_cost(self, student: LoadedStudent) -> VersionCost:

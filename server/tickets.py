@@ -42,6 +42,7 @@ class Ticket:
     decode_s: float = 0.0
     image_s: float = 0.0
     redone: set[int] = field(default_factory=set)  # pictures that the teacher makes again
+    load_s: float = 0.0  # it waited so long for its version to be loaded
     over: bool = False  # answered, or given up: what still runs of it is dropped
 
     def __post_init__(self) -> None:
@@ -135,6 +136,7 @@ class Ticket:
             decode_ms=_ms(self.decode_s),
             image_ms=_ms(self.image_s),
             total_ms=_ms(now_s - queued_s),
+            load_ms=_ms(self.load_s),
         )
 
 

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -33,6 +34,8 @@ from server.tickets import LatentRow, PictureRow, Ticket, count_call
 log = logging.getLogger(__name__)
 _JOIN_S = 5.0
 _TICK_S = 0.05
+_MOST_PARKED = 8
+"""Times the rows that a worker claims at once: so many may wait for versions to be loaded before it claims no more."""
 
 
 async def run(settings: WorkerSettings) -> None:
@@ -44,6 +47,14 @@ async def run(settings: WorkerSettings) -> None:
     from server.worker_process import serve
 
     await serve(settings)
+
+
+@dataclass(frozen=True, slots=True)
+class _Parked:
+    """A claim that waits for its version to be loaded."""
+
+    claim: Claim
+    task: "asyncio.Task[None]"
 
 
 class Worker:
@@ -61,7 +72,7 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._tickets: dict[str, Ticket] = {}
         self._claimed = count()
-        self._later: set[str] = set()  # ids of claims that wait for their version
+        self._parked: dict[str, _Parked] = {}
         self._death: asyncio.Future[None] = self._loop.create_future()
         self._side: set[asyncio.Task[None]] = set()
         self._plans = Plans()
@@ -126,7 +137,7 @@ class Worker:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_s):
                 await tasks[0]
-                while self._tickets or self._later or self._answers.pending:
+                while self._tickets or self._parked or self._answers.pending:
                     self._check(tasks[1:])
                     await asyncio.sleep(_TICK_S)
 
@@ -147,34 +158,40 @@ class Worker:
     # --- requests --------------------------------------------------------------------------------
 
     def _room(self) -> Room:
-        held = {True: 0, False: 0}
+        held, waited = {True: 0, False: 0}, 0
         for ticket in self._tickets.values():
-            held[ticket.claim.request.request_class == "high"] += ticket.rows_left
+            if ticket.load_s:
+                waited += ticket.rows_left
+            else:
+                held[ticket.claim.request.request_class == "high"] += ticket.rows_left
         latest_s = max((ticket.due_s for ticket in self._tickets.values()), default=None)
         slack_ms = None if latest_s is None else int(1000 * (latest_s - self._now_s())) - 1
         limit = (1 + self.engine.streams()) * max(self._settings.batch_sizes)
-        return room(limit, held[True], held[False], slack_below_ms=slack_ms)
+        if sum(parked.claim.request.n for parked in self._parked.values()) >= _MOST_PARKED * limit:
+            return Room(0, 0)
+        # Rows that waited for their version come all at once; the others are not kept out for as long as those take.
+        return room(limit, held[True], held[False] + min(waited, limit // 2), slack_below_ms=slack_ms)
 
-    def _admit(self, claims: Sequence[Claim]) -> None:
+    def _admit(self, claims: Sequence[Claim], load_s: float = 0.0) -> None:
         """Hands claims to the engine at once; whether they are still wanted is asked meanwhile."""
-        tickets = [ticket for claim in claims if (ticket := self._ticket(claim))]
+        tickets = [ticket for claim in claims if (ticket := self._ticket(claim, load_s))]
         for ticket in tickets:
             self._tickets[ticket.id] = ticket
+            self._touch(ticket)
             self._metrics.running.labels(ticket.claim.request.model).inc(ticket.claim.request.n)
         if tickets:
             self.engine.submit(tickets)
             self._aside(self._mark_running([ticket.claim for ticket in tickets]))
 
-    def _ticket(self, claim: Claim) -> Ticket | None:
+    def _ticket(self, claim: Claim, load_s: float) -> Ticket | None:
         """None where the claim is here already, was answered, or waits for its version."""
         request = claim.request
-        if request.id in self._tickets or request.id in self._later:
+        if request.id in self._tickets or request.id in self._parked:
             return None
         student = self._students.loaded(request.model, request.version)
         teacher = self._students.loaded(request.model, request.teacher) if request.teacher else None
         if student is None or (request.teacher and teacher is None):
-            self._later.add(request.id)
-            self._aside(self._admit_later(claim))
+            self._parked[request.id] = _Parked(claim, self._aside(self._admit_later(claim, self._now_s() - load_s)))
             return None
         aid = Aid(teacher, request.refinement) if teacher and request.refinement else None
         try:
@@ -187,19 +204,26 @@ class Worker:
         deadline_s = claim.deadline_ms / 1000
         claimed_s = self._now_s() + next(self._claimed) % 1000 * 1e-6
         due_s = min(deadline_s, claimed_s + request.due_after_s)
-        return Ticket(claim, student, solver.plan, solver, due_s=due_s, deadline_s=deadline_s, teacher=teacher)
+        return Ticket(
+            claim, student, solver.plan, solver, due_s=due_s, deadline_s=deadline_s, teacher=teacher, load_s=load_s
+        )
 
-    async def _admit_later(self, claim: Claim) -> None:
-        """A request pinned to a version that is not here, such as one that a dead worker had."""
+    async def _admit_later(self, claim: Claim, since_s: float) -> None:
+        """A request of a version that is not in memory; rows of other versions go on meanwhile."""
+        request = claim.request
         try:
-            for version in filter(None, (claim.request.version, claim.request.teacher)):
-                await self._students.fetch(claim.request.model, version)
+            async with asyncio.timeout(claim.deadline_ms / 1000 - self._now_s()):
+                await self._students.fetch(request.model, filter(None, (request.version, request.teacher)))
+        except TimeoutError:
+            self._answers.add(_expired(claim))
+            return
         except FewstepError as error:
-            self._later.discard(claim.request.id)
             self._answer_failed(claim, error)
-        else:
-            self._later.discard(claim.request.id)
-            self._admit([claim])
+            return
+        finally:
+            self._parked.pop(request.id, None)
+            self._intake.moved()
+        self._admit([claim], self._now_s() - since_s)
 
     async def _mark_running(self, claims: Sequence[Claim]) -> None:
         try:
@@ -212,6 +236,10 @@ class Worker:
     def _forget(self, request_ids: Sequence[str]) -> None:
         """Somebody else has ended these requests."""
         known = [request_id for request_id in request_ids if request_id in self._tickets]
+        for request_id in request_ids:
+            if parked := self._parked.pop(request_id, None):
+                parked.task.cancel()
+                self._metrics.cancelled.labels("worker").inc()
         if known:
             self.engine.drop(known)
             for request_id in known:
@@ -222,7 +250,12 @@ class Worker:
         ticket = self._tickets.pop(request_id, None)
         if ticket is not None:
             self._metrics.running.labels(ticket.claim.request.model).dec(ticket.claim.request.n)
+            self._touch(ticket)
             self._intake.moved()
+
+    def _touch(self, ticket: Ticket) -> None:
+        for student in filter(None, (ticket.student, ticket.teacher)):
+            self._students.used(ticket.claim.request.model, student.version)
 
     def _uses(self, version: str) -> bool:
         """Whether a request here still needs the engines of a version."""
@@ -288,10 +321,7 @@ class Worker:
         self._loop.call_soon_threadsafe(self._answers.add, Finished(ticket.claim, result))
 
     def expired(self, ticket: Ticket) -> None:
-        request = ticket.claim.request
-        error = DeadlineExceeded(f"not done within its {request.budget_ms} ms: raise timeout_ms or try again later")
-        answer = Finished(ticket.claim, ended_by(request.id, "expired", error, request))
-        self._loop.call_soon_threadsafe(self._answers.add, answer)
+        self._loop.call_soon_threadsafe(self._answers.add, _expired(ticket.claim))
 
     def died(self, error: BaseException) -> None:
         self._loop.call_soon_threadsafe(self._die, error)
@@ -308,12 +338,19 @@ class Worker:
     def _lease(self) -> Mapping[str, Any]:
         return leases.write(self._students.lease())
 
-    def _aside(self, work: Coroutine[Any, Any, None]) -> None:
+    def _aside(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.create_task(work)
         self._side.add(task)
         task.add_done_callback(self._aside_done)
+        return task
 
     def _aside_done(self, task: "asyncio.Task[None]") -> None:
         self._side.discard(task)
         if not task.cancelled() and (error := task.exception()):
             self._die(error)
+
+
+def _expired(claim: Claim) -> Finished:
+    request = claim.request
+    error = DeadlineExceeded(f"not done within its {request.budget_ms} ms: raise timeout_ms or try again later")
+    return Finished(claim, ended_by(request.id, "expired", error, request))

@@ -4,6 +4,7 @@ An engine is a compiled graph that holds one set of weights. `reload` says what 
 "refit" sets tensors in milliseconds, "recompile" builds again.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,6 +132,9 @@ class Backend(Protocol):
             GraphMismatch: they are not.
         """
 
+    def weight_bytes(self, graph: Graph, profile: Profile) -> int:
+        """Memory that the weights of one engine take, known before it is loaded."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
@@ -200,6 +204,11 @@ class Padded:
 def fitting(rows: int, batches: Sequence[int]) -> int:
     """The smallest batch size that holds `rows`; the largest where none does."""
     return min((size for size in batches if size >= rows), default=max(batches))
+
+
+def num_weights(graph: Graph) -> int:
+    """Numbers in all weights of a graph."""
+    return sum(math.prod(shape) for shape in graph.shapes.values())
 
 
 def check_weights(shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor]) -> None:

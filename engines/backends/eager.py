@@ -16,6 +16,7 @@ from engines.backends.base import (
     check_weights,
     exact_products,
     finished,
+    num_weights,
     on,
 )
 
@@ -72,6 +73,9 @@ class Eager:
         module = compiled.graph.module().to(compiled.profile.device)
         module.load_state_dict({name: value.float() for name, value in weights.items()})
         return EagerEngine(compiled.graph, module.requires_grad_(False).eval(), compiled.profile.device)
+
+    def weight_bytes(self, graph: Graph, profile: Profile) -> int:
+        return 4 * num_weights(graph)
 
 
 BACKEND = Eager

@@ -22,7 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engines.backends.base import Graph, Precision, Profile, Tolerance, check_inputs, check_weights, tolerance
+from engines.backends.base import (
+    Graph,
+    Precision,
+    Profile,
+    Tolerance,
+    check_inputs,
+    check_weights,
+    num_weights,
+    tolerance,
+)
 from engines.errors import BackendUnavailable
 
 WEIGHT = "weight:"
@@ -113,6 +122,10 @@ class OnnxRuntime:
             return OnnxRuntimeEngine(compiled.graph, compiled.session, values, compiled.profile.streams)
         session = _session(compiled.model, compiled.profile, {name: values[name] for name in compiled.names})
         return OnnxRuntimeEngine(compiled.graph, session, {}, compiled.profile.streams)
+
+    def weight_bytes(self, graph: Graph, profile: Profile) -> int:
+        """Constants are held once as they came and once as the kernels want them."""
+        return (1 if profile.weights == "set" else 2) * 4 * num_weights(graph)
 
 
 def providers(device: str, installed: Sequence[str]) -> list[Any]:

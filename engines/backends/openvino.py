@@ -28,7 +28,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engines.backends.base import Graph, Precision, Profile, Tolerance, check_inputs, check_weights
+from engines.backends.base import Graph, Precision, Profile, Tolerance, check_inputs, check_weights, num_weights
 from engines.errors import GraphMismatch
 
 WEIGHT = "weight:"
@@ -157,6 +157,11 @@ class OpenVino:
         onnx = graph.onnx()
         shaped = {rows: _compile(onnx, rows, profile, arrays) for rows in profile.batches}
         return OpenVinoEngine(graph, shaped, {}, profile.streams)
+
+    def weight_bytes(self, graph: Graph, profile: Profile) -> int:
+        """Constants are held twice by each compiled batch size, once as they came and once as the kernels want them."""
+        copies = 1 if profile.weights == "set" else 2 * len(profile.batches)
+        return copies * 4 * num_weights(graph)
 
 
 def _compile(onnx: bytes, rows: int, profile: Profile, constants: Mapping[str, _Array] | None = None) -> _Shaped:

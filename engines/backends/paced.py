@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from engines.backends.base import Graph, Precision, Profile, Tolerance, check_inputs, check_weights
+from engines.backends.base import Graph, Precision, Profile, Tolerance, check_inputs, check_weights, num_weights
 from engines.errors import InvalidRequest
 
 CALL_S = 0.020
@@ -79,6 +79,10 @@ class Paced:
     def load(self, compiled: Compiled, weights: Mapping[str, Tensor]) -> PacedEngine:
         check_weights(compiled.graph.shapes, weights)
         return PacedEngine(compiled.graph, weights)
+
+    def weight_bytes(self, graph: Graph, profile: Profile) -> int:
+        """None are held; told are those that a real engine would hold, so that a bench may run short of memory."""
+        return 4 * num_weights(graph)
 
 
 BACKEND = Paced

@@ -24,7 +24,7 @@ from engines.backends import _tensorrt_library as libraries
 from engines.backends._tensorrt_build import FACTS, PLAN, Form, Order, build_elsewhere
 from engines.backends._tensorrt_engine import TensorRtEngine
 from engines.backends._tensorrt_library import Gpu, Library
-from engines.backends.base import Graph, Precision, Profile, Tolerance, check_weights
+from engines.backends.base import Graph, Precision, Profile, Tolerance, check_weights, num_weights
 from engines.errors import BackendUnavailable
 
 TOLERANCE: dict[Precision, Tolerance] = {
@@ -86,6 +86,10 @@ class TensorRt:
             types=json.loads((folder / FACTS).read_text())["weights"],
             batches=profile.batches,
         )
+
+    def weight_bytes(self, graph: Graph, profile: Profile) -> int:
+        """On the GPU; a strongly typed plan holds nearly all of them in its precision."""
+        return (2 if profile.precision == "bf16" else 4) * num_weights(graph)
 
 
 def form(profile: Profile) -> Form:

@@ -31,6 +31,7 @@ from engines.backends.base import (
     exact_products,
     finished,
     is_gpu,
+    num_weights,
     on,
     tolerance,
 )
@@ -142,6 +143,10 @@ class TorchCompile:
         given |= {inner[n]: v.to(device, narrow.get(inner[n], torch.float32)) for n, v in weights.items()}
         package.load_constants({name: given[name].to(device).contiguous() for name in read}, check_full_update=True)
         return TorchCompileEngine(graph, package, device)
+
+    def weight_bytes(self, graph: Graph, profile: Profile) -> int:
+        """In bf16 nearly all are those of products, which are bf16 then."""
+        return (2 if profile.precision == "bf16" else 4) * num_weights(graph)
 
 
 def _machine(device: str) -> str:

@@ -10,7 +10,7 @@ from engines.errors import InvalidRequest
 from engines.manifest import StudentManifest, shown
 from engines.registry.base import Candidate, Outcome, Revision, TierTarget
 from server.brokers.base import Phase
-from server.leases import WorkerLease
+from server.leases import VersionState, WorkerLease
 
 _DEFAULT_LIMIT, _MAX_LIMIT = 20, 100
 
@@ -42,13 +42,19 @@ class TierRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A live worker of this deployment."""
+    """A live worker of this deployment.
+
+    `residency` says of each version whether it is in memory; `resident_bytes` are of all that the worker holds.
+    """
 
     id: str
     backend: str
     precision: str
     revision: int | None
     versions: list[str]
+    residency: dict[str, VersionState]
+    resident_bytes: int
+    resident_limit_bytes: int
 
 
 class DeploymentRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,6 +148,9 @@ def deployment_record(
                 precision=lease.precision,
                 revision=lease.revisions.get(current.deployment),
                 versions=lease.deployments[current.deployment],
+                residency=lease.versions.get(current.deployment, {}),
+                resident_bytes=lease.resident_bytes,
+                resident_limit_bytes=lease.resident_limit_bytes,
             )
             for worker, lease in sorted(workers.items())
             if current.deployment in lease.deployments

@@ -30,6 +30,7 @@ class GenerationTiming(msgspec.Struct, frozen=True, kw_only=True):
     denoise_ms: float
     decode_ms: float
     image_ms: float
+    load_ms: float
     total_ms: float
 
 
@@ -122,8 +123,9 @@ def headers_of(result: GenerateResult) -> dict[str, str]:
     """What every answered generation says of itself."""
     timing = result.timing
     spent = (
-        f"queue;dur={timing.queue_ms:.2f}, encode;dur={timing.encode_ms:.2f}, denoise;dur={timing.denoise_ms:.2f}, "
-        f"decode;dur={timing.decode_ms:.2f}, image;dur={timing.image_ms:.2f}, total;dur={timing.total_ms:.2f}"
+        f"queue;dur={timing.queue_ms:.2f}, load;dur={timing.load_ms:.2f}, encode;dur={timing.encode_ms:.2f}, "
+        f"denoise;dur={timing.denoise_ms:.2f}, decode;dur={timing.decode_ms:.2f}, image;dur={timing.image_ms:.2f}, "
+        f"total;dur={timing.total_ms:.2f}"
     )
     return {
         "x-model-version": shown(result.version),

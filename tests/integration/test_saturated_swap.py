@@ -16,15 +16,18 @@ from engines.manifest import Guidance
 from engines.registry.base import Registry
 from engines.slot import EngineSlot
 from engines.student import LoadedStudent
+from server import metrics
 from server.batcher import Batcher
 from server.engine_loop import EngineLoop
 from server.prompt_cache import PromptCache
+from server.residency import Residency
 from server.residents import Residents
+from server.room import Room
 from server.stages import Plans, Stages
 from server.tickets import LatentRow, Ticket
 from tests import tiny_sd
 from tests.eventually import eventually
-from tests.integration.worker_stack import copied
+from tests.integration.worker_stack import MODEL, copied
 from tests.unit.server import toy
 from tests.unit.server.test_engine_loop import Recorder
 
@@ -107,7 +110,8 @@ async def test_a_swap_puts_one_piece_between_two_steps_of_a_worker_that_never_pa
         sink.begin()
         eventually(lambda: len(sink.pictures) >= SIZES[-1], 20)
         begun = len(calls)
-        await Residents(slot, sink.loop, lambda _: False, lambda *_: None).load([version], beside=True)
+        room = Room(Residency(2**40), metrics.make())
+        await Residents(MODEL, slot, sink.loop, room, lambda *_: None).load([version], beside=True)
         during = calls[begun:]
         sink.stopped = True
         eventually(lambda: len(sink.pictures) == sink.asked, 20)

@@ -35,6 +35,7 @@ class Running:
 
     worker: Worker
     students: Students
+    loader: Loader
     gateway: Broker
     registry: Registry
     metrics: Metrics
@@ -128,7 +129,7 @@ async def running(
     students = Students(chosen, broker, registry, loader, measured)
     worker, stop = Worker(chosen, broker, students, measured), asyncio.Event()
     task = asyncio.create_task(worker.run(stop))
-    made = Running(worker, students, gateway, registry, measured, stop, task)
+    made = Running(worker, students, loader, gateway, registry, measured, stop, task)
     try:
         if wait:
             await serving(made)

@@ -279,3 +279,39 @@ def test_an_error_aside_is_the_caller_s(slot: EngineSlot, registry: FilesRegistr
     staging = slot.stage([registry.publish(bare)])
     with pytest.raises(GoldenMismatch):
         aside.run(next(iter(staging)).call, "aside").result(60)
+
+
+def test_what_weights_take_is_known_before_a_load_and_is_what_is_held_after_it(
+    slot: EngineSlot, registry: FilesRegistry, teacher: str
+) -> None:
+    version = student(registry, 1.01)
+    expected = {who: slot.weight_bytes(who) for who in (teacher, version)}
+    blobs = registry.student(version).blobs
+    assert {key.weights for key in expected[version]} < blobs
+    for who in (teacher, version):
+        slot.stage([who]).run()
+    engines = {key: engine for key, engine in slot.loader._engines.items()}
+    for key, size in (expected[teacher] | expected[version]).items():
+        module = engines[key].engine._module  # type: ignore[attr-defined]
+        assert sum(value.nbytes for value in module.state_dict().values()) == pytest.approx(size, rel=0.01)
+    assert slot.loader.loaded_bytes() == sum((expected[teacher] | expected[version]).values())
+
+
+def test_what_was_evicted_is_gone_though_it_is_served_and_comes_back(
+    slot: EngineSlot, registry: FilesRegistry, teacher: str
+) -> None:
+    version = student(registry, 1.01)
+    slot.stage([teacher, version]).run()
+    slot.switch([teacher, version])
+    before = slot.loader.loaded_bytes()
+    own = registry.student(version).components["denoiser"].weights
+    close = slot.evict(version)
+    assert slot.versions == {teacher}
+    assert slot.serving == {teacher}
+    assert close() == {own}
+    assert before - slot.loader.loaded_bytes() == next(
+        size for key, size in slot.weight_bytes(version).items() if key.weights == own
+    )
+    slot.stage([version]).run()
+    assert slot.loader.loaded_bytes() == before
+    assert slot.evict("nobody@" + "0" * 64)() == frozenset()

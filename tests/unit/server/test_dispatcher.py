@@ -33,8 +33,12 @@ class Desk:
     def __init__(self, stand: Stand, **settings: float) -> None:
         self.catalog, self.clock = stand.gateway.catalog, stand.clock
         self.latencies, self.metrics = Latencies(self.clock), make()
+        self.wanted: list[tuple[str, str]] = []
         chosen = stand.gateway.settings.model_copy(update={"poll_s": 0.5, **settings})
-        self.dispatcher = Dispatcher(chosen, self.catalog, self.latencies, self.metrics, self.clock)
+        self.dispatcher = Dispatcher(chosen, self.catalog, self.latencies, self.metrics, self.clock, self._hear)
+
+    def _hear(self, deployment: str, version: str) -> None:
+        self.wanted.append((deployment, version))
 
     def wait(self, seconds: float, request_class: str = "normal") -> None:
         self.catalog.view.published_s[("shapes", request_class)] = seconds
@@ -55,6 +59,23 @@ async def desk() -> AsyncIterator[Callable[..., Desk]]:
 
 def steps(desk: Desk, **wanted: object) -> int:
     return desk.decide(replace(AUTO_INTENT, wanted=Wanted("shapes", **wanted))).choice.steps  # type: ignore[arg-type]
+
+
+async def test_who_may_not_wait_for_a_load_is_told_so_and_the_load_is_asked_for(desk: Callable[..., Desk]) -> None:
+    here = desk()
+    state = leases.VersionState(state="on_demand", ready_in_s=5.0)
+    here.catalog.view.workers["w"] = leases.WorkerLease(
+        deployments={"shapes": [STUDENT.version]},
+        costs={STUDENT.version: COST},
+        versions={"shapes": {STUDENT.version: state}},
+    )
+    with pytest.raises(Overloaded, match=r"in memory in 5\.0 s and it may wait 1\.98 s|may wait 2\.0 s") as caught:
+        here.decide(Intent(Wanted("shapes", tier="medium"), "x"), budget_s=2.022)
+    assert caught.value.retry_after_s == pytest.approx(5.0 - 2.0 + 0.5)
+    assert here.wanted == [("shapes", STUDENT.version)]
+    assert here.decide(Intent(Wanted("shapes", tier="medium"), "x"), budget_s=6.0).wait_s == 5.0
+    with pytest.raises(Overloaded):  # a longest latency counts the load too
+        here.decide(Intent(Wanted("shapes", max_latency_ms=4000.0), "x"))
 
 
 async def test_auto_takes_fewer_steps_the_longer_the_queue_and_says_instead_of_what(desk: Callable[..., Desk]) -> None:

@@ -12,7 +12,7 @@ from engines.registry.memory import MemoryRegistry
 from server import metrics
 from server.brokers.base import Phase
 from server.brokers.memory import MemoryBroker, MemoryServer
-from server.follower import Follower
+from server.follower import Follower, OnPhase
 from server.settings import WorkerSettings
 from server.stall import StallMeter
 from tests.eventually import aeventually
@@ -31,6 +31,7 @@ class ToyResidents:
     used: set[str] = field(default_factory=set)
     specialised: list[frozenset[str]] = field(default_factory=list)
     served: frozenset[str] = frozenset()
+    kept: list[tuple[str, ...]] = field(default_factory=list)
     cancelled: int = 0
     gate: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -38,13 +39,23 @@ class ToyResidents:
     def held(self) -> frozenset[str]:
         return frozenset(self.loaded)
 
-    def serve(self, versions: Iterable[str]) -> None:
+    @property
+    def known(self) -> frozenset[str]:
+        return self.held | self.served
+
+    def serve(self, versions: Sequence[str]) -> None:
         self.served = frozenset(versions)
 
+    def keep(self, versions: Iterable[str]) -> None:
+        self.kept.append(tuple(versions))
+
+    async def preload(self, versions: Sequence[str], phase: OnPhase | None = None) -> None:
+        await self.load(versions, phase)
+
     async def load(
-        self, versions: Sequence[str], phase: Callable[[str], Awaitable[None]] | None = None, *, beside: bool = False
+        self, versions: Sequence[str], phase: OnPhase | None = None, *, beside: bool = False, keeps: Iterable[str] = ()
     ) -> None:
-        for version in versions:
+        for version in [version for version in versions if version not in self.loaded]:
             if phase:
                 for name in ("building", "warming", "verifying"):
                     await phase(name)

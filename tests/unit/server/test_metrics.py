@@ -6,7 +6,8 @@ NAMES = (
     "requests_total request_seconds queue_seconds stage_seconds step_seconds batch_rows steps_total waiting running "
     "cancelled_total shed_total deadline_missed_total tier_downgraded_total swap_seconds swap_stall_seconds "
     "swaps_total "
-    "model_info embedding_cache_total student_quality"
+    "model_info embedding_cache_total student_quality resident_bytes resident_limit_bytes evictions_total "
+    "demand_load_seconds"
 )
 
 

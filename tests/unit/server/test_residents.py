@@ -3,17 +3,20 @@
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 
 import pytest
 
-from engines.errors import GoldenMismatch
+from engines.errors import GoldenMismatch, MemoryExceeded, StudentNotFound
 from engines.slot import Piece, Staging
-from server.residents import OnGone, Residents
+from server import metrics
+from server.residency import Residency, Resident, Tenant
+from server.residents import OnGone, Residents, is_pinned
+from server.room import Room
 from tests.eventually import aeventually
 
-V1, V2 = "toy@" + "1" * 64, "toy@" + "2" * 64
+V1, V2, V3 = ("toy@" + digit * 64 for digit in "123")
 
 
 class Engine:
@@ -39,8 +42,11 @@ class Slot:
         self.during, self.between = during, between
         self.undone: list[list[str]] = []
         self.staged: list[Staging] = []
+        self.asked: list[list[str]] = []
+        self.sizes: dict[str, int] = {}
 
     def stage(self, versions: list[str]) -> Staging:
+        self.asked.append(versions)
         return Staging(tuple(versions), self._loading(versions), lambda: self.undone.append(versions))
 
     def _loading(self, versions: list[str]) -> Iterator[Piece]:
@@ -50,9 +56,20 @@ class Slot:
 
     serving: frozenset[str] = frozenset()
 
-    def retire(self, version: str) -> frozenset[str]:
+    def evict(self, version: str) -> Callable[[], frozenset[str]]:
         self.versions.remove(version)
-        return frozenset({f"blob of {version}"})
+        return lambda: frozenset({f"blob of {version}"})
+
+    def family(self, version: str) -> str:
+        if version not in self.versions:
+            raise StudentNotFound(version)
+        return "student"
+
+    def switch(self, versions: frozenset[str]) -> None:
+        self.serving = versions
+
+    def weight_bytes(self, version: str, *, specialised: bool = False) -> dict[str, int]:
+        return {f"blob of {version}": 2 if specialised else self.sizes.get(version, 1)}
 
     def specialise(self, version: str) -> Staging:
         self.staged.append(Staging((version,), self._pieces(), _none))
@@ -63,8 +80,18 @@ class Slot:
         yield Piece("verifying", _none, True)
 
 
-def residents(slot: Slot, gone: OnGone = lambda version, blobs: None) -> Residents:
-    return Residents(slot, Engine(), lambda version: False, gone)  # type: ignore[arg-type]
+def residents(
+    slot: Slot, gone: OnGone = lambda version, blobs: None, *, limit: int = 10, pinned: Sequence[str] = ()
+) -> Residents:
+    async def evict(tenant: Tenant) -> bool:
+        return await made.evict(tenant.version)
+
+    room = Room(Residency(limit), metrics.make(), evict=evict)
+    for version in slot.versions:
+        one = Resident(slot.weight_bytes(version), -9e9, -9e9, 0.0, "resident")
+        room.residency.residents[Tenant("toys", version)] = one
+    made = Residents("toys", slot, Engine(), room, gone, pinned=pinned)  # type: ignore[arg-type]
+    return made
 
 
 async def test_a_version_is_specialised_once() -> None:
@@ -178,6 +205,84 @@ async def test_what_is_unloaded_is_told_with_the_blobs_that_went_with_it() -> No
     made = residents(Slot(_none), lambda version, blobs: told.append((version, blobs)))
     assert await made.unload(V1)
     assert told == [(V1, frozenset({f"blob of {V1}"}))]
+
+
+async def test_a_version_that_would_not_fit_specialised_is_left_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    slot = Slot(_none)
+    made = residents(slot, limit=1)
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            await made.specialise([V1])
+    assert slot.staged == []
+    assert [record.message for record in caplog.records] == ["no room to specialise"]
+
+
+async def test_room_is_given_back_by_a_load_that_fails() -> None:
+    def fails() -> None:
+        raise GoldenMismatch("does not reproduce sample 0")
+
+    made = residents(Slot(_none, fails), limit=2)
+    for _ in range(2):
+        with pytest.raises(GoldenMismatch):
+            await made.load([V2])
+    assert made.known == {V1}
+    with pytest.raises(GoldenMismatch):
+        await made.fetch([V2, V3])
+    assert made._room.residency.used_bytes == 0
+
+
+async def test_nothing_is_loaded_of_versions_of_which_one_can_never_be() -> None:
+    slot = Slot(_none)
+    slot.sizes[V3] = 11
+    with pytest.raises(MemoryExceeded):
+        await residents(slot).load([V2, V3])
+    assert slot.asked == []
+
+
+async def test_two_who_want_the_same_version_load_it_once() -> None:
+    slot = Slot(_none)
+    made = residents(slot)
+    await asyncio.gather(made.load([V2]), made.fetch([V2]), made.fetch([V2, V3]))
+    assert slot.versions == {V1, V2, V3}
+    assert sorted(slot.asked) == [[V2], [V3]]
+
+
+async def test_a_version_that_is_served_is_evicted_and_not_unloaded() -> None:
+    slot = Slot(_none)
+    made = residents(slot)
+    await made.preload([V1])
+    made.serve([V1])
+    assert made.student(V1) == "student"
+    made._room.residency.stop([Tenant("toys", V1)])
+    assert made.student(V1) is None  # it makes room for another
+    made._room.residency.resume()
+    assert not await made.unload(V1)
+    assert await made.evict(V1)
+    assert made.student(V1) is None
+    assert (made.held, made.known) == (frozenset(), {V1})
+    assert made.states()[V1].state == "on_demand"
+    await made.fetch([V1])
+    assert made.states()[V1].state == "resident"
+    made.serve([V2])
+    assert await made.unload(V1)
+    assert made.known == {V2}
+
+
+async def test_what_is_served_is_loaded_as_far_as_there_is_room_and_the_first_before_the_others() -> None:
+    slot = Slot(_none)
+    slot.versions.clear()
+    made = residents(slot, limit=2)
+    await made.preload([V3, V1, V2])
+    assert slot.versions == {V3, V1}
+
+
+async def test_a_pinned_version_is_loaded_though_others_have_to_go() -> None:
+    slot = Slot(_none)
+    made = residents(slot, limit=1, pinned=["toys"])
+    await made.preload([V2])
+    assert slot.versions == {V2}
+    assert is_pinned(V1, [V1[:16]])
+    assert not is_pinned(V1, [V1[:15], "toys"])
 
 
 async def test_a_version_that_is_not_here_is_left_alone() -> None:
