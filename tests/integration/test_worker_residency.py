@@ -112,6 +112,11 @@ async def test_what_does_not_fit_is_loaded_for_who_asks_and_every_request_is_ans
         waited = [result.timing for result in results if result.timing.load_ms]
         assert waited
         assert all(timing.queue_ms >= timing.load_ms for timing in waited)
+        # What an evicted version costs is told all the same, and when it could serve.
+        lease = up.students.lease()
+        assert set(lease.costs) == set(trio.versions)
+        absent = [state for state in lease.versions[MODEL].values() if state.state == "on_demand"]
+        assert [state.ready_in_s > 0 for state in absent] == [True]
         loads, evictions = total(up, "demand_load_seconds_count"), total(up, "evictions_total")
         assert 1 <= evictions <= loads <= 6  # and not 16: who waits for a version is served by one load of it
         assert max(most_bytes) <= trio.two_bytes
