@@ -5,6 +5,8 @@ FewstepError
 │   ├── ContradictoryFields   contradictory_fields
 │   ├── StepsNotAllowed       steps_not_allowed
 │   ├── InvalidSize           invalid_size
+│   ├── UnsupportedImage      unsupported_image      (an upload that is no PNG, WebP or JPEG)
+│   ├── ImageTooLarge         image_too_large        (an upload with more pixels than are taken)
 │   ├── UnknownPlugin         unknown_plugin
 │   └── InvalidManifest       invalid_manifest
 ├── AuthenticationFailed      invalid_api_key
@@ -72,6 +74,14 @@ class StepsNotAllowed(InvalidRequest):
 
 class InvalidSize(InvalidRequest):
     code = "invalid_size"
+
+
+class UnsupportedImage(InvalidRequest):
+    code = "unsupported_image"
+
+
+class ImageTooLarge(InvalidRequest):
+    code = "image_too_large"
 
 
 class UnknownPlugin(InvalidRequest):

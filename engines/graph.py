@@ -22,7 +22,7 @@ import torch
 from engines import elsewhere, plugins
 from engines.cache import DiskCache
 from engines.errors import InternalError
-from engines.families.base import ComponentNetwork, ReadFile
+from engines.families.base import PICTURES, ComponentNetwork, ReadFile
 from engines.manifest import StudentManifest
 from engines.onnx_repairs import repaired
 
@@ -68,11 +68,12 @@ class ComponentSpec:
 def spec(manifest: StudentManifest, role: str, read: ReadFile) -> ComponentSpec:
     """What `role` of a student is, at the student's first resolution."""
     family = plugins.load("engines.families", manifest.family, "FAMILY")
-    denoiser = role not in ("encoder", "decoder")
+    denoiser = role not in ("encoder", "decoder", PICTURES)
+    files = family.configs("decoder" if role == PICTURES else role)
     return ComponentSpec(
         family=manifest.family,
         role=role if not denoiser else "denoiser",
-        files=tuple((_as_role(name, role), read(name).decode()) for name in family.configs(role)),
+        files=tuple((_as_role(name, role), read(name).decode()) for name in files),
         inputs=tuple(sorted(manifest.inputs)) if denoiser else (),
         latent=manifest.latent_shape(*manifest.resolutions[0]),
     )
@@ -258,7 +259,10 @@ def _essential(text: str) -> str:
 
 
 def _as_role(name: str, role: str) -> str:
-    """Every denoiser of a student is exported as `denoiser`, whatever the student calls it."""
+    """Every denoiser of a student is exported as `denoiser`, whatever the student calls it; the config of what encodes
+    pictures is the decoder's."""
+    if role == PICTURES:
+        return name.replace("decoder/", f"{PICTURES}/")
     if role in ("encoder", "decoder") or not name.startswith(f"{role}/"):
         return name
     return f"denoiser/{name.removeprefix(f'{role}/')}"

@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from torch import Tensor
 from engines import plugins, process
 from engines.backends.base import Choice, Engine, Padded, Profile, device_of, load_backend
 from engines.cache import DiskCache
-from engines.errors import CorruptBlob
+from engines.errors import CorruptBlob, GraphMismatch, InvalidRequest
+from engines.families.base import PICTURES
 from engines.graph import ComponentGraph, GraphStore, spec
 from engines.manifest import Component, StudentManifest, shown
 from engines.registry.base import Registry
@@ -38,10 +40,18 @@ class EngineKey:
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """By component: its graph, and which engine holds its weights, whether or not that is there yet."""
+    """By component: its graph, and which engine holds its weights, whether or not that is there yet.
+
+    `pictures` is the engine that makes latents of pictures, once somebody wants one.
+    """
 
     graphs: Mapping[str, ComponentGraph]
     keys: Mapping[str, EngineKey]
+    pictures: EngineKey | None = None
+
+    @property
+    def all(self) -> frozenset[EngineKey]:
+        return frozenset(self.keys.values()) | ({self.pictures} if self.pictures else frozenset())
 
 
 def load_weights(registry: Registry, component: Component) -> dict[str, Tensor]:
@@ -145,8 +155,8 @@ class Loader:
             if self._holders[version] > 0:
                 return frozenset()
             del self._holders[version]
-            gone = set(self._held.pop(version).keys.values())
-            held = {key for parts in self._held.values() for key in parts.keys.values()}
+            gone = self._held.pop(version).all
+            held = {key for parts in self._held.values() for key in parts.all}
             for key in gone - held:
                 self._specialised.discard(key)
                 if engine := self._engines.pop(key, None):
@@ -179,6 +189,35 @@ class Loader:
     def release(self, student: LoadedStudent) -> None:
         """Lets go of a student that was loaded."""
         self.let_go(student.manifest)
+
+    def pictures(self, manifest: StudentManifest) -> Padded:
+        """The engine that makes latents of pictures, of a student that is loaded.
+
+        Most students never edit: it is compiled when it is first asked for, which is heavy, and goes with the student.
+
+        Raises:
+            InvalidRequest: the VAE's weights lack the half that encodes.
+        """
+        parts = self._held.get(manifest.version)
+        if parts and parts.pictures and (engine := self._engines.get(parts.pictures)):
+            return engine
+        component = manifest.components["decoder"]
+        graph = self._graphs.graph(spec(manifest, PICTURES, reader(self.registry, manifest)))
+        key = EngineKey(graph.key, component.weights)
+        self.hold(manifest)  # nothing of it is let go of meanwhile
+        with self._lock:
+            self._held[manifest.version] = replace(self._held[manifest.version], pictures=key)
+        try:
+            self._ensure(key, graph, component)
+            return self._engines[key]
+        except GraphMismatch as error:
+            raise InvalidRequest(
+                f"{shown(manifest.version)} cannot edit pictures, its VAE has weights for decoding only: ask a "
+                f"deployment whose student was imported with the whole VAE ({error.message})",
+                param="image",
+            ) from error
+        finally:
+            self.let_go(manifest)
 
     def engine(self, manifest: StudentManifest, role: str) -> Padded:
         """The engine of one component of a student that is loaded."""
@@ -262,6 +301,7 @@ class Loader:
             engines["decoder"],
             tokenizer=make.tokenizer(reader(self.registry, manifest), sorted(manifest.components["encoder"].files)),
             inputs=manifest.inputs,
+            pictures=partial(self.pictures, manifest),
         )
         made = process.make(manifest.process)
         return LoadedStudent(manifest, family, made, self.choice.backend, self.choice.precision)

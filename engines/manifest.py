@@ -6,6 +6,7 @@ digest wherever it is made. Torch-free, because the gateway plans and validates 
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -322,6 +323,22 @@ class StudentManifest(_Frozen):
                 f"steps={steps} is not in the contract of {shown(self.version)}: it allows {allowed}", param="steps"
             )
         return self.schedules[steps].expand(self.weight(guidance), self.guidance.interval, "denoiser")
+
+    def first_step(self, steps: int, strength: float) -> int:
+        """The step at which a picture that is changed comes in: `strength` is the share of the steps that is taken,
+        rounded down.
+
+        Raises:
+            InvalidRequest: it leaves no step to take.
+        """
+        taken = math.floor(steps * strength + 1e-9)
+        if taken < 1:
+            raise InvalidRequest(
+                f"strength={strength:g} of {steps} steps leaves none to take: give {1 / steps:.2g} or more, or more "
+                "steps",
+                param="strength",
+            )
+        return steps - taken
 
     def weight(self, guidance: float | None = None) -> float | None:
         """The weight of a guided step; None where no step is. `guidance` None means the student's own.

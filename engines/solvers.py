@@ -60,6 +60,16 @@ class Solver(ABC):
         """The state of pure noise: unit noise scaled to the process' deviation at the first time."""
         return State(x=_begun(self.process, noise, self.times[0]), i=0)
 
+    def begin(self, x0: Tensor, noise: Tensor, i: int) -> State:
+        """The state before evaluation `i` of what is noised from clean latents: a picture to be changed."""
+        return State(x=self.noised(x0, noise, i), i=i)
+
+    def noised(self, x0: Tensor, noise: Tensor, i: int) -> Tensor:
+        """Clean latents as they stand before evaluation `i`; after the last one they are clean."""
+        if i >= len(self.plan):
+            return x0
+        return self.alpha[i] * x0 + self.sigma[i] * noise
+
     def done(self, state: State) -> bool:
         return state.i >= len(self.plan)
 
@@ -186,19 +196,19 @@ class UniPC(DPMpp2M):
 
     def _step(self, state: State, x0: Tensor, eps: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         i = state.i
-        x = self._corrected(state, x0) if i else state.x
+        x = self._corrected(state, x0) if state.history else state.x
         drive = x0
-        if i and not math.isinf(self.lam[i + 1]):
+        if state.history and not math.isinf(self.lam[i + 1]):
             ratio = (self.lam[i + 1] - self.lam[i]) / (self.lam[i] - self.lam[i - 1]) / 2
             drive = (1 + ratio) * x0 - ratio * state.history[0]
-        older = state.history[:1] if i else ()
+        older = state.history[:1]
         return self._line(x, drive, i), (x0, *older, x)
 
     def _corrected(self, state: State, x0: Tensor) -> Tensor:
         """The step from i - 1 to i again, now that the prediction at its end is known."""
         i, before, last_x = state.i, state.history[0], state.history[-1]
         drive = before + 0.5 * (x0 - before)
-        if i > 1:
+        if len(state.history) > 2:
             h = self.lam[i] - self.lam[i - 1]
             r = (self.lam[i - 2] - self.lam[i - 1]) / h
             b1 = (math.expm1(-h) / -h - 1) / math.expm1(-h)
@@ -225,8 +235,10 @@ class Linear(Solver):
         keep, *shares = self.plan[state.i].coefficients or ()
         seen = (x0, *state.history)
         x = keep * state.x
-        for share, part in zip(shares, seen, strict=False):  # a row may reach less far back than is remembered
-            x = x + share * part
+        # A row may reach less far back than is remembered; or further, where a picture began in the middle of the plan:
+        # what came before counts as the first prediction then, so that the shares still sum to the row's own.
+        for back, share in enumerate(shares):
+            x = x + share * seen[min(back, len(seen) - 1)]
         return x, seen[: max((len(step.coefficients or ()) for step in self.plan[state.i + 1 :]), default=2) - 2]
 
 

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from engines import refine, solvers
 from engines.backends.base import Precision
 from engines.corrected import Corrected
+from engines.editing import Edit, Looked
 from engines.families.base import Family
 from engines.manifest import Step, StudentManifest
 from engines.noise import noise
@@ -91,10 +92,13 @@ def sample(
     batch: int = 8,
     rounded: bool = True,
     aid: Aid | None = None,
+    looked: Sequence[Looked] | None = None,
+    first: int = 0,
 ) -> Tensor:
     """Pictures, uint8 [N, 3, H, W]: what the server would answer for these seeds, one after the other.
 
-    Not `rounded`, they are fp32 in levels 0..255. `aid` is what a teacher adds.
+    Not `rounded`, they are fp32 in levels 0..255. `aid` is what a teacher adds. Pictures that were `looked` at are
+    changed from step `first` on; what is to stay of them is put back in latents only.
     """
     calls = sampling(
         student,
@@ -106,6 +110,8 @@ def sample(
         batch=batch,
         rounded=rounded,
         aid=aid,
+        looked=looked,
+        first=first,
     )
     for call in calls.work:
         call()
@@ -134,6 +140,8 @@ def sampling(
     batch: int = 8,
     rounded: bool = True,
     aid: Aid | None = None,
+    looked: Sequence[Looked] | None = None,
+    first: int = 0,
 ) -> Sampling:
     """As `sample`, for a caller that makes the calls itself."""
     made = Sampling([], [])
@@ -141,8 +149,12 @@ def sampling(
         part = slice(start, start + batch)
         bad = None if negative is None else list(negative[part])
         solver = student.solver(steps, guidance, aid)
-        run = Run(student, list(prompts[part]), list(seeds[part]), solver, bad, aid)
-        made.work.extend([run.encode, *[run.step] * len(solver.plan), partial(run.decode, made.pictures, rounded)])
+        edits = None
+        if looked is not None:
+            edits = [Edit.of(*each, first) for each in zip(looked[part], seeds[part], strict=True)]
+        run = Run(student, list(prompts[part]), list(seeds[part]), solver, bad, aid, edits)
+        num_calls = len(solver.plan) - first
+        made.work.extend([run.encode, *[run.step] * num_calls, partial(run.decode, made.pictures, rounded)])
     return made
 
 
@@ -157,12 +169,16 @@ class Run:
         solver: Solver,
         negative: list[str] | None = None,
         aid: Aid | None = None,
+        edits: list[Edit] | None = None,
     ) -> None:
         self._student, self._solver, self._teacher = student, solver, aid.teacher if aid else student
-        self._prompts, self._seeds, self._bad = prompts, seeds, negative
+        self._prompts, self._seeds, self._bad, self._edits = prompts, seeds, negative, edits
         self._left = list(range(len(seeds)))  # rows that are on their way
         self._ended: dict[int, Tensor] = {}
-        self._state = solver.start(self._draw(0))
+        if edits is None:
+            self._state = solver.start(self._draw(0))
+        else:
+            self._state = State(torch.stack([edit.begin(solver).x for edit in edits]), edits[0].first)
 
     def encode(self) -> None:
         family = self._student.family
@@ -184,8 +200,12 @@ class Run:
             negative=None if self._negative is None else self._negative[self._left],
             net=step.net,
         )
-        fresh = self._draw(state.i + 1) if self._solver.needs_noise(state) else None
-        self._settle(self._solver.advance(state, pred, fresh))
+        fresh = self._fresh(state.i) if self._solver.needs_noise(state) else None
+        after = self._solver.advance(state, pred, fresh)
+        if self._edits is not None:
+            rest = zip(self._left, after.x, strict=True)
+            after = replace(after, x=torch.stack([self._edits[k].held(self._solver, x, after.i) for k, x in rest]))
+        self._settle(after)
 
     def latents(self) -> Tensor:
         """[N, C, H, W], when all steps are made."""
@@ -207,6 +227,11 @@ class Run:
             parts = zip(*(one.history for one in going), strict=True)
             x = torch.stack([one.x for one in going])
             self._state = State(x, going[0].i, tuple(torch.stack(part) for part in parts))
+
+    def _fresh(self, i: int) -> Tensor:
+        if self._edits is None:
+            return self._draw(i + 1)
+        return torch.stack([self._edits[row].draw(self._seeds[row], i) for row in self._left])
 
     def _draw(self, k: int) -> Tensor:
         return torch.stack([noise(self._seeds[row], k, self._student.latent_shape) for row in self._left])

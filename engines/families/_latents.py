@@ -1,4 +1,4 @@
-"""What families share of latents: VAE decoders as components, and 2 x 2 patches as tokens."""
+"""What families share of latents: the halves of VAEs as components, and 2 x 2 patches as tokens."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,48 +7,92 @@ import torch
 from torch import Tensor, nn
 
 from engines.errors import InvalidManifest
-from engines.families.base import ComponentNetwork, Port
+from engines.families.base import PICTURES, ComponentNetwork, Port
 
 IMAGE_VAES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
 
 
-class DecoderNet(ComponentNetwork):
-    """latents [B, C, H, W] -> pictures in levels 0..255, fp32 [B, 3, H', W']; the VAE's scaling is undone inside.
+class VaeNetwork(ComponentNetwork):
+    """One half of a VAE with the pipeline's scaling of latents inside.
 
-    `shifts` and `whitens`: whether the pipeline undoes a shift too, or a mean and deviation per channel. Not rounded: a
-    grain measure reads what rounding would hide, and rounding costs nothing outside.
+    `shifts` and `whitens`: whether the pipeline undoes a shift too, or a mean and deviation per channel.
     """
 
-    unused = ("encoder.", "quant_conv.")
-    outputs = ("levels",)
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, vae: Any, height: int, width: int, *, shifts: bool = False, whitens: bool = False) -> None:
+    def __init__(self, vae: Any, *, shifts: bool, whitens: bool) -> None:
         super().__init__()
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         mean, deviation = (getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std"))
         for name, value, undone in (("shift_factor", shift, shifts), ("latents_mean", mean, whitens)):
             if value and not undone:
                 raise InvalidManifest(f"vae {name} is set, and the pipeline of this family applies none: remove it")
-        self.scale, self.shift = 1.0 / vae.config.scaling_factor, shift
+        self.scale: float = 1.0 / vae.config.scaling_factor
+        self.shift: float = shift
         self.whitens = mean is not None and deviation is not None
         if mean is not None and deviation is not None:
             per_channel(self, "mean", mean)
             per_channel(self, "deviation", deviation)
+
+    def coded(self, latents: Tensor) -> Tensor:
+        """Latents as the VAE's own decoder reads them."""
+        if self.whitens:
+            return latents * self.deviation * self.scale + self.mean
+        return latents * self.scale + self.shift
+
+    def scaled(self, codes: Tensor, *, shifted: bool = True) -> Tensor:
+        """What the VAE's own encoder says as latents; without the shift, how far that spreads."""
+        middle: Tensor | float = (self.mean if self.whitens else self.shift) if shifted else 0.0
+        unit = self.deviation * self.scale if self.whitens else self.scale
+        return (codes - middle) / unit
+
+
+class DecoderNet(VaeNetwork):
+    """latents [B, C, H, W] -> pictures in levels 0..255, fp32 [B, 3, H', W'].
+
+    Not rounded: a grain measure reads what rounding would hide, and rounding costs nothing outside.
+    """
+
+    unused = ("encoder.", "quant_conv.")
+    outputs = ("levels",)
+
+    def __init__(self, vae: Any, height: int, width: int, *, shifts: bool = False, whitens: bool = False) -> None:
+        super().__init__(vae, shifts=shifts, whitens=whitens)
         self.decoder = vae.decoder
         post = getattr(vae, "post_quant_conv", None)
         self.post_quant_conv = post if post is not None else nn.Identity()
         self.ports = (Port("latents", (vae.config.latent_channels, height, width)),)
 
     def forward(self, latents: Tensor) -> Tensor:
-        if self.whitens:
-            return levels(self.decoder(self.post_quant_conv(latents * self.deviation * self.scale + self.mean)))
-        return levels(self.decoder(self.post_quant_conv(latents * self.scale + self.shift)))
+        return levels(self.decoder(self.post_quant_conv(self.coded(latents))))
+
+
+class PictureEncoderNet(VaeNetwork):
+    """levels 0..255, fp32 [B, 3, H', W'] -> latents [B, C, H, W]; of a VAE that draws its codes, `codes` [B, 2C, H, W],
+    the latents and their deviations."""
+
+    unused = ("decoder.", "post_quant_conv.")
+
+    def __init__(self, vae: Any, height: int, width: int, *, shifts: bool = False, whitens: bool = False) -> None:
+        super().__init__(vae, shifts=shifts, whitens=whitens)
+        self.encoder = vae.encoder
+        self.draws = hasattr(vae, "quant_conv")  # an AutoencoderKL, with that layer or (None) without
+        self.quant_conv = vae.quant_conv if self.draws and vae.quant_conv is not None else nn.Identity()
+        self.outputs = ("codes",) if self.draws else ("latents",)
+        downscale = image_downscale(vae.config)
+        self.ports = (Port("levels", (3, height * downscale, width * downscale)),)
+
+    def forward(self, levels: Tensor) -> Tensor:
+        codes = self.quant_conv(self.encoder(levels / 127.5 - 1))
+        if not self.draws:
+            return self.scaled(codes)
+        mean, deviation = posterior(codes)
+        return torch.cat([self.scaled(mean), self.scaled(deviation, shifted=False)], dim=1)
 
 
 class VideoDecoderNet(ComponentNetwork):
-    """The same for a video VAE, of which one frame is decoded: latents stay [B, C, H, W].
+    """`DecoderNet` for a video VAE, of which one frame is decoded: latents stay [B, C, H, W].
 
     A first frame passes through none of the layers that make more frames out of it: they are not read.
     """
@@ -60,13 +104,8 @@ class VideoDecoderNet(ComponentNetwork):
 
     def __init__(self, vae: Any, height: int, width: int) -> None:
         super().__init__()
-        if getattr(vae.config, "patch_size", None) is not None:
-            raise InvalidManifest("a video VAE with patch_size is not built: give one without, as of Wan 2.1")
         self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
-        for module in [module for module in self.modules() if hasattr(module, "time_conv")]:
-            del module.time_conv
-        per_channel(self, "mean", vae.config.latents_mean)
-        per_channel(self, "deviation", vae.config.latents_std)
+        of_one_frame(self, vae)
         self.ports = (Port("latents", (vae.config.z_dim, height, width)),)
 
     def select(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -76,6 +115,58 @@ class VideoDecoderNet(ComponentNetwork):
         scaled = latents * self.deviation + self.mean
         frames: Tensor = self.decoder(self.post_quant_conv(scaled.unsqueeze(2)))
         return levels(frames[:, :, 0])
+
+
+class VideoPictureEncoderNet(ComponentNetwork):
+    """`PictureEncoderNet` for a video VAE: the picture is a video's first frame."""
+
+    unused = ("decoder.", "post_quant_conv.")
+    outputs = ("codes",)
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, vae: Any, height: int, width: int) -> None:
+        super().__init__()
+        self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
+        of_one_frame(self, vae)
+        downscale = video_downscale(vae.config)
+        self.ports = (Port("levels", (3, height * downscale, width * downscale)),)
+
+    def select(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value for name, value in super().select(weights).items() if ".time_conv." not in name}
+
+    def forward(self, levels: Tensor) -> Tensor:
+        frame = (levels / 127.5 - 1).unsqueeze(2)
+        mean, deviation = posterior(self.quant_conv(self.encoder(frame))[:, :, 0])
+        return torch.cat([(mean - self.mean) / self.deviation, deviation / self.deviation], dim=1)
+
+
+def vae_network(
+    role: str, vae: Any, latent: tuple[int, int, int], *, shifts: bool = False, whitens: bool = False
+) -> ComponentNetwork:
+    """The half of an image VAE that a role (decoder or `PICTURES`) is."""
+    half = PictureEncoderNet if role == PICTURES else DecoderNet
+    return half(vae, *latent[1:], shifts=shifts, whitens=whitens).eval()
+
+
+def video_vae_network(role: str, vae: Any, latent: tuple[int, int, int]) -> ComponentNetwork:
+    return (VideoPictureEncoderNet if role == PICTURES else VideoDecoderNet)(vae, *latent[1:]).eval()
+
+
+def of_one_frame(network: nn.Module, vae: Any) -> None:
+    """Takes the layers between frames out of one half of a video VAE, and gives it the scaling of the latents."""
+    if getattr(vae.config, "patch_size", None) is not None:
+        raise InvalidManifest("a video VAE with patch_size is not built: give one without, as of Wan 2.1")
+    for module in [module for module in network.modules() if hasattr(module, "time_conv")]:
+        del module.time_conv
+    per_channel(network, "mean", vae.config.latents_mean)
+    per_channel(network, "deviation", vae.config.latents_std)
+
+
+def posterior(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation [B, C, ...] of what a VAE's encoder gives, [B, 2C, ...]."""
+    mean, log_variance = codes.chunk(2, dim=1)
+    return mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
 
 
 def per_channel(module: nn.Module, name: str, values: Sequence[float]) -> None:
@@ -110,6 +201,10 @@ def image_downscale(vae: Mapping[str, Any]) -> int:
     """Pixels per latent position."""
     blocks = vae.get("block_out_channels") or vae["encoder_block_out_channels"]
     return int(2 ** (len(blocks) - 1))
+
+
+def video_downscale(vae: Mapping[str, Any]) -> int:
+    return int(2 ** len(vae["temperal_downsample"]))
 
 
 def to_tokens(x: Tensor) -> Tensor:

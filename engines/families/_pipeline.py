@@ -1,12 +1,13 @@
 """The part of a family that is the same for all: three engines, guided rows, and pictures out of latents."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from engines.backends.base import Engine
+from engines.errors import InvalidRequest
 from engines.families._text import load_tokenizers, read_prompts
 from engines.families.base import ReadFile, Tokens
 
@@ -27,8 +28,9 @@ class TextToImage:
         *,
         tokenizer: Any = None,
         inputs: frozenset[str] = frozenset(),
+        pictures: Callable[[], Engine] | None = None,
     ) -> None:
-        self.encoder, self.decoder = encoder, decoder
+        self.encoder, self.decoder, self._pictures = encoder, decoder, pictures
         self.denoisers = denoiser if isinstance(denoiser, Mapping) else {"denoiser": denoiser}
         self.inputs = inputs
         self._tokenizers = tokenizer
@@ -90,6 +92,15 @@ class TextToImage:
     def guided(self, c: Tensor, u: Tensor, w: Tensor) -> Tensor:
         """One guided prediction out of two. c, u [B, C, H, W]; w [B, 1, 1, 1]."""
         return u + w * (c - u)
+
+    def look(self, levels: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self._pictures is None:
+            raise InvalidRequest("this student was loaded without what encodes pictures", param="image")
+        made = self._pictures().run(levels=levels)
+        if "latents" in made:
+            return made["latents"], None
+        latents, deviation = made["codes"].chunk(2, dim=1)
+        return latents, deviation
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.levels(latents).round().to(torch.uint8)

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from engines.backends.base import Engine, check_weights
 
+PICTURES = "picture_encoder"
+"""The role of what makes latents of pictures: the other half of the decoder's VAE, out of the same blob and config."""
+
 ReadFile = Callable[[str], bytes]
 """Reads one file of a student, `<component>/<file>`: `denoiser/config.json`, `encoder/tokenizer/tokenizer.json`."""
 
@@ -116,6 +119,15 @@ class Family(Protocol):
         `negative` [B, L, D] stands for `null()` where a row has another.
         """
 
+    def look(self, levels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Latents [B, C, H, W] of pictures in levels 0..255, fp32 [B, 3, H', W'], and how far they spread around that.
+
+        None: the VAE draws no codes, a picture has one.
+
+        Raises:
+            InvalidRequest: the VAE's weights lack the half that encodes.
+        """
+
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures, uint8 [B, 3, H, W]."""
 
@@ -142,7 +154,7 @@ class FamilyClass(Protocol):
     ) -> ComponentNetwork:
         """The module of one component with random weights, from its config alone.
 
-        `role` is encoder, decoder or the name of a denoiser; `latent` is C, H, W of the resolution served.
+        `role` is encoder, decoder, `PICTURES` or the name of a denoiser; `latent` is C, H, W of the resolution served.
         """
 
     def geometry(self, read: ReadFile) -> Geometry:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from engines.families._denoiser import NETWORK_TIME, TransformerNet, falling
-from engines.families._latents import DecoderNet, from_tokens, image_downscale, image_vae, of_class, to_tokens
+from engines.families._latents import from_tokens, image_downscale, image_vae, of_class, to_tokens, vae_network
 from engines.families._pipeline import TextToImage
 from engines.families._text import Packing, TextNetwork, ids_port, read_json, text_model
-from engines.families.base import ComponentNetwork, Geometry, ReadFile
+from engines.families.base import PICTURES, ComponentNetwork, Geometry, ReadFile
 
 PIPELINE = "FluxPipeline"
 FOLDERS = {"encoder": ("text_encoder", "text_encoder_2"), "denoiser": ("transformer",), "decoder": ("vae",)}
@@ -85,9 +85,9 @@ class Flux(TextToImage):
         inputs: frozenset[str] = frozenset(),
         latent: tuple[int, int, int] = (16, 128, 128),
     ) -> ComponentNetwork:
-        if role == "decoder":
-            vae = image_vae(read_json(read, "decoder/config.json"))
-            return DecoderNet(vae, latent[1], latent[2], shifts=True).eval()
+        if role in ("decoder", PICTURES):
+            vae = image_vae(read_json(read, f"{role}/config.json"))
+            return vae_network(role, vae, latent, shifts=True)
         clip, t5 = (read_json(read, f"encoder/{folder}/config.json") for folder in FOLDERS["encoder"])
         packing = Packing(_T5_TOKENS, t5["d_model"], (clip["hidden_size"],))
         if role == "encoder":

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from engines.errors import InvalidManifest
 from engines.families._denoiser import NETWORK_TIME, TransformerNet
-from engines.families._latents import DecoderNet, image_downscale, image_vae, of_class
+from engines.families._latents import image_downscale, image_vae, of_class, vae_network
 from engines.families._pipeline import TextToImage
 from engines.families._text import Packing, TextNetwork, ids_port, mask_port, read_json, text_model
-from engines.families.base import ComponentNetwork, Geometry, ReadFile
+from engines.families.base import PICTURES, ComponentNetwork, Geometry, ReadFile
 
 PIPELINE = "PixArtSigmaPipeline"
 FOLDERS = {"encoder": ("text_encoder",), "denoiser": ("transformer",), "decoder": ("vae",)}
@@ -70,8 +70,8 @@ class PixArt(TextToImage):
         role: str, read: ReadFile, *, inputs: frozenset[str] = frozenset(), latent: tuple[int, int, int] = (4, 128, 128)
     ) -> ComponentNetwork:
         config = read_json(read, f"{role}/config.json")
-        if role == "decoder":
-            return DecoderNet(image_vae(config), latent[1], latent[2]).eval()
+        if role in ("decoder", PICTURES):
+            return vae_network(role, image_vae(config), latent)
         packing = Packing(_TOKENS, read_json(read, "encoder/config.json")["d_model"], (_TOKENS,))
         if role == "encoder":
             return EncoderNet(text_model(config, ("T5EncoderModel",)), packing).eval()

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from engines.errors import InvalidManifest
 from engines.families._denoiser import TransformerNet, falling
-from engines.families._latents import VideoDecoderNet, from_tokens, of_class, to_tokens
+from engines.families._latents import from_tokens, of_class, to_tokens, video_downscale, video_vae_network
 from engines.families._pipeline import TextToImage
 from engines.families._text import Packing, TextNetwork, ids_port, mask_port, read_json, text_model
-from engines.families.base import ComponentNetwork, Geometry, ReadFile
+from engines.families.base import PICTURES, ComponentNetwork, Geometry, ReadFile
 
 PIPELINE = "QwenImagePipeline"
 FOLDERS = {"encoder": ("text_encoder",), "denoiser": ("transformer",), "decoder": ("vae",)}
@@ -98,9 +98,9 @@ class QwenImage(TextToImage):
         from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 
         config = read_json(read, f"{role}/config.json")
-        if role == "decoder":
-            vae = of_class(config, {"AutoencoderKLQwenImage": AutoencoderKLQwenImage}, role)
-            return VideoDecoderNet(vae, latent[1], latent[2]).eval()
+        if role in ("decoder", PICTURES):
+            vae = of_class(config, {"AutoencoderKLQwenImage": AutoencoderKLQwenImage}, "decoder")
+            return video_vae_network(role, vae, latent)
         words = _text_config(read_json(read, "encoder/config.json"))
         packing = Packing(_TOKENS, words["hidden_size"], (_TOKENS,))
         if role == "encoder":
@@ -113,7 +113,7 @@ class QwenImage(TextToImage):
     @staticmethod
     def geometry(read: ReadFile) -> Geometry:
         config, vae = read_json(read, "denoiser/config.json"), read_json(read, "decoder/config.json")
-        return Geometry(config["in_channels"] // 4, 2 ** len(vae["temperal_downsample"]), _SIZE, _SIZE)
+        return Geometry(config["in_channels"] // 4, video_downscale(vae), _SIZE, _SIZE)
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from engines.errors import InvalidManifest, InvalidRequest
 from engines.families._denoiser import NETWORK_TIME, zero_linear
-from engines.families._latents import DecoderNet, image_downscale, image_vae
+from engines.families._latents import image_downscale, image_vae, vae_network
 from engines.families._pipeline import TextToImage
 from engines.families._text import Packing, TextNetwork, ids_port, read_json, read_prompts, text_model
-from engines.families.base import ComponentNetwork, Geometry, Port, ReadFile, Tokens
+from engines.families.base import PICTURES, ComponentNetwork, Geometry, Port, ReadFile, Tokens
 
 PIPELINE = "StableDiffusionPipeline"
 FOLDERS = {"encoder": ("text_encoder",), "denoiser": ("unet",), "decoder": ("vae",)}
@@ -145,8 +145,8 @@ class StableDiffusion(TextToImage):
         config = read_json(read, f"{role}/config.json")
         if role == "encoder":
             return EncoderNet(text_model(config, ("CLIPTextModel",))).eval()
-        if role == "decoder":
-            return DecoderNet(image_vae(config), latent[1], latent[2]).eval()
+        if role in ("decoder", PICTURES):
+            return vae_network(role, image_vae(config), latent)
         network = unet(config | {"sample_size": [latent[1], latent[2]]})
         tokens = read_json(read, "encoder/config.json")["max_position_embeddings"]
         return DenoiserNet(network, Packing(tokens, network.config.cross_attention_dim), inputs).eval()

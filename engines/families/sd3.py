@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from engines.families._denoiser import NETWORK_TIME, TransformerNet
-from engines.families._latents import DecoderNet, image_downscale, image_vae, of_class
+from engines.families._latents import image_downscale, image_vae, of_class, vae_network
 from engines.families._pipeline import TextToImage
 from engines.families._text import Packing, TextNetwork, ids_port, read_json, text_model
-from engines.families.base import ComponentNetwork, Geometry, ReadFile
+from engines.families.base import PICTURES, ComponentNetwork, Geometry, ReadFile
 
 PIPELINE = "StableDiffusion3Pipeline"
 FOLDERS = {
@@ -78,9 +78,9 @@ class StableDiffusion3(TextToImage):
         inputs: frozenset[str] = frozenset(),
         latent: tuple[int, int, int] = (16, 128, 128),
     ) -> ComponentNetwork:
-        if role == "decoder":
-            vae = image_vae(read_json(read, "decoder/config.json"))
-            return DecoderNet(vae, latent[1], latent[2], shifts=True).eval()
+        if role in ("decoder", PICTURES):
+            vae = image_vae(read_json(read, f"{role}/config.json"))
+            return vae_network(role, vae, latent, shifts=True)
         texts = [read_json(read, f"encoder/{folder}/config.json") for folder in FOLDERS["encoder"]]
         clip_tokens: int = texts[0]["max_position_embeddings"]
         pooled = sum(clip["projection_dim"] for clip in texts[:2])

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from engines.families import sd
 from engines.families._denoiser import NETWORK_TIME
-from engines.families._latents import DecoderNet, image_downscale, image_vae
+from engines.families._latents import image_downscale, image_vae, vae_network
 from engines.families._text import Packing, TextNetwork, ids_port, read_json, text_model
-from engines.families.base import ComponentNetwork, ReadFile
+from engines.families.base import PICTURES, ComponentNetwork, ReadFile
 
 PIPELINE = "StableDiffusionXLPipeline"
 FOLDERS = {"encoder": ("text_encoder", "text_encoder_2"), "denoiser": ("unet",), "decoder": ("vae",)}
@@ -81,9 +81,9 @@ class StableDiffusionXL(sd.StableDiffusion):
     def network(
         role: str, read: ReadFile, *, inputs: frozenset[str] = frozenset(), latent: tuple[int, int, int] = (4, 128, 128)
     ) -> ComponentNetwork:
-        if role == "decoder":
-            vae = image_vae(read_json(read, "decoder/config.json"))
-            return DecoderNet(vae, latent[1], latent[2], whitens=True).eval()
+        if role in ("decoder", PICTURES):
+            vae = image_vae(read_json(read, f"{role}/config.json"))
+            return vae_network(role, vae, latent, whitens=True)
         first, second = (read_json(read, f"encoder/{folder}/config.json") for folder in FOLDERS["encoder"])
         packing = Packing(
             first["max_position_embeddings"],

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from engines.families._denoiser import NETWORK_TIME, TransformerNet
-from engines.families._latents import VideoDecoderNet, of_class
+from engines.families._latents import of_class, video_downscale, video_vae_network
 from engines.families._pipeline import TextToImage
 from engines.families._text import Packing, TextNetwork, ids_port, mask_port, read_json, text_model
-from engines.families.base import ComponentNetwork, Geometry, ReadFile
+from engines.families.base import PICTURES, ComponentNetwork, Geometry, ReadFile
 
 PIPELINE = "WanPipeline"
 FOLDERS = {"encoder": ("text_encoder",), "denoiser": ("transformer",), "decoder": ("vae",)}
@@ -65,8 +65,9 @@ class Wan(TextToImage):
         from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
         config = read_json(read, f"{role}/config.json")
-        if role == "decoder":
-            return VideoDecoderNet(of_class(config, {"AutoencoderKLWan": AutoencoderKLWan}, role), *latent[1:]).eval()
+        if role in ("decoder", PICTURES):
+            vae = of_class(config, {"AutoencoderKLWan": AutoencoderKLWan}, "decoder")
+            return video_vae_network(role, vae, latent)
         packing = Packing(_TOKENS, read_json(read, "encoder/config.json")["d_model"])
         if role == "encoder":
             return EncoderNet(text_model(config, ("UMT5EncoderModel",)), packing).eval()
@@ -76,7 +77,7 @@ class Wan(TextToImage):
     @staticmethod
     def geometry(read: ReadFile) -> Geometry:
         config, vae = read_json(read, "denoiser/config.json"), read_json(read, "decoder/config.json")
-        return Geometry(config["in_channels"], 2 ** len(vae["temperal_downsample"]), *_SIZE)
+        return Geometry(config["in_channels"], video_downscale(vae), *_SIZE)
 
 
 FAMILY = Wan

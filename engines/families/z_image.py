@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from engines.families._denoiser import TransformerNet, falling
-from engines.families._latents import DecoderNet, image_downscale, image_vae, of_class
+from engines.families._latents import image_downscale, image_vae, of_class, vae_network
 from engines.families._pipeline import TextToImage
 from engines.families._text import Packing, TextNetwork, ids_port, mask_port, read_json, text_model
-from engines.families.base import ComponentNetwork, Geometry, ReadFile
+from engines.families.base import PICTURES, ComponentNetwork, Geometry, ReadFile
 
 PIPELINE = "ZImagePipeline"
 FOLDERS = {"encoder": ("text_encoder",), "denoiser": ("transformer",), "decoder": ("vae",)}
@@ -78,8 +78,8 @@ class ZImage(TextToImage):
         latent: tuple[int, int, int] = (16, 128, 128),
     ) -> ComponentNetwork:
         config = read_json(read, f"{role}/config.json")
-        if role == "decoder":
-            return DecoderNet(image_vae(config), latent[1], latent[2], shifts=True).eval()
+        if role in ("decoder", PICTURES):
+            return vae_network(role, image_vae(config), latent, shifts=True)
         packing = Packing(_TOKENS, read_json(read, "encoder/config.json")["hidden_size"], (_TOKENS,))
         if role == "encoder":
             return EncoderNet(text_model(config | {"architectures": [_QWEN]}, (_QWEN,)), packing).eval()

@@ -10,6 +10,7 @@ import pytest
 from torch import Tensor
 
 from engines.cache import DiskCache
+from engines.families.base import PICTURES
 from engines.graph import ComponentGraph, GraphStore, spec
 from engines.loader import load_weights, reader
 from tests import tiny_families
@@ -24,7 +25,7 @@ NO_GRAPH = {
 _OWN = {"sd-edm": (), "sdxl-edm": ("decoder",), "flux-schnell": ("denoiser",)}
 GRAPHS = [
     (name, role) for name in tiny_families.FAMILIES for role in _OWN.get(name, ROLES) if (name, role) not in NO_GRAPH
-]
+] + [(name, PICTURES) for name in ("sd", "sana", "wan")]  # one of each kind of VAE
 
 
 def each(graphs: Iterable[tuple[str, str]]) -> pytest.MarkDecorator:
@@ -48,7 +49,8 @@ def case(name: str, role: str) -> Case:
     """A graph and its weights. Its export is shared by all test processes, what is built of it is this one's own."""
     own = tiny_families.shipped(name)
     graph = graphs().graph(spec(own.manifest, role, reader(own.registry, own.manifest)))
-    return Case(replace(graph, cache=_built()), graph.select(load_weights(own.registry, own.manifest.components[role])))
+    component = own.manifest.components["decoder" if role == PICTURES else role]
+    return Case(replace(graph, cache=_built()), graph.select(load_weights(own.registry, component)))
 
 
 @cache

@@ -315,3 +315,19 @@ def test_what_was_evicted_is_gone_though_it_is_served_and_comes_back(
     slot.stage([version]).run()
     assert slot.loader.loaded_bytes() == before
     assert slot.evict("nobody@" + "0" * 64)() == frozenset()
+
+
+def test_what_encodes_pictures_comes_when_it_is_asked_for_and_goes_with_the_last_that_uses_it(
+    slot: EngineSlot, registry: FilesRegistry, teacher: str
+) -> None:
+    shared = student(registry)
+    slot.stage([teacher, shared]).run()
+    picture = torch.full((1, 3, 16, 16), 90.0)
+    assert len(slot.loader._engines) == 4  # one encoder, two denoisers, one decoder
+    codes = slot.family(teacher).family.look(picture)[0]
+    assert torch.equal(slot.family(shared).family.look(picture)[0], codes)
+    assert len(slot.loader._engines) == 5
+    slot.retire(teacher)
+    assert torch.equal(slot.family(shared).family.look(picture)[0], codes)
+    slot.retire(shared)
+    assert not slot.loader._engines

@@ -263,6 +263,27 @@ def test_the_linear_solver_is_any_other_one_written_out(steps: int) -> None:
         torch.testing.assert_close(ours, solvers.trajectory(Truth(RF()), noise, times, solver=name)[-1])
 
 
+def test_a_linear_row_that_reaches_before_the_start_counts_the_first_prediction_for_what_was_before() -> None:
+    """A picture that is changed begins in the middle of a plan; rows must still sum to what they were made for."""
+    rows = ((0.5, 0.5), (0.4, 0.9, -0.3), (0.3, 0.9, -0.4, 0.2), (0.0, 1.0, 0.0))
+    schedule = Schedule(times=(1.0, 0.75, 0.5, 0.25, 0.0), solver="linear", coefficients=rows)
+    rule = solvers.make("linear", RF(), "x0", schedule.expand(None, None, "denoiser"))
+    clean, other = noise_of(), torch.ones(4, 2, 4, 4)
+    begun = rule.begin(clean, noise_of(), 2)
+    after = rule.advance(begun, other)
+    torch.testing.assert_close(after.x, 0.3 * begun.x + (0.9 - 0.4 + 0.2) * other)
+    torch.testing.assert_close(rule.advance(after, clean).x, clean)
+
+
+def test_a_picture_is_noised_to_the_time_of_its_step_and_is_itself_after_the_last() -> None:
+    rule = solvers.make("ddim", VP(), "eps", plan_of([0.9, 0.5, 0.1]))
+    clean, eps = torch.full((1, 2, 2), 3.0), torch.ones(1, 2, 2)
+    t = torch.tensor([0.5])
+    torch.testing.assert_close(rule.begin(clean, eps, 1).x, VP().alpha(t) * clean + VP().sigma(t) * eps)
+    assert rule.begin(clean, eps, 1).i == 1
+    assert torch.equal(rule.noised(clean, eps, 2), clean)
+
+
 def _second_order(times: list[float], i: int, row: tuple[float, ...]) -> tuple[float, ...]:
     before, now, after = (math.log((1 - t) / t) if t < 1 else -math.inf for t in times[i - 1 : i + 2])
     ratio = (after - now) / (now - before) / 2
