@@ -122,6 +122,8 @@ class Answers:
 def _picture(row: LatentRow, pixels: Any) -> Picture:
     begun = time.perf_counter()
     request = row.ticket.claim.request
+    if row.ticket.source is not None:
+        pixels = row.ticket.source.kept(pixels)
     data = images.encode(pixels, request.output_format, request.compression)
     return Picture(row, data, time.perf_counter() - begun)
 
@@ -137,7 +139,12 @@ def collect(picture: Picture) -> bool:
 def event(row: PictureRow | LatentRow, kind: Literal["step", "partial_image"]) -> StepEvent:
     """What is said of a row after a step."""
     partial_index = row.partial_index or 0 if isinstance(row, LatentRow) else 0
-    total = len(row.ticket.plan)
+    total, first = len(row.ticket.plan), row.ticket.first
     return StepEvent(
-        id=row.request_id, kind=kind, step=row.step, total=total, image_index=row.index, partial_index=partial_index
+        id=row.request_id,
+        kind=kind,
+        step=row.step - first,
+        total=total - first,
+        image_index=row.index,
+        partial_index=partial_index,
     )

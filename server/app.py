@@ -4,13 +4,14 @@ Dialects are found by file name, so a new one is one file. Nothing here knows Re
 composition root hands them in.
 """
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,7 +22,7 @@ from engines.registry.base import Registry
 from server import http_errors
 from server.auth import Principal, Scope
 from server.brokers.base import Broker
-from server.dialects.base import Dialect
+from server.dialects.base import FORM, Dialect
 from server.edge import Edge
 from server.gateway import Gateway
 from server.metrics import Metrics
@@ -55,14 +56,20 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.gateway = gateway
-    app.add_middleware(Edge, max_body_bytes=settings.max_body_bytes)
     for error in (FewstepError, HTTPException, RequestValidationError):
         app.add_exception_handler(error, _answer)
     dialects: list[Dialect] = [plugins.load(_DIALECTS, name, "DIALECT") for name in plugins.names(_DIALECTS)]
-    for dialect in sorted(dialects, key=lambda dialect: not dialect.busy):
-        app.include_router(dialect.router(gateway))
+    routers = [dialect.router(gateway) for dialect in sorted(dialects, key=lambda dialect: not dialect.busy)]
+    for router in routers:
+        app.include_router(router)
     if jobs_router is not None:
         app.include_router(jobs_router if isinstance(jobs_router, APIRouter) else jobs_router(gateway.authorise))
+    app.add_middleware(
+        Edge,
+        max_body_bytes=settings.max_body_bytes,
+        max_upload_bytes=settings.max_upload_bytes,
+        uploads=_uploads(routers),
+    )
     app.openapi = _documented(app, dialects)  # type: ignore[method-assign]
     return app
 
@@ -81,6 +88,13 @@ def _lifespan(gateway: Gateway) -> Any:
 
 async def _answer(_: Request, error: Exception) -> Response:
     return http_errors.respond(error)
+
+
+def _uploads(routers: Sequence[APIRouter]) -> list[str]:
+    """The paths whose documents say that they take a form."""
+    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    bodies = {route.path: (route.openapi_extra or {}).get("requestBody", {}) for route in routes}
+    return [path for path, body in bodies.items() if FORM in body.get("content", {})]
 
 
 # --- OpenAPI ---------------------------------------------------------------------------------------

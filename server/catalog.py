@@ -50,7 +50,7 @@ class View:
     workers: dict[str, WorkerLease] = field(default_factory=dict)
     queues: dict[str, QueueState] = field(default_factory=dict)
     choices: dict[Wanted, tuple[Choice, ...]] = field(default_factory=dict)
-    evaluations: dict[tuple[str, int, float | None, str | None, Refinement | None], Evaluations] = field(
+    evaluations: dict[tuple[str, int, float | None, str | None, Refinement | None, int], Evaluations] = field(
         default_factory=dict
     )
     wanted: set[tuple[str, str]] = field(default_factory=set)  # announced since this look
@@ -148,13 +148,16 @@ class Catalog:
         guidance: float | None,
         teacher: str | None = None,
         refinement: Refinement | None = None,
+        first: int = 0,
     ) -> Evaluations:
-        """Network rows of one picture, with what `teacher`, a version, adds to it."""
-        known, key = self.view.evaluations, (target.student, target.steps, guidance, teacher, refinement)
+        """Network rows of one picture, with what `teacher`, a version, adds to it; `first` steps are left out."""
+        known, key = self.view.evaluations, (target.student, target.steps, guidance, teacher, refinement, first)
         if key not in known:
             manifests = self.view.deployments[deployment].manifests
             by = manifests[teacher] if teacher else None
-            known[key] = leases.evaluations(manifests[target.student], target.steps, guidance, by, refinement)
+            known[key] = leases.evaluations(
+                manifests[target.student], target.steps, guidance, by, refinement, first=first
+            )
         return known[key]
 
     def num_workers(self, deployment: str) -> int:

@@ -115,8 +115,10 @@ class Dispatcher:
         """What a choice would cost, and what stands before it."""
         request_class = class_of(intent.priority)
         catalog, target = self._catalog, TierTarget(student=choice.version, steps=choice.steps)
-        wanted = intent.wanted
-        rows = catalog.evaluations(choice.deployment, target, wanted.guidance, choice.teacher, wanted.refinement)
+        wanted, first = intent.wanted, choice.edits_from or 0
+        rows = catalog.evaluations(
+            choice.deployment, target, wanted.guidance, choice.teacher, wanted.refinement, first=first
+        )
         costs = catalog.costs(choice.version)
         cost_s = intent.n * leases.queued_s(costs, rows.expected)
         load = admission.Load(
@@ -138,8 +140,10 @@ class Dispatcher:
         """By what such requests took of late at a load like this; by costs and predicted wait where too few did."""
         catalog, wanted = self._catalog, intent.wanted
         manifests = catalog.deployment(deployment).manifests
-        teacher = teacher_of(manifests[target.student], manifests) if wanted.refinement else None
-        rows = catalog.evaluations(deployment, target, wanted.guidance, teacher, wanted.refinement)
+        student = manifests[target.student]
+        teacher = teacher_of(student, manifests) if wanted.refinement else None
+        first = 0 if wanted.strength is None else student.first_step(target.steps, wanted.strength)
+        rows = catalog.evaluations(deployment, target, wanted.guidance, teacher, wanted.refinement, first=first)
         costs = catalog.costs(target.student)
         alone_s = leases.alone_s(costs, rows.most)
         if alone_s is None:

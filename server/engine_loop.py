@@ -20,15 +20,16 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from engines.editing import Looked
 from engines.errors import FewstepError, InternalError
 from server.batcher import Batcher, LaneKey
 from server.behind import Behind, Piece
 from server.flights import Flights
 from server.prompt_cache import Embedding
 from server.sink import Sink
-from server.stages import Stages, give, partial_index
+from server.stages import Stages, give, partial_index, show
 from server.stall import StallMeter
-from server.tickets import PictureRow, PromptRow, Ticket, latent_row, prompts_of, rows_of
+from server.tickets import PictureRow, PromptRow, SourceRow, Ticket, latent_row, prompts_of, rows_of, sources_of
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -164,6 +165,8 @@ class EngineLoop:
 
     def _call(self, lane: LaneKey, batch: list[Any]) -> Callable[[], None]:
         """The engine call; returns what follows from it, to be called with the lock."""
+        if isinstance(batch[0], SourceRow):
+            return partial(self._looked, batch, self._stages.look(batch))
         if lane.stage == "encode":
             return partial(self._encoded, batch, self._stages.encode(batch))
         if lane.stage == "denoise":
@@ -232,7 +235,10 @@ class EngineLoop:
     def _admit(self, tickets: Sequence[Ticket]) -> None:
         for ticket in tickets:
             prompts = prompts_of(ticket)
-            ticket.missing = len(prompts)
+            sources = sources_of(ticket)
+            ticket.missing = len(prompts) + len(sources)
+            for source in sources:
+                self._batcher.add(source)
             for row in prompts:
                 known = self._stages.recall(row)
                 self._sink.recalled(known)
@@ -246,6 +252,12 @@ class EngineLoop:
         if not ticket.missing and not ticket.over:
             for row in rows_of(ticket):
                 self._batcher.add(row)
+
+    def _looked(self, rows: list[SourceRow], made: Sequence[Looked]) -> None:
+        for row, looked in zip(rows, made, strict=True):
+            show(row, looked)
+        for ticket in {row.ticket: None for row in rows}:
+            self._join(ticket)
 
     def _encoded(self, rows: list[PromptRow], made: Mapping[str, Embedding]) -> None:
         for row in rows:

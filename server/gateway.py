@@ -29,6 +29,7 @@ from server.messages import CLASSES, GenerateRequest, GenerateResult
 from server.metrics import Metrics, quality
 from server.settings import GatewaySettings
 from server.signing import Signer
+from server.uploads import Unpacking
 
 _logger = logging.getLogger(__name__)
 _ATTEMPTS = 3  # a swap may retire a version between our look and the publish; three in a row do not happen
@@ -57,6 +58,7 @@ class Gateway:
         self.keys = Keys(settings.keys)
         secret = settings.url_secret.get_secret_value().encode() if settings.url_secret else os.urandom(32)
         self.signer = Signer(secret, settings.base_url, settings.url_ttl_s, now_s=now_s)
+        self.uploads = Unpacking(settings.max_image_pixels)
         self.draining = False
         self._clock_s, self._now_s = clock_s, now_s
         self._background: set[asyncio.Task[Any]] = set()
@@ -201,9 +203,13 @@ class Gateway:
                 downgraded_from=choice.downgraded_from,
                 refinement=choice.refinement,
                 teacher=choice.teacher,
+                edits_from=choice.edits_from,
             )
+            source = None
+            if intent.upload is not None:
+                source = await self.uploads.fitted(intent.upload, choice.width, choice.height)
             try:
-                await self.broker.publish(request)
+                await self.broker.publish(request, source)
             except StaleVersion:
                 await self.catalog.refresh()
                 continue

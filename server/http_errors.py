@@ -31,6 +31,8 @@ _SERVER = Answer(500, "server_error")
 
 # An error is answered by the first of its classes that stands here.
 TABLE: dict[type[errors.FewstepError], Answer] = {
+    errors.UnsupportedImage: Answer(415, "invalid_request_error", retry=False),
+    errors.ImageTooLarge: Answer(413, "invalid_request_error", retry=False),
     errors.InvalidRequest: _INVALID,
     errors.AuthenticationFailed: Answer(401, "authentication_error"),
     errors.PermissionDenied: Answer(403, "permission_error"),

@@ -6,6 +6,7 @@ from typing import Literal
 from server.latencies import Work
 from server.menu import Choice, Wanted
 from server.messages import GenerateResult, RequestClass
+from server.uploads import Upload
 
 ImageFormat = Literal["png", "webp", "jpeg"]
 
@@ -16,6 +17,7 @@ class Intent:
 
     wanted: Wanted
     prompt: str
+    upload: Upload | None = None  # what is changed; `wanted.strength` says how much
     negative_prompt: str | None = None
     n: int = 1
     seed: int | None = None

@@ -109,10 +109,12 @@ def evaluations(
     guidance: float | None = None,
     teacher: StudentManifest | None = None,
     refinement: Refinement | None = None,
+    *,
+    first: int = 0,
 ) -> Evaluations:
-    """Of one picture, with what `teacher` adds to it."""
+    """Of one picture, with what `teacher` adds to it; `first` steps are left out."""
     if teacher is None or refinement is None:
-        plan, by = manifest.plan(steps, guidance), manifest
+        plan, by = manifest.plan(steps, guidance)[first:], manifest
     else:
         plan, by = refine.plan(manifest, teacher, steps, guidance, refinement), teacher
     rows = [_rows(by if step.by_teacher else manifest, step) for step in plan]

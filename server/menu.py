@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engines import refine
-from engines.errors import InvalidRequest, InvalidSize
+from engines.errors import ContradictoryFields, InvalidRequest, InvalidSize
 from engines.manifest import StudentManifest, shown
 from engines.refine import Refinement
 from engines.registry.base import Revision, TierTarget
@@ -28,7 +28,10 @@ class Names:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a request says about how it is to be made. `model` is a deployment or `name@digest`."""
+    """What a request says about how it is to be made. `model` is a deployment or `name@digest`.
+
+    `strength` is that of one that changes a picture: the share of the steps that is taken.
+    """
 
     model: str
     tier: str | None = None
@@ -37,6 +40,7 @@ class Wanted:
     guidance: float | None = None
     size: tuple[int, int] | None = None
     refinement: Refinement | None = None
+    strength: float | None = None
     names: Names = Names()
 
 
@@ -44,7 +48,8 @@ class Wanted:
 class Choice:
     """What the request is pinned to. `downgraded_from` is the default tier where latency or load forbade it.
 
-    `teacher` is the version that adds what `refinement` says.
+    `teacher` is the version that adds what `refinement` says; `edits_from` the step at which a picture that is changed
+    comes in.
     """
 
     deployment: str
@@ -56,6 +61,7 @@ class Choice:
     downgraded_from: TierSteps | None = None
     teacher: str | None = None
     refinement: Refinement | None = None
+    edits_from: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +81,16 @@ class Menu:
         return dict(sorted(found, key=lambda item: (self.rows(item[1]), item[0])))
 
     def default(self) -> tuple[str, TierTarget]:
-        """What serves where the request does not say."""
+        """What serves where the request does not say; a picture is not changed in so few steps that none is left."""
         tiers = self.tiers()
         if not tiers:  # pinned to a version that no tier names: its best is what it was made for
             version = self.pinned or ""
             return UNTIERED, TierTarget(student=version, steps=max(self.revision.allowed[version]))
         tier = self.revision.default_tier if self.revision.default_tier in tiers else list(tiers)[-1]
-        return tier, tiers[tier]
+        usual = tier, tiers[tier]
+        if self.wanted.strength is None or self.serves(usual[1]):
+            return usual
+        return next((one for one in self.targets() if self.serves(one[1])), usual)
 
     def targets(self) -> list[tuple[str, TierTarget]]:
         """What may serve a request that leaves the count open, cheapest first.
@@ -111,7 +120,7 @@ class Menu:
         return leases.evaluations(self.manifests[target.student], target.steps).most
 
     def serves(self, target: TierTarget) -> bool:
-        """Whether its student was made for the guidance and size that the request wants."""
+        """Whether its student was made for the guidance, strength and size that the request wants."""
         try:
             self.choice(UNTIERED, target)
         except InvalidRequest:
@@ -119,9 +128,10 @@ class Menu:
         return True
 
     def choice(self, tier: str, target: TierTarget, *, instead_of: tuple[str, TierTarget] | None = None) -> Choice:
-        """Raises what is wrong with the guidance or size that the request wants."""
+        """Raises what is wrong with the guidance, strength or size that the request wants."""
         manifest = self.manifests[target.student]
         asked, guidance = self.wanted.refinement, self.wanted.guidance
+        edits_from = self._edits_from(manifest, target.steps)
         teacher = self.teacher(manifest, asked) if asked else None
         if teacher is None or asked is None:
             manifest.plan(target.steps, guidance)
@@ -139,7 +149,19 @@ class Menu:
             downgraded_from=TierSteps(tier=above[0], steps=above[1].steps) if above else None,
             teacher=teacher.version if teacher else None,
             refinement=asked,
+            edits_from=edits_from,
         )
+
+    def _edits_from(self, manifest: StudentManifest, steps: int) -> int | None:
+        """The step at which a picture comes in; None where none is changed. Raises what is wrong with the strength."""
+        if self.wanted.strength is None:
+            return None
+        if self.wanted.refinement:
+            raise ContradictoryFields(
+                f"refine={self.wanted.refinement.how} is of pictures from noise, not of changed ones: leave it out",
+                param="refine",
+            )
+        return manifest.first_step(steps, self.wanted.strength)
 
     def teacher(self, student: StudentManifest, asked: Refinement) -> StudentManifest:
         """Raises `InvalidRequest` where the teacher of a student does not serve beside it."""

@@ -1,8 +1,8 @@
 """What crosses the broker: requests, results and progress events, as msgpack.
 
 Fields are only ever added, each with a default, and unknown ones are ignored, so that gateways and
-workers of neighbouring releases understand each other. Image bytes are never inside a message: they
-travel as values of their own.
+workers of neighbouring releases understand each other. Image bytes are never inside a message, neither those that
+are made nor those that are changed: they travel as values of their own.
 """
 
 from typing import Literal, TypeVar
@@ -69,6 +69,12 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     downgraded_from: TierSteps | None = None  # what would have served it with less load, or with more time
     refinement: Refinement | None = None  # what the teacher adds
     teacher: str | None = None  # its full version, where it adds something
+    edits_from: int | None = None  # the step at which the picture that is changed comes in; it travels beside
+
+    @property
+    def num_evaluations(self) -> int:
+        """Steps that are taken."""
+        return self.steps - (self.edits_from or 0)
 
     @property
     def request_class(self) -> RequestClass:

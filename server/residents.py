@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 OnPhase = Callable[[str], Awaitable[None]]
 OnGone = Callable[[str, frozenset[str]], None]
 """A version, and the blobs that no engine of this worker holds any more."""
-_NICE = 10
+NICE = 10
 
 
 class Residents:
@@ -293,7 +293,7 @@ class Residents:
         """`beside` live traffic, what is heavy is niced; a worker that has nothing to serve yet hurries."""
         if piece.on_engine:
             return self._engine.background(piece.call)
-        return aside.run(piece.call, f"slot-{piece.phase}", nice=_NICE if beside else 0)
+        return aside.run(piece.call, f"slot-{piece.phase}", nice=NICE if beside else 0)
 
 
 async def _result(running: "Future[Any]") -> Any:

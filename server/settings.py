@@ -43,6 +43,8 @@ class GatewaySettings(BaseSettings):
     default_timeout_ms: int = Field(60_000, ge=1)
     max_timeout_ms: int = Field(600_000, ge=1)
     max_body_bytes: int = Field(1_048_576, ge=1024)
+    max_upload_bytes: int = Field(26_214_400, ge=1024, description="of a form with a picture to change")
+    max_image_pixels: int = Field(16_777_216, ge=1, description="of a picture to change, before it is scaled")
     idempotency_ttl_s: float = Field(600, gt=0)
     result_ttl_s: float = Field(600, gt=0, description="how long answers are kept after their end")
     drain_s: float = Field(0.5, ge=0, description="how long a stopping gateway answers 503 before it stops listening")

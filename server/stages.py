@@ -1,23 +1,26 @@
-"""The three stages of a batch on its engines: encode, one step, decode. Runs in an engine thread and decides nothing.
+"""The stages of a batch on its engines: encode (prompts, or pictures to change), one step, decode.
 
-Rows of different requests, students and step counts come in one batch as long as the same weights answer them;
-what follows an evaluation is done once per plan and step, not once per row.
+Runs in an engine thread and decides nothing. Rows of different requests, students and step counts come in one batch as
+long as the same weights answer them; what follows an evaluation is done once per plan and step, not once per row.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from engines.editing import Edit, Looked
 from engines.manifest import Step
 from engines.noise import noise
 from engines.refine import Refinement
 from engines.solvers import Solver, State
 from engines.student import Aid, LoadedStudent, NetworkTimes
 from server.prompt_cache import Embedding, PromptCache, PromptKey
-from server.tickets import LatentRow, PictureRow, PromptRow
+from server.sources import Source
+from server.tickets import LatentRow, PictureRow, PromptRow, SourceRow
 
 _MAX_PLANS = 512
 
@@ -91,6 +94,23 @@ class Stages:
         return found
 
     @torch.inference_mode()
+    def look(self, rows: Sequence[SourceRow]) -> list[Looked]:
+        """What the VAE sees of the picture that each row's ticket changes. `show` it to them."""
+        sources = [cast(Source, row.ticket.source) for row in rows]
+        levels = torch.stack([source.levels for source in sources]).to(self.device)
+        student = rows[0].ticket.student
+        latents, deviation = student.family.look(levels)
+        changes = [source.changes(student.manifest.downscale) for source in sources]
+        return [
+            Looked(
+                latents[i].to(self.device),
+                None if deviation is None else deviation[i].to(self.device),
+                None if where is None else where.to(self.device),
+            )
+            for i, where in enumerate(changes)
+        ]
+
+    @torch.inference_mode()
     def denoise(self, rows: Sequence[PictureRow]) -> dict[int, Tensor]:
         """One step of every row. Returns the clean estimates [C, H, W] of rows (by place) that will show one."""
         states = [self._state(row) for row in rows]
@@ -126,9 +146,12 @@ class Stages:
 
     def _state(self, row: PictureRow) -> State:
         if row.state is None:
-            ticket = row.ticket
-            first = noise(ticket.seed(row.index), 0, row.lane.shape)
-            row.state = ticket.solver.start(first.to(self.device))
+            ticket, seed = row.ticket, row.ticket.seed(row.index)
+            if ticket.looked is None:
+                row.state = ticket.solver.start(noise(seed, 0, row.lane.shape).to(self.device))
+            else:
+                row.edit = Edit.of(ticket.looked, seed, ticket.first)
+                row.state = row.edit.begin(ticket.solver)
         return row.state
 
     def _told(
@@ -163,7 +186,10 @@ class Stages:
         clean = solver.x0(state, mine) if shown else None
         after = solver.advance(state, mine, self._fresh(solver, state, [rows[k] for k in group]))
         for place, k in enumerate(group):
-            own = State(after.x[place], after.i, tuple(part[place] for part in after.history))
+            edit, x = rows[k].edit, after.x[place]
+            if edit is not None:
+                x = edit.held(solver, x, after.i)
+            own = State(x, after.i, tuple(part[place] for part in after.history))
             batch.after[k] = solver.settle(own)
         return {} if clean is None else {k: clean[group.index(k)] for k in shown}
 
@@ -171,8 +197,7 @@ class Stages:
         """The noise of a step with eta: draw i + 1 of each row's own seed, the first being the start."""
         if not solver.needs_noise(state):
             return None
-        draws = [noise(row.ticket.seed(row.index), state.i + 1, row.lane.shape) for row in rows]
-        return torch.stack(draws).to(self.device)
+        return torch.stack([_draw(row, state.i) for row in rows]).to(self.device)
 
 
 def give(row: PromptRow, embedding: Embedding) -> None:
@@ -184,6 +209,17 @@ def give(row: PromptRow, embedding: Embedding) -> None:
     row.ticket.missing -= 1
 
 
+def _draw(row: PictureRow, i: int) -> Tensor:
+    seed = row.ticket.seed(row.index)
+    return row.edit.draw(seed, i) if row.edit else noise(seed, i + 1, row.lane.shape)
+
+
+def show(row: SourceRow, looked: Looked) -> None:
+    """Puts what was seen of a picture where its ticket looks for it."""
+    row.ticket.looked = looked
+    row.ticket.missing -= 1
+
+
 def partial_steps(total: int, wanted: int) -> tuple[int, ...]:
     """After which of `total` steps partial pictures are shown: spread evenly, never after the last."""
     count = min(wanted, total - 1)
@@ -192,13 +228,17 @@ def partial_steps(total: int, wanted: int) -> tuple[int, ...]:
 
 def shows_partial(row: PictureRow) -> bool:
     """Whether the step that runs now ends with a partial picture."""
-    wanted = row.ticket.claim.request.partial_images
-    return wanted > 0 and row.step + 1 in partial_steps(len(row.ticket.plan), wanted)
+    return row.ticket.claim.request.partial_images > 0 and row.step + 1 in _shown_after(row)
 
 
 def partial_index(row: PictureRow) -> int:
     """Which of its partial pictures a row shows after the step that has just run."""
-    return partial_steps(len(row.ticket.plan), row.ticket.claim.request.partial_images).index(row.step)
+    return _shown_after(row).index(row.step)
+
+
+def _shown_after(row: PictureRow) -> tuple[int, ...]:
+    first, request = row.ticket.first, row.ticket.claim.request
+    return tuple(first + k for k in partial_steps(len(row.ticket.plan) - first, request.partial_images))
 
 
 def _cond(embedding: Embedding | None) -> Tensor:
@@ -207,8 +247,8 @@ def _cond(embedding: Embedding | None) -> Tensor:
 
 
 def _groups(rows: Sequence[PictureRow], states: Sequence[State]) -> list[list[int]]:
-    """Places of rows that follow one plan and stand at one step of it."""
-    groups: dict[tuple[int, int], list[int]] = {}
+    """Places of rows that follow one plan, stand at one step of it and have as much behind them: edits begin later."""
+    groups: dict[tuple[int, int, int], list[int]] = {}
     for place, (row, state) in enumerate(zip(rows, states, strict=True)):
-        groups.setdefault((id(row.ticket.solver), state.i), []).append(place)
+        groups.setdefault((id(row.ticket.solver), state.i, len(state.history)), []).append(place)
     return list(groups.values())

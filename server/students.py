@@ -5,9 +5,10 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from engines import memory
+from engines import aside, memory
 from engines.backends.base import fitting
 from engines.cost import CostKey, CostModel
 from engines.errors import FewstepError
@@ -23,7 +24,7 @@ from server.follower import Follower
 from server.leases import StageCost, VersionCost, WorkerLease, write
 from server.metrics import Metrics
 from server.residency import Residency, Tenant
-from server.residents import OnGone, Residents
+from server.residents import NICE, OnGone, Residents
 from server.room import Room
 from server.settings import WorkerSettings
 
@@ -123,6 +124,18 @@ class Students:
         if not task.cancelled() and (error := task.exception()):  # whoever waits has it too, but may have gone
             log.warning("cannot load on demand", extra={"deployment": demand.deployment, "error": str(error)})
 
+    async def open_pictures(self, deployment: str, version: str) -> None:
+        """Has the engine there that encodes pictures, for a version that is here; the first time that is heavy.
+
+        Raises:
+            FewstepError: the version has none, or it cannot be had.
+        """
+        student = self.loaded(deployment, version)
+        if student is None:  # unloaded again: who asks will see that, and have it loaded once more
+            return
+        opened = aside.run(partial(self._loader.pictures, student.manifest), "pictures", nice=NICE)
+        await asyncio.shield(asyncio.wrap_future(opened))
+
     # --- following -------------------------------------------------------------------------------
 
     async def run(self, engine: EngineLoop, uses: Callable[[str], bool], gone: OnGone) -> None:
@@ -187,7 +200,8 @@ class Students:
     def observe(self, rows: Sequence[Any], seconds: float) -> None:
         """A live call took this long."""
         lane: LaneKey = rows[0].lane
-        weight = len({row.prompt for row in rows}) if lane.stage == "encode" else sum(row.network_rows for row in rows)
+        prompts = lane.stage == "encode" and not lane.shape  # pictures to change have one
+        weight = len({row.prompt for row in rows}) if prompts else sum(row.network_rows for row in rows)
         if weight <= self._batches[-1]:
             self.cost.observe(_key(lane), fitting(weight, self._batches), seconds)
 

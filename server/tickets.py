@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from engines.editing import Edit, Looked
 from engines.manifest import Step, shown
 from engines.solvers import Solver, State
 from engines.student import LoadedStudent
@@ -13,6 +14,7 @@ from server.brokers.base import Claim
 from server.messages import ErrorBody, GenerateResult, Refined, Timing
 from server.metrics import Metrics
 from server.prompt_cache import Embedding
+from server.sources import Source
 
 _SEEDS = 2**63
 
@@ -31,7 +33,9 @@ class Ticket:
     due_s: float
     deadline_s: float
     teacher: LoadedStudent | None = None
-    missing: int = 0  # prompts that are not encoded yet
+    source: Source | None = None  # what is changed
+    looked: Looked | None = None  # and what the VAE sees of it
+    missing: int = 0  # prompts, and the picture to change, that are not encoded yet
     prompt: Embedding | None = None
     negative: Embedding | None = None  # of guided requests
     images: list[bytes | None] = field(default_factory=list)
@@ -59,6 +63,11 @@ class Ticket:
         return any(
             step.w is not None and self.performer(i).manifest.guidance.mode == "cfg" for i, step in enumerate(self.plan)
         )
+
+    @property
+    def first(self) -> int:
+        """The first step that is taken."""
+        return self.claim.request.edits_from or 0
 
     def performer(self, i: int) -> LoadedStudent:
         """Whose network takes step `i`."""
@@ -150,18 +159,26 @@ class PromptRow(Row):
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
+class SourceRow(Row):
+    """The picture that a ticket changes, to encode."""
+
+    ticket: Ticket
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
 class PictureRow(Row):
-    """One picture on its way through the denoiser. `state` is None until its first step."""
+    """One picture on its way through the denoiser. `state` is None until its first step, as is `edit`."""
 
     ticket: Ticket
     index: int
     state: State | None = None
+    edit: Edit | None = None
     leaving: bool = False  # its last step has begun
 
     @property
     def step(self) -> int:
-        """Steps done."""
-        return self.state.i if self.state else 0
+        """Steps done, or left out."""
+        return self.state.i if self.state else self.ticket.first
 
     @property
     def done(self) -> bool:
@@ -179,12 +196,12 @@ class LatentRow(Row):
     partial_index: int | None = None
 
 
-LiveRow = PromptRow | PictureRow | LatentRow
+LiveRow = PromptRow | SourceRow | PictureRow | LatentRow
 
 
 def rows_of(ticket: Ticket) -> list[PictureRow]:
     """The pictures of a request, before their first step."""
-    lane, weight = ticket.lane(0), ticket.network_rows(0)
+    lane, weight = ticket.lane(ticket.first), ticket.network_rows(ticket.first)
     return [
         PictureRow(
             request_id=ticket.id,
@@ -213,12 +230,30 @@ def prompts_of(ticket: Ticket) -> list[PromptRow]:
             due_s=ticket.due_s,
             deadline_s=ticket.deadline_s,
             alone=ticket.claim.returned,
-            feeds=ticket.lane(0),
+            feeds=ticket.lane(ticket.first),
             ticket=ticket,
             prompt=text,
             is_negative=is_negative,
         )
         for text, is_negative in texts
+    ]
+
+
+def sources_of(ticket: Ticket) -> list[SourceRow]:
+    """The picture that a request changes, if it changes one."""
+    if ticket.source is None:
+        return []
+    vae = ticket.student.manifest.components["decoder"].weights
+    return [
+        SourceRow(
+            request_id=ticket.id,
+            lane=LaneKey("encode", vae, (3, *ticket.source.picture.shape[:2])),
+            due_s=ticket.due_s,
+            deadline_s=ticket.deadline_s,
+            alone=ticket.claim.returned,
+            feeds=ticket.lane(ticket.first),
+            ticket=ticket,
+        )
     ]
 
 

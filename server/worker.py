@@ -16,7 +16,7 @@ from typing import Any
 from engines.aside import Aside
 from engines.errors import DeadlineExceeded, FewstepError
 from engines.student import Aid
-from server import leases
+from server import leases, sources
 from server.answers import Answers, Picture, collect, event
 from server.batcher import Batcher
 from server.brokers.base import Broker, Claim, Finished
@@ -26,6 +26,7 @@ from server.messages import ErrorBody, ended_by
 from server.metrics import Metrics
 from server.prompt_cache import PromptCache
 from server.settings import WorkerSettings
+from server.sources import Source
 from server.stages import Plans, Stages
 from server.stall import StallMeter
 from server.students import Students
@@ -172,9 +173,12 @@ class Worker:
         # Rows that waited for their version come all at once; the others are not kept out for as long as those take.
         return room(limit, held[True], held[False] + min(waited, limit // 2), slack_below_ms=slack_ms)
 
-    def _admit(self, claims: Sequence[Claim], load_s: float = 0.0) -> None:
-        """Hands claims to the engine at once; whether they are still wanted is asked meanwhile."""
-        tickets = [ticket for claim in claims if (ticket := self._ticket(claim, load_s))]
+    def _admit(self, claims: Sequence[Claim], load_s: float = 0.0, source: Source | None = None) -> None:
+        """Hands claims to the engine at once; whether they are still wanted is asked meanwhile.
+
+        `source` is what the one claim that comes with it changes.
+        """
+        tickets = [ticket for claim in claims if (ticket := self._ticket(claim, load_s, source))]
         for ticket in tickets:
             self._tickets[ticket.id] = ticket
             self._touch(ticket)
@@ -183,14 +187,15 @@ class Worker:
             self.engine.submit(tickets)
             self._aside(self._mark_running([ticket.claim for ticket in tickets]))
 
-    def _ticket(self, claim: Claim, load_s: float) -> Ticket | None:
-        """None where the claim is here already, was answered, or waits for its version."""
+    def _ticket(self, claim: Claim, load_s: float, source: Source | None) -> Ticket | None:
+        """None where the claim is here already, was answered, or waits for its version or its picture."""
         request = claim.request
         if request.id in self._tickets or request.id in self._parked:
             return None
         student = self._students.loaded(request.model, request.version)
         teacher = self._students.loaded(request.model, request.teacher) if request.teacher else None
-        if student is None or (request.teacher and teacher is None):
+        waits_for_picture = request.edits_from is not None and source is None
+        if student is None or (request.teacher and teacher is None) or waits_for_picture:
             self._parked[request.id] = _Parked(claim, self._aside(self._admit_later(claim, self._now_s() - load_s)))
             return None
         aid = Aid(teacher, request.refinement) if teacher and request.refinement else None
@@ -205,15 +210,29 @@ class Worker:
         claimed_s = self._now_s() + next(self._claimed) % 1000 * 1e-6
         due_s = min(deadline_s, claimed_s + request.due_after_s)
         return Ticket(
-            claim, student, solver.plan, solver, due_s=due_s, deadline_s=deadline_s, teacher=teacher, load_s=load_s
+            claim,
+            student,
+            solver.plan,
+            solver,
+            due_s=due_s,
+            deadline_s=deadline_s,
+            teacher=teacher,
+            load_s=load_s,
+            source=source,
         )
 
     async def _admit_later(self, claim: Claim, since_s: float) -> None:
-        """A request of a version that is not in memory; rows of other versions go on meanwhile."""
-        request = claim.request
+        """A request of a version that is not in memory, or one that changes a picture, which travels by itself; rows of
+        others go on meanwhile."""
+        request, source = claim.request, None
         try:
             async with asyncio.timeout(claim.deadline_ms / 1000 - self._now_s()):
                 await self._students.fetch(request.model, filter(None, (request.version, request.teacher)))
+                if request.edits_from is not None:
+                    await self._students.open_pictures(request.model, request.version)
+                load_s = self._now_s() - since_s
+                if request.edits_from is not None:
+                    source = await sources.fetch(self._broker, request)
         except TimeoutError:
             self._answers.add(_expired(claim))
             return
@@ -223,7 +242,7 @@ class Worker:
         finally:
             self._parked.pop(request.id, None)
             self._intake.moved()
-        self._admit([claim], self._now_s() - since_s)
+        self._admit([claim], load_s, source)
 
     async def _mark_running(self, claims: Sequence[Claim]) -> None:
         try:

@@ -50,6 +50,7 @@ class Painter:
         self.broker, self.deployments = broker, deployments
         self.started: list[str] = []
         self.canceled: list[str] = []
+        self.edits: list[tuple[GenerateRequest, bytes | None]] = []  # with the picture that is changed
 
     def lease(self) -> leases.WorkerLease:
         versions = {version for served in self.deployments.values() for version in served}
@@ -78,6 +79,8 @@ class Painter:
     async def _paint(self, claim: Claim) -> None:
         request = claim.request
         self.started.append(request.id)
+        if request.edits_from is not None:
+            self.edits.append((request, await self.broker.source(request.id)))
         if "wait" in request.prompt:
             return
         if "fail" in request.prompt:

@@ -24,6 +24,7 @@ class Ticket:
     request: GenerateRequest
     entry: Entry
     sequence: int
+    source: bytes | None = None
     state: State = "queued"
     claimed_by: str | None = None
     deliveries: int = 0

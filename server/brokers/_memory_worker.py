@@ -63,6 +63,10 @@ class MemoryWorkerSide:
         stream = f"{ticket.request.model}:{ticket.request.request_class}"
         return Claim(ticket.request, stream, ticket.entry.entry_id, ticket.entry.enqueued_ms, ticket.deliveries)
 
+    async def source(self, request_id: str) -> bytes | None:
+        ticket = self._server.tickets.get(request_id)
+        return None if ticket is None else ticket.source
+
     async def running(self, claims: Sequence[Claim]) -> list[Claim]:
         wanted = []
         for claim in claims:
@@ -73,7 +77,7 @@ class MemoryWorkerSide:
             ticket.started_ms = ticket.started_ms or self._server.clock_ms()
             if ticket.request.events:
                 ticket.events.append(
-                    Emitted(StepEvent(id=claim.request.id, kind="running", total=ticket.request.steps))
+                    Emitted(StepEvent(id=claim.request.id, kind="running", total=ticket.request.num_evaluations))
                 )
             wanted.append(claim)
         self._server.changed()

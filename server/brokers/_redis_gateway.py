@@ -20,6 +20,7 @@ from server.messages import (
 )
 
 _EVENTS_BLOCK_MS = 1000
+_SOURCE_GRACE_MS = 10_000  # a picture that is changed goes with its request; this is for one whose end nobody made
 _STATUS_FIELDS = (
     *("status", "deployment", "version", "owner", "enqueued_ms", "deadline_ms", "started_ms", "ended_ms", "worker"),
     *("result", "class", "entry"),
@@ -34,19 +35,23 @@ class GatewaySide:
     _replies: Replies
     _result_ttl_ms: int
 
-    async def publish(self, request: GenerateRequest) -> Entry:
+    async def publish(self, request: GenerateRequest, source: bytes | None = None) -> Entry:
         awaited = request.reply_to == self.identity
         if awaited:
-            self._replies.expect(request)
+            self._replies.expect(request, source)
         try:
-            return await self._publish(request)
+            return await self._publish(request, source)
         except BaseException:
             if awaited:
                 self._replies.forget(request.id)
             raise
 
-    async def _publish(self, request: GenerateRequest) -> Entry:
-        [reply] = await self._link.call_many([publishing(self._link, request, self._result_ttl_ms)])
+    async def _publish(self, request: GenerateRequest, source: bytes | None) -> Entry:
+        commands = [publishing(self._link, request, self._result_ttl_ms)]
+        if source is not None:
+            ttl_ms = request.budget_ms + _SOURCE_GRACE_MS
+            commands.insert(0, ("SET", self._link.key("source", request.id), source, "PX", ttl_ms))
+        reply = (await self._link.call_many(commands))[-1]
         if reply[0] == -1:
             raise StaleVersion(request.model, request.version)
         entry, deadline_ms = reply[1].decode(), int(reply[2])
@@ -167,7 +172,7 @@ class GatewaySide:
 
 def publishing(link: Link, request: GenerateRequest, result_ttl_ms: int) -> Command:
     """The command that queues a request."""
-    queued = encode(StepEvent(id=request.id, kind="queued", total=request.steps)) if request.events else b""
+    queued = encode(StepEvent(id=request.id, kind="queued", total=request.num_evaluations)) if request.events else b""
     return link.command(
         "publish",
         *(request.id, request.model, request.request_class, request.version, request.owner, request.reply_to),

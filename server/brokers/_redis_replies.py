@@ -35,13 +35,16 @@ def answer_of(request_id: str, data: bytes) -> GenerateResult:
 class _Wait:
     future: asyncio.Future[GenerateResult | None]
     request: GenerateRequest | None  # what this gateway published
+    source: bytes | None = None  # and the picture beside it
     looked_s: float = field(default_factory=time.monotonic)
 
 
 class Replies:
     """`publish` is asked to queue a lost request again."""
 
-    def __init__(self, link: Link, identity: str, publish: Callable[[GenerateRequest], Awaitable[object]]) -> None:
+    def __init__(
+        self, link: Link, identity: str, publish: Callable[[GenerateRequest, bytes | None], Awaitable[object]]
+    ) -> None:
         self._link = link
         self._identity = identity
         self._publish = publish
@@ -49,9 +52,9 @@ class Replies:
         self._reader: asyncio.Task[None] | None = None
         self._last = b"0"
 
-    def expect(self, request: GenerateRequest) -> None:
+    def expect(self, request: GenerateRequest, source: bytes | None) -> None:
         """From before the request is queued, so that its reply cannot come too early."""
-        self._register(request.id, request)
+        self._register(request.id, request).source = source
 
     def forget(self, request_id: str) -> None:
         """It was not queued."""
@@ -132,15 +135,15 @@ class Replies:
             if result is not None:
                 self._resolve(request_id, answer_of(request_id, result))
             elif status is None:
-                await self._lost(request_id, wait.request)
+                await self._lost(request_id, wait.request, wait.source)
 
-    async def _lost(self, request_id: str, request: GenerateRequest | None) -> None:
+    async def _lost(self, request_id: str, request: GenerateRequest | None, source: bytes | None) -> None:
         if request is None:
             self._resolve(request_id, None)
             return
         logger.warning("request_published_again", extra={"request_id": request_id})
         try:
-            await self._publish(request)
+            await self._publish(request, source)
         except StaleVersion:
             error = Unavailable("the broker lost this request and its version has retired; send it again")
             self._resolve(request_id, ended_by(request_id, "failed", error, request))

@@ -130,6 +130,10 @@ class WorkerSide:
 
     # --- running ---------------------------------------------------------------------------------
 
+    async def source(self, request_id: str) -> bytes | None:
+        data: bytes | None = await self._link.call("GET", self._link.key("source", request_id))
+        return data
+
     async def running(self, claims: Sequence[Claim]) -> list[Claim]:
         if not claims:
             return []
@@ -277,4 +281,4 @@ def _place(claim: Claim) -> str:
 
 
 def _running_event(request: GenerateRequest) -> bytes:
-    return encode(StepEvent(id=request.id, kind="running", total=request.steps)) if request.events else b""
+    return encode(StepEvent(id=request.id, kind="running", total=request.num_evaluations)) if request.events else b""

@@ -177,8 +177,10 @@ class Broker(Protocol):
 
     # --- gateway ---------------------------------------------------------------------------------
 
-    async def publish(self, request: GenerateRequest) -> Entry:
+    async def publish(self, request: GenerateRequest, source: bytes | None = None) -> Entry:
         """Queues a request and pins its version, in one step. The same id again returns the first entry.
+
+        `source` is the picture that it changes, which is kept until the request ends.
 
         Raises:
             StaleVersion: the version is not servable (any more); nothing was queued.
@@ -240,6 +242,9 @@ class Broker(Protocol):
         `slack_below_ms`. A request with more rows than `max_rows` is handed out alone. Messages that cannot be
         read are answered `unsupported_message` here. A lapsed lease is renewed first.
         """
+
+    async def source(self, request_id: str) -> bytes | None:
+        """The picture that a request changes; None when it has none, or has ended."""
 
     async def running(self, claims: Sequence[Claim]) -> list[Claim]:
         """Marks claims as running and returns those still wanted; the others have ended (canceled, expired)."""

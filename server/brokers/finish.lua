@@ -26,6 +26,7 @@ local time = redis.call('TIME')
 local now_ms = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
 redis.call('HSET', req, 'status', status, 'result', result, 'attempt', attempt, 'ended_ms', now_ms)
 redis.call('PEXPIRE', req, ttl_ms)
+redis.call('UNLINK', prefix .. 'source:' .. id)
 for i = 0, tonumber(ARGV[7]) - 1 do
   local name = prefix .. 'res:' .. id .. ':' .. i
   redis.pcall('RENAME', name .. ':' .. attempt, name)

@@ -41,7 +41,7 @@ class MemoryBroker(MemoryWorkerSide, MemorySwapSide):
     async def ping(self) -> bool:
         return True
 
-    async def publish(self, request: GenerateRequest) -> Entry:
+    async def publish(self, request: GenerateRequest, source: bytes | None = None) -> Entry:
         known = self._known(request.id)
         if known is not None:
             entry = known.entry
@@ -51,10 +51,10 @@ class MemoryBroker(MemoryWorkerSide, MemorySwapSide):
             raise StaleVersion(request.model, request.version)
         now_ms, sequence = self._server.clock_ms(), self._server.next_sequence()
         entry = Entry(request.id, f"{now_ms}-{sequence}", now_ms, now_ms + request.budget_ms)
-        ticket = self._server.tickets[request.id] = Ticket(request, entry, sequence)
+        ticket = self._server.tickets[request.id] = Ticket(request, entry, sequence, source)
         self._server.enqueue(ticket)
         if request.events:
-            ticket.events.append(Emitted(StepEvent(id=request.id, kind="queued", total=request.steps)))
+            ticket.events.append(Emitted(StepEvent(id=request.id, kind="queued", total=request.num_evaluations)))
         self._server.changed()
         return entry
 
@@ -144,7 +144,7 @@ class MemoryBroker(MemoryWorkerSide, MemorySwapSide):
         """The one terminal transition."""
         if ticket is None or ticket.ended:
             return False
-        ticket.state, ticket.result, ticket.images = result.status, result, list(images)
+        ticket.state, ticket.result, ticket.images, ticket.source = result.status, result, list(images), None
         ticket.ended_ms = self._server.clock_ms()
         self._server.queue(ticket.request).remove(ticket.request.id, ticket.request.owner)
         if ticket.request.events:

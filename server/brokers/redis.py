@@ -8,6 +8,7 @@ Keys, all under `fewstep:v1:` (the major version of the messages):
                                  deadline_ms, cost_us, events, worker, started_ms, ended_ms, attempt, result;
                                  expires `result_ttl_s` after its end
     res:<id>:<i>                 encoded picture i; res:<id>:<i>:<attempt> while its request has not ended
+    source:<id>                  raw pixels of the picture that a request changes, until it ends
     replies:<gateway>            stream: id, r (GenerateResult)
     events:<id>                  stream: e (StepEvent), d (partial picture)
     control                      stream: id of what was canceled or expired

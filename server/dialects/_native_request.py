@@ -8,6 +8,7 @@ from msgspec import Meta
 
 from engines.errors import ContradictoryFields, InvalidRequest
 from engines.refine import Refine, asked
+from server.dialects._uploads import Changed, Strength
 from server.dialects.base import MIME
 from server.intent import ImageFormat, Intent
 from server.menu import Wanted
@@ -17,7 +18,7 @@ MAX_PROMPT_CHARS = 8192
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What to make, how well, and how to answer."""
+    """What to make, how well, and how to answer. `strength` is of a picture that is changed, which comes in a form."""
 
     prompt: Annotated[str, Meta(max_length=MAX_PROMPT_CHARS)]
     model: Annotated[str, Meta(max_length=256)] | None = None
@@ -32,6 +33,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     guidance_scale: Annotated[float, Meta(ge=0, le=1000)] | None = None
     refine: Refine | None = None
     redo_share: Annotated[float, Meta(ge=0.05, le=0.5)] | None = None
+    strength: Strength | None = None
     output_format: ImageFormat | None = None
     output_compression: Annotated[int, Meta(ge=0, le=100)] | None = None
     priority: Annotated[int, Meta(ge=-10, le=10)] = 0
@@ -68,7 +70,13 @@ def bytes_format(body: GenerationRequest, accepted: ImageFormat | None) -> Image
     return accepted
 
 
-def intent_of(body: GenerationRequest, accepted: ImageFormat | None, traceparent: str | None) -> Intent:
+def intent_of(
+    body: GenerationRequest, accepted: ImageFormat | None, traceparent: str | None, changed: Changed | None = None
+) -> Intent:
+    if changed is None and body.strength is not None:
+        raise InvalidRequest(
+            "strength is of a picture that is changed: send multipart/form-data with the file 'image'", param="strength"
+        )
     size = (body.width, body.height) if body.width is not None and body.height is not None else None
     return Intent(
         wanted=Wanted(
@@ -79,8 +87,10 @@ def intent_of(body: GenerationRequest, accepted: ImageFormat | None, traceparent
             guidance=body.guidance_scale,
             size=size,
             refinement=asked(body.refine, body.redo_share),
+            strength=changed.strength if changed else None,
         ),
         prompt=body.prompt,
+        upload=changed.upload if changed else None,
         negative_prompt=body.negative_prompt,
         n=body.n,
         seed=body.seed,

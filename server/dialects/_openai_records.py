@@ -9,6 +9,7 @@ from engines.manifest import shown
 from engines.refine import Refine
 from server.dialects._generation import RefinedRecord, refined
 from server.dialects._native_request import MAX_PROMPT_CHARS
+from server.dialects._uploads import Strength
 from server.intent import Answer, ImageFormat
 from server.messages import TierSteps
 
@@ -39,6 +40,19 @@ class ImageGenerationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_u
     redo_share: Annotated[float, Meta(ge=0.05, le=0.5)] | None = None
     priority: Annotated[int, Meta(ge=-10, le=10)] | None = None
     timeout_ms: Annotated[int, Meta(ge=1, le=2**31)] | None = None
+
+
+class ImageEditRequest(ImageGenerationRequest, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The fields of the form, beside the files `image` and `mask`."""
+
+    strength: Strength | None = None
+    input_fidelity: Literal["high", "low"] | None = None
+
+
+class ImageVariationRequest(ImageEditRequest, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An edit without words."""
+
+    prompt: Annotated[str, Meta(max_length=MAX_PROMPT_CHARS)] = ""
 
 
 class ImageData(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,7 +106,7 @@ class ImagesResponse(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ImageEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """`image_generation.partial_image` and `image_generation.completed`."""
+    """`image_generation.partial_image` and `image_generation.completed`; of edits, `image_edit.…`."""
 
     type: str
     b64_json: bytes

@@ -25,6 +25,7 @@ from server.gateway import Gateway
 from server.intent import ImageFormat
 
 MIME: dict[ImageFormat, str] = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
+FORM = "multipart/form-data"
 _HEARTBEAT_S = 10.0
 encode = msgspec.json.Encoder().encode
 Body = TypeVar("Body")
@@ -68,12 +69,12 @@ async def read_json(request: Request, decoder: "msgspec.json.Decoder[Body]") -> 
     try:
         return decoder.decode(data), data
     except msgspec.ValidationError as error:
-        raise _invalid(str(error)) from None
+        raise invalid(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
 
 
-def _invalid(text: str) -> InvalidRequest:
+def invalid(text: str) -> InvalidRequest:
     """What msgspec found: "Expected `int` >= 1 - at `$.n`", "Object contains unknown field `foo`"."""
     what, _, path = text.partition(" - at `$")
     field = path.rstrip("`").lstrip(".")
@@ -119,8 +120,8 @@ _DESCRIPTIONS = {
     406: "None of the accepted types can be made",
     409: "It contradicts what there is already",
     410: "It was there and has expired",
-    413: "The body is too large",
-    415: "The body is not application/json",
+    413: "The body is too large, or an upload has too many pixels",
+    415: "The body is of another type than documented, or an upload is no PNG, WebP or JPEG",
     429: "The queue is too long; `retry-after` says when it will not be",
     500: "A fault of ours",
     501: "Not built",
@@ -137,11 +138,14 @@ def in_path(name: str, text: str) -> dict[str, Any]:
     return parameter(name, "path", {"type": "string"}, text)
 
 
-def operation(*parameters: dict[str, Any], body: type | None = None) -> dict[str, Any]:
+def operation(
+    *parameters: dict[str, Any], body: type | None = None, form: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The part of an operation that a direct route has to say itself."""
     extra: dict[str, Any] = {"parameters": list(parameters)} if parameters else {}
-    if body is not None:
-        extra["requestBody"] = {"required": True, "content": json_of(body)}
+    content = (json_of(body) if body is not None else {}) | (form or {})
+    if content:
+        extra["requestBody"] = {"required": True, "content": content}
     return extra
 
 

@@ -45,6 +45,8 @@ class LimitRecord(msgspec.Struct, frozen=True, kw_only=True):
     prompt_chars: int
     timeout_ms: int
     body_bytes: int
+    upload_bytes: int
+    image_pixels: int
 
 
 class Capability(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,6 +99,8 @@ def _capability(gateway: Gateway, deployment: Deployment) -> Capability:
             prompt_chars=MAX_PROMPT_CHARS,
             timeout_ms=settings.max_timeout_ms,
             body_bytes=settings.max_body_bytes,
+            upload_bytes=settings.max_upload_bytes,
+            image_pixels=settings.max_image_pixels,
         ),
     )
 

@@ -16,6 +16,7 @@ from server import idempotency
 from server.auth import Principal
 from server.brokers.base import Emitted, Status
 from server.dialects import base
+from server.dialects._forms import form_of, read_form
 from server.dialects._generation import Generation, failed, finished, headers_of, headers_of_queued, in_progress
 from server.dialects._native_request import (
     GenerationRequest,
@@ -26,6 +27,7 @@ from server.dialects._native_request import (
     intent_of,
     preference,
 )
+from server.dialects._uploads import IMAGE, MASK, Changed, upload_of
 from server.dialects.base import MIME, Event
 from server.gateway import Gateway
 from server.intent import Answer, Ticket
@@ -52,9 +54,14 @@ class Native:
         }
         routes.post(
             "/v1/generations",
-            summary="Make pictures",
+            summary="Make pictures, or change one",
             responses=base.responses(made, 404, 409, 410, 413, 415, 429, 501, 504),
-            openapi_extra=base.operation(_PREFER, base.IDEMPOTENCY, body=GenerationRequest),
+            openapi_extra=base.operation(
+                _PREFER,
+                base.IDEMPOTENCY,
+                body=GenerationRequest,
+                form=form_of(GenerationRequest, {"image": IMAGE, "mask": MASK}, ["image"]),
+            ),
         )(endpoints.create)
         one = {200: {"description": "How it stands", "content": base.json_of(Generation)}}
         routes.get(
@@ -98,11 +105,11 @@ class _Endpoints:
     async def create(self, request: Request) -> Response:
         gateway, headers = self._gateway, request.headers
         principal = gateway.authorise(headers.get("authorization"), "generate")
-        body, data = await base.read_json(request, _decoder)
+        body, data, changed = await self._read(request)
         accepted = accepted_format(headers.get("accept", "*/*"))
         prefer = preference(headers.get("prefer", ""))
         wanted = bytes_format(body, accepted)
-        intent = intent_of(body, accepted, headers.get("traceparent"))
+        intent = intent_of(body, accepted, headers.get("traceparent"), changed)
         key = idempotency.read(
             headers.get("idempotency-key"), principal.owner, request.url.path, data + intent.output_format.encode()
         )
@@ -160,6 +167,14 @@ class _Endpoints:
         return self._stream(status.id, cancel=False, store=True, headers=headers, after=int(last))
 
     # --- inside ----------------------------------------------------------------------------------
+
+    async def _read(self, request: Request) -> tuple[GenerationRequest, bytes, Changed | None]:
+        """A request, what its repeats have in common, and where it is a form, the picture that it changes."""
+        if not request.headers.get("content-type", "").lower().startswith(base.FORM):
+            return *await base.read_json(request, _decoder), None
+        form = await read_form(request, GenerationRequest, ("image", "mask"))
+        changed = upload_of(form.files, form.body.strength, self._gateway.settings.max_image_pixels)
+        return form.body, form.fingerprint, changed
 
     async def _status(self, request: Request, principal: Principal) -> Status:
         return await self._gateway.status(request.path_params["id"], principal)

@@ -1,35 +1,33 @@
 """OpenAI's images API, so that its SDKs and what is built on them work unchanged.
 
 `quality` is honoured: it is the tier; left out it is `auto`, as OpenAI defines. Fields that OpenAI defines and we
-have no use for (`moderation`, `style`, `user`, `background` other than transparent) are accepted; unknown ones are
-refused by name.
+have no use for (`moderation`, `style`, `user`, `input_fidelity`, `background` other than transparent) are accepted;
+unknown ones are refused by name. An edit changes one picture; what its mask has transparent may change.
 """
 
-import time
-from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engines.errors import FewstepError, InvalidRequest, InvalidSize, NotBuilt
+from engines.errors import InvalidRequest, InvalidSize
 from engines.refine import asked
 from server import idempotency
 from server.dialects import base
-from server.dialects._generation import content_path, headers_of, headers_of_queued
+from server.dialects._forms import form_of, read_form
+from server.dialects._openai_answers import OpenAIAnswers
 from server.dialects._openai_records import (
-    ImageData,
+    ImageEditRequest,
     ImageEvent,
     ImageGenerationRequest,
     ImagesResponse,
-    TokenDetails,
-    Usage,
-    provenance,
+    ImageVariationRequest,
 )
-from server.dialects.base import Event
+from server.dialects._uploads import IMAGE, MASK, upload_of
 from server.gateway import Gateway
-from server.intent import Answer, Intent, Ticket
+from server.intent import Intent
 from server.menu import AUTO, Names, Wanted
 
 _NAMES = Names(tier="quality", steps="num_inference_steps")
@@ -47,14 +45,28 @@ class OpenAIImages:
         routes, endpoints = base.new_router("openai"), _Endpoints(gateway)
         events = {"text/event-stream": {"schema": base.ref(ImageEvent)}}
         made = {200: {"description": "The pictures", "content": {**base.json_of(ImagesResponse), **events}}}
+        answers = base.responses(made, 404, 409, 410, 413, 415, 429, 501, 504)
         routes.post(
             "/v1/images/generations",
             summary="Make pictures (OpenAI)",
-            responses=base.responses(made, 404, 409, 410, 413, 415, 429, 501, 504),
+            responses=answers,
             openapi_extra=base.operation(base.IDEMPOTENCY, body=ImageGenerationRequest),
         )(endpoints.generate)
-        for path in ("/v1/images/edits", "/v1/images/variations"):
-            routes.post(path, include_in_schema=False)(endpoints.not_built)
+        edit = form_of(ImageEditRequest, {"image": IMAGE, "mask": MASK}, ["image"])
+        routes.post(
+            "/v1/images/edits",
+            summary="Change a picture (OpenAI)",
+            responses=answers,
+            openapi_extra=base.operation(base.IDEMPOTENCY, form=edit),
+        )(endpoints.edit)
+        routes.post(
+            "/v1/images/variations",
+            summary="Vary a picture (OpenAI)",
+            responses=answers,
+            openapi_extra=base.operation(
+                base.IDEMPOTENCY, form=form_of(ImageVariationRequest, {"image": IMAGE}, ["image"])
+            ),
+        )(endpoints.vary)
         return routes
 
 
@@ -64,6 +76,7 @@ DIALECT = OpenAIImages()
 class _Endpoints:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
+        self._made, self._edited = (OpenAIAnswers(gateway, name) for name in ("image_generation", "image_edit"))
 
     async def generate(self, request: Request) -> Response:
         gateway, headers = self._gateway, request.headers
@@ -71,102 +84,24 @@ class _Endpoints:
         body, data = await base.read_json(request, _decoder)
         intent = _intent(body, headers.get("traceparent"))
         key = idempotency.read(headers.get("idempotency-key"), principal.owner, request.url.path, data)
-        ticket = await gateway.submit(intent, principal, key)
+        return await self._made.respond(request, body, intent, principal, key)
 
-        def gone() -> None:
-            if key is None:  # who sends a key means to come back for the answer
-                gateway.cancel_soon(ticket.id)
+    async def edit(self, request: Request) -> Response:
+        return await self._change(request, ImageEditRequest, ("image", "mask"))
 
-        if body.stream:
-            gateway.expire_later(ticket)
-            return base.EventStream(self._follow(ticket, intent), gone=gone, headers=headers_of_queued(ticket))
-        async with base.Watched(request, gone if key is None else None):
-            answer = await gateway.answer(ticket)
-        made = self._made(answer, ticket, intent, as_url=body.response_format == "url")
-        return base.respond(made, 200, headers_of(answer.result))
+    async def vary(self, request: Request) -> Response:
+        return await self._change(request, ImageVariationRequest, ("image",))
 
-    async def not_built(self, request: Request) -> Response:
-        self._gateway.authorise(request.headers.get("authorization"), "generate")
-        raise NotBuilt(f"{request.url.path} is not built yet: only /v1/images/generations is")
-
-    async def _follow(self, ticket: Ticket, intent: Intent) -> AsyncIterator[Event]:
-        gateway = self._gateway
-        try:
-            if intent.partial_images:
-                async for emitted in gateway.events(ticket.id):
-                    if emitted.event.kind == "partial_image" and emitted.data is not None:
-                        yield self._partial(emitted.data, emitted.event.partial_index, ticket, intent)
-            answer = await gateway.answer(ticket)
-        except FewstepError as error:
-            yield base.error_event(error)
-            return
-        completed = ImageEvent(
-            type="image_generation.completed",
-            b64_json=answer.images[0],
-            created_at=int(time.time()),
-            size=self._size(answer, ticket, intent),
-            quality=answer.result.tier,
-            background="opaque",
-            output_format=intent.output_format,
-            usage=self._usage(answer, ticket),
-            x_fewstep=provenance(answer),
-        )
-        yield Event(completed.type, base.encode(completed))
-        yield Event(None, b"[DONE]")
-
-    def _partial(self, data: bytes, index: int, ticket: Ticket, intent: Intent) -> Event:
-        choice = ticket.choice
-        partial = ImageEvent(
-            type="image_generation.partial_image",
-            b64_json=data,
-            created_at=int(time.time()),
-            size=f"{choice.width}x{choice.height}" if choice else "auto",
-            quality=choice.tier if choice else "auto",
-            background="opaque",
-            output_format=intent.output_format,
-            partial_image_index=index,
-        )
-        return Event(partial.type, base.encode(partial))
-
-    def _made(self, answer: Answer, ticket: Ticket, intent: Intent, *, as_url: bool) -> ImagesResponse:
-        sign = self._gateway.signer.url
-        if as_url:
-            data = [ImageData(url=sign(content_path(ticket.id, index))) for index in range(len(answer.images))]
-        else:
-            data = [ImageData(b64_json=image) for image in answer.images]
-        return ImagesResponse(
-            created=int(time.time()),
-            background="opaque",
-            output_format=intent.output_format,
-            quality=answer.result.tier,
-            size=self._size(answer, ticket, intent),
-            data=data,
-            usage=self._usage(answer, ticket),
-            x_fewstep=provenance(answer),
-        )
-
-    def _size(self, answer: Answer, ticket: Ticket, intent: Intent) -> str:
-        size = (ticket.choice.width, ticket.choice.height) if ticket.choice else intent.wanted.size
-        if size is None:
-            manifest = self._gateway.catalog.manifest(answer.result.version)
-            size = manifest.resolutions[0] if manifest else None
-        return "auto" if size is None else f"{size[0]}x{size[1]}"
-
-    def _usage(self, answer: Answer, ticket: Ticket) -> Usage:
-        manifest, choice = self._gateway.catalog.manifest(answer.result.version), ticket.choice
-        image_tokens = 0
-        if manifest is not None:
-            width, height = (choice.width, choice.height) if choice else manifest.resolutions[0]
-            _, rows, columns = manifest.latent_shape(width, height)
-            image_tokens = rows * columns * len(answer.images)
-        text_tokens = answer.result.text_tokens
-        return Usage(
-            input_tokens=text_tokens,
-            input_tokens_details=TokenDetails(image_tokens=0, text_tokens=text_tokens),
-            output_tokens=image_tokens,
-            output_tokens_details=TokenDetails(image_tokens=image_tokens, text_tokens=0),
-            total_tokens=text_tokens + image_tokens,
-        )
+    async def _change(self, request: Request, record: type[ImageEditRequest], files: tuple[str, ...]) -> Response:
+        gateway, headers = self._gateway, request.headers
+        principal = gateway.authorise(headers.get("authorization"), "generate")
+        form = await read_form(request, record, files)
+        changed = upload_of(form.files, form.body.strength, gateway.settings.max_image_pixels)
+        intent = _intent(form.body, headers.get("traceparent"))
+        wanted = replace(intent.wanted, strength=changed.strength)
+        intent = replace(intent, wanted=wanted, upload=changed.upload)
+        key = idempotency.read(headers.get("idempotency-key"), principal.owner, request.url.path, form.fingerprint)
+        return await self._edited.respond(request, form.body, intent, principal, key)
 
 
 def _intent(body: ImageGenerationRequest, traceparent: str | None) -> Intent:

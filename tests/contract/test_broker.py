@@ -73,6 +73,20 @@ class TestOneAnswer:
         assert await gateway.image("r1", 1) == b"\x89PNG 1"
         assert await claim_all(worker) == []
 
+    async def test_the_picture_that_a_request_changes_is_there_until_it_ends(self, hub: Hub) -> None:
+        gateway, worker, other = await hub("gateway"), await hub("w1"), await hub("w2")
+        await gateway.publish(request_of("r1", edits_from=2), b"\x00 pixels")
+        await gateway.publish(request_of("r2"))
+        first, _ = await claim_all(worker)
+        assert await other.source("r1") == await worker.source("r1") == b"\x00 pixels"
+        assert await worker.source("r2") is None
+        await gateway.publish(request_of("r1", edits_from=2), b"\x00 pixels")
+        await worker.finish(first, done(first), [b"picture"])
+        assert await worker.source("r1") is None
+        await gateway.publish(request_of("r3", edits_from=1), b"pixels")
+        await gateway.cancel("r3")
+        assert await worker.source("r3") is None
+
     async def test_a_waiting_gateway_is_woken(self, hub: Hub) -> None:
         gateway, worker = await hub("gateway"), await hub("w1")
         await gateway.publish(request_of("r1"))

@@ -101,9 +101,11 @@ async def test_every_request_is_answered_although_the_server_is_killed_under_loa
 async def test_a_request_that_the_server_lost_is_published_again_by_its_gateway(hub: Hub, server: RedisServer) -> None:
     gateway, worker = await hub("gateway"), await hub("w1")
     await gateway.publish(request_of("r1"))
+    await gateway.publish(request_of("edit", edits_from=1), b"pixels")
     waiting = asyncio.create_task(gateway.wait("r1", None))
     with server.client() as client:
         client.flushall()
+    await aeventually(lambda: worker.source("edit"), 10)
     working = asyncio.create_task(work(worker))
     result = await asyncio.wait_for(waiting, 10)
     assert result is not None

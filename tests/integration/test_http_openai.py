@@ -108,13 +108,6 @@ def test_a_failure_in_mid_stream_is_an_error_in_the_data(stack: GatewayStack) ->
     assert json.loads(text.split("\n\n")[0].removeprefix("data: "))["error"]["param"] == "prompt"
 
 
-@pytest.mark.parametrize("path", ["/v1/images/edits", "/v1/images/variations"])
-def test_what_is_not_built_says_so_and_is_not_documented(stack: GatewayStack, path: str) -> None:
-    response = stack.client.post(path, files={"image": b""})
-    assert (response.status_code, response.json()["error"]["code"]) == (501, "not_built")
-    assert path not in stack.client.get("/openapi.json").json()["paths"]
-
-
 def test_a_repeat_under_its_key_is_the_same_answer(stack: GatewayStack) -> None:
     headers = {"idempotency-key": "once"}
     one, two = (stack.client.post(PATH, json={"prompt": "x"}, headers=headers).json() for _ in range(2))

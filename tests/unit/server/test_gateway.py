@@ -41,12 +41,12 @@ class Picky(MemoryBroker):
         super().__init__(server, "gateway-1")
         self.refusals, self.published = refusals, list[GenerateRequest]()
 
-    async def publish(self, request: GenerateRequest) -> Entry:
+    async def publish(self, request: GenerateRequest, source: bytes | None = None) -> Entry:
         self.published.append(request)
         if self.refusals:
             self.refusals -= 1
             raise StaleVersion(request.model, request.version)
-        return await super().publish(request)
+        return await super().publish(request, source)
 
 
 class Stand:

@@ -283,3 +283,28 @@ def test_auto_keeps_a_step_for_the_student_where_the_first_is_the_teacher_s() ->
     wanted = Wanted("shapes", tier=AUTO, refinement=FIRST_STEP)
     ladder = refined(wanted, low=(TAUGHT, 1), medium=(TAUGHT, 4), high=(TEACHER, 32))
     assert [choice.steps for choice in ladder] == [4, 2]
+
+
+@pytest.mark.parametrize(("strength", "first"), [(0.25, 3), (0.5, 2), (0.6, 2), (0.75, 1), (1.0, 0)])
+def test_a_picture_that_is_changed_comes_in_where_its_strength_says(strength: float, first: int) -> None:
+    choice = choose(Wanted(model="shapes", strength=strength))
+    assert (choice.steps, choice.edits_from) == (4, first)
+    assert choose(Wanted(model="shapes")).edits_from is None
+
+
+def test_a_strength_that_leaves_no_step_is_refused_with_the_least_that_does() -> None:
+    assert "0.25" in refused(InvalidRequest, Wanted(model="shapes", steps=4, strength=0.2))
+
+
+def test_auto_leaves_out_counts_that_would_leave_no_step_of_a_change() -> None:
+    rungs = choices(Wanted(model="shapes", tier=AUTO, strength=0.5))
+    assert [(rung.steps, rung.edits_from) for rung in rungs] == [(4, 2), (2, 1)]
+
+
+def test_a_latency_limit_is_not_kept_by_leaving_no_step_of_a_change() -> None:
+    assert choose(Wanted(model="shapes", max_latency_ms=12, strength=0.75), measured).steps == 4
+    assert choose(Wanted(model="shapes", strength=0.3, max_latency_ms=20), measured).edits_from == 3
+
+
+def test_what_is_changed_has_no_first_step_for_a_teacher() -> None:
+    assert "refine" in refused(ContradictoryFields, Wanted(model="shapes", strength=0.5, refinement=FIRST_STEP))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from engines.refine import CORRECTION, FIRST_STEP, REDO
 from engines.student import Aid, LoadedStudent, sample
 from server.batcher import LaneKey
 from server.prompt_cache import PromptCache
-from server.stages import Plans, Stages, give, partial_steps
-from server.tickets import LatentRow, PictureRow, Ticket, latent_row, prompts_of, rows_of
+from server.sources import Source
+from server.stages import Plans, Stages, give, partial_index, partial_steps, show
+from server.tickets import LatentRow, PictureRow, Ticket, latent_row, prompts_of, rows_of, sources_of
 from tests.unit.server import toy
 
 
@@ -247,3 +249,77 @@ def test_plans_are_shared_until_a_version_that_has_a_part_in_them_is_gone() -> N
     plans.forget(student.version)
     assert plans.solver(student, 4, None) is not made
     assert plans.solver(other, 4, None) is theirs
+
+
+def edited(student: LoadedStudent, request_id: str, first: int, *, masked: bool = False, **given: object) -> Ticket:
+    """A ticket that changes a picture from step `first` on; its left half where `masked`."""
+    made = ticket(student, request_id, edits_from=first, **given)
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3) * 5
+    made.source = Source(pixels, np.repeat([[0, 0, 255, 255]], 4, axis=0).astype(np.uint8) if masked else None)
+    return made
+
+
+def seen(stages: Stages, *tickets: Ticket) -> list[PictureRow]:
+    for row in [row for one in tickets for row in sources_of(one)]:
+        [looked] = stages.look([row])
+        show(row, looked)
+    return encoded(stages, *tickets)
+
+
+def by_itself(student: LoadedStudent, one: Ticket, steps: int, seed: int) -> Tensor:
+    looked, first = one.looked, one.first
+    assert looked is not None
+    return sample(student, ["a red circle"], [seed], steps, looked=[looked], first=first)[0]
+
+
+@pytest.mark.parametrize(
+    ("solver", "eta"), [("ddim", 0.0), ("ddim", 1.0), ("ab2", 0.0), ("dpmpp_2m", 0.0), ("unipc", 0.0)]
+)
+def test_an_edit_shares_calls_with_rows_from_noise_and_each_is_as_alone(
+    stages: Stages, solver: str, eta: float
+) -> None:
+    family = toy.ToyFamily(spread=0.3)
+    student = toy.student(family, solver=solver, eta=eta)
+    late = edited(student, "late", 2, steps=4, n=2)
+    part = edited(student, "part", 1, masked=True, steps=4, seed=99)
+    rows = seen(stages, late, part) + encoded(stages, ticket(student, "made", steps=4))
+    assert [row.step for row in rows] == [2, 2, 1, 0]
+    pictures = run(stages, rows)
+    assert [rows for stage, rows in family.calls if stage == "denoise"] == [4, 4, 2, 1]
+    assert torch.equal(pictures["late1"], by_itself(student, late, 4, 8))
+    assert torch.equal(pictures["part0"], by_itself(student, part, 4, 99))
+    assert torch.equal(pictures["made0"], sample(student, ["a red circle"], [7], 4)[0])
+    assert not torch.equal(pictures["late0"], pictures["late1"])
+
+
+def test_rows_that_meet_at_one_step_with_other_pasts_are_advanced_each_by_its_own(stages: Stages) -> None:
+    """An edit that begins where a row from noise has remembered two predictions has none."""
+    student = toy.student(solver="unipc")
+    [made] = encoded(stages, ticket(student, "made", steps=4))
+    stages.denoise([made])
+    stages.denoise([made])
+    late = edited(student, "late", 2, steps=4)
+    late.solver = made.ticket.solver  # as a worker's requests for one plan have
+    pictures = run(stages, [made, *seen(stages, late)])
+    assert torch.equal(pictures["made0"], sample(student, ["a red circle"], [7], 4)[0])
+    assert torch.equal(pictures["late0"], by_itself(student, late, 4, 7))
+
+
+def test_what_a_mask_leaves_closed_ends_as_the_picture_s_own_latents(stages: Stages) -> None:
+    student = toy.student()
+    one = edited(student, "one", 0, masked=True, steps=2)
+    rows = seen(stages, one)
+    run(stages, rows)
+    state, looked = rows[0].state, one.looked
+    assert state is not None
+    assert looked is not None
+    assert torch.equal(state.x[:, :, 2:], looked.latents[:, :, 2:])
+    assert not torch.allclose(state.x[:, :, :2], looked.latents[:, :, :2])
+
+
+def test_partial_pictures_of_an_edit_are_spread_over_the_steps_that_it_takes(stages: Stages) -> None:
+    [row] = seen(stages, edited(toy.student(), "one", 1, steps=4, partial_images=2))
+    shown = []
+    while not row.done:
+        shown.append((list(stages.denoise([row])), partial_index(row) if not row.done else None))
+    assert shown == [([0], 0), ([0], 1), ([], None)]

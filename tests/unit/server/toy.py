@@ -30,6 +30,7 @@ class ToyFamily:
     """
 
     slope: float = 0.5
+    spread: float = 0.0
     slopes: dict[str, float] = field(default_factory=dict)
     nets: list[tuple[str, int]] = field(default_factory=list)
     calls: list[tuple[str, int]] = field(default_factory=list)
@@ -77,6 +78,10 @@ class ToyFamily:
         scale = torch.tensor([1.0 if value is None else value for value in w]).view(-1, 1, 1, 1)
         pred: Tensor = self.slopes.get(net, self.slope) * x + null + scale * (mean - null)
         return pred
+
+    def look(self, levels: Tensor) -> tuple[Tensor, Tensor | None]:
+        self._called("look", len(levels))
+        return (levels - 128) / 32, torch.full_like(levels, self.spread) if self.spread else None
 
     def decode(self, latents: Tensor) -> Tensor:
         self._called("decode", len(latents))
