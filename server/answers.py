@@ -51,8 +51,9 @@ class Answers:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="image")
         self._answers: list[Finished] = []
         self._events: deque[Emitted] = deque()
-        self._answered, self._evented = asyncio.Event(), asyncio.Event()
+        self._answered, self._evented, self._told = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._sending = 0
+        self._noted = self._emitted = 0  # events
 
     @property
     def pending(self) -> int:
@@ -85,12 +86,16 @@ class Answers:
         self._answered.set()
 
     async def send(self, sent: Callable[[Finished, bool], None]) -> None:
-        """Sends answers for ever; `sent` hears of each and whether it was the one that ended its request."""
+        """Sends answers for ever, each behind the progress that was noted before it.
+
+        `sent` hears of each and whether it was the one that ended its request.
+        """
         while True:
             await self._answered.wait()
             self._answered.clear()
             batch, self._answers = self._answers, []
             self._sending = len(batch)
+            await self._emitted_up_to(self._noted)
             try:
                 won = await self._broker.finish_many(batch)
             except FewstepError as error:
@@ -107,6 +112,7 @@ class Answers:
 
     def progress(self, event: StepEvent, data: bytes | None = None) -> None:
         self._events.append(Emitted(event, data))
+        self._noted += 1
         self._evented.set()
 
     async def emit(self) -> None:
@@ -117,6 +123,13 @@ class Answers:
             while self._events:
                 emitted = self._events.popleft()
                 await self._broker.emit(emitted.event, emitted.data)
+                self._emitted += 1
+                self._told.set()
+
+    async def _emitted_up_to(self, count: int) -> None:
+        while self._emitted < count:
+            self._told.clear()
+            await self._told.wait()
 
 
 def _picture(row: LatentRow, pixels: Any) -> Picture:
@@ -128,12 +141,11 @@ def _picture(row: LatentRow, pixels: Any) -> Picture:
     return Picture(row, data, time.perf_counter() - begun)
 
 
-def collect(picture: Picture) -> bool:
-    """Puts a picture into its ticket; whether that was the last one."""
+def collect(picture: Picture) -> None:
+    """Puts a picture into its ticket."""
     ticket = picture.row.ticket
     ticket.images[picture.row.index] = picture.data
     ticket.image_s += picture.seconds
-    return all(image is not None for image in ticket.images)
 
 
 def event(row: PictureRow | LatentRow, kind: Literal["step", "partial_image"]) -> StepEvent:

@@ -272,6 +272,7 @@ class EngineLoop:
             self._finish_row(row)
         for place, row in enumerate(rows):
             if place in estimates and not row.done and not row.ticket.over:
+                row.ticket.shows += 1
                 self._batcher.add(latent_row(row, estimates[place], partial_index=partial_index(row)))
             if not row.done and not row.ticket.over:
                 self._again(row)

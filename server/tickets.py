@@ -47,6 +47,8 @@ class Ticket:
     image_s: float = 0.0
     redone: set[int] = field(default_factory=set)  # pictures that the teacher makes again
     load_s: float = 0.0  # it waited so long for its version to be loaded
+    shows: int = 0  # partial pictures that were taken on the way
+    shown: int = 0  # and of these, those that have left
     over: bool = False  # answered, or given up: what still runs of it is dropped
 
     def __post_init__(self) -> None:
@@ -56,6 +58,11 @@ class Ticket:
     @property
     def id(self) -> str:
         return self.claim.request.id
+
+    @property
+    def whole(self) -> bool:
+        """Every picture is here, and every partial one has left before."""
+        return self.shown == self.shows and all(image is not None for image in self.images)
 
     @property
     def guided(self) -> bool:

@@ -291,9 +291,12 @@ class Worker:
             row, ticket = picture.row, picture.row.ticket
             if ticket.over or row.request_id not in self._tickets:
                 continue
-            if row.partial_index is not None:
+            if row.partial_index is None:
+                collect(picture)
+            else:
+                ticket.shown += 1
                 self._answers.progress(event(row, "partial_image"), picture.data)
-            elif collect(picture):
+            if ticket.whole:
                 self._answer(ticket)
 
     def _answer(self, ticket: Ticket) -> None:

@@ -78,7 +78,10 @@ async def test_a_request_is_whole_with_its_last_picture(desk: Desk) -> None:
         return len(desk.pictures) == 5
 
     await aeventually(encoded)
-    whole = [collect(picture) for picture in desk.pictures]
+    whole = []
+    for picture in desk.pictures:
+        collect(picture)
+        whole.append(ticket.whole)
     assert whole == [False] * 4 + [True]
     assert [image is not None and image.startswith(b"\x89PNG") for image in ticket.images] == [True] * 5
     assert len(set(ticket.images)) == 5
@@ -109,6 +112,25 @@ async def test_answers_that_are_ready_together_go_together(desk: Desk) -> None:
     assert desk.broker.batches == [3]
     assert desk.sent == [("a", True), ("b", True), ("c", True)]
     assert desk.answers.pending == 0
+
+
+async def test_a_request_is_not_whole_before_its_partial_pictures_have_left(desk: Desk) -> None:
+    ticket = desk.ticket("r")
+    ticket.shows, ticket.images = 2, [b"picture"]
+    seen = []
+    for shown in (0, 1, 2):
+        ticket.shown = shown
+        seen.append(ticket.whole)
+    assert seen == [False, False, True]
+
+
+async def test_an_answer_goes_behind_the_progress_that_was_noted_before_it(desk: Desk) -> None:
+    finished = await answer(desk, "a")
+    for step in (1, 2, 3):
+        desk.answers.progress(StepEvent(id="a", kind="step", step=step, total=3))
+    desk.answers.add(finished)
+    seen = [emitted.event async for emitted in desk.broker.events("a")]
+    assert [(one.kind, one.step) for one in seen] == [("step", 1), ("step", 2), ("step", 3), ("ended", 0)]
 
 
 async def test_answers_wait_for_a_broker_that_is_away(desk: Desk) -> None:
