@@ -149,8 +149,9 @@ async def test_rows_that_come_all_at_once_after_a_load_leave_room_for_what_is_mo
             return states(up)[trio.high] == "resident"
 
         await aeventually(there, 20)
-        await up.answer(up.request("urgent", version=trio.low, steps=1))
-        assert not all(one.done() for one in cold)
+        for i in range(2):  # the first may come in by a claim that was under way
+            await up.answer(up.request(f"urgent{i}", version=trio.low, steps=1))
+        assert sum(one.done() for one in cold) < 24  # and not only when there is room for the next batch
         assert {(await one).status for one in cold} == {"succeeded"}
 
 

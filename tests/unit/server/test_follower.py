@@ -301,6 +301,7 @@ async def test_the_previous_version_is_kept_for_a_rollback(world: World) -> None
             assert (await world.outcome(world.promote(version))).state == "live"
         await aeventually(_is(lambda: held(a), {V2, V3}))
         assert await world.broker.servable("toys") == {V2, V3}
+        assert toys(a).kept[-2:] == [(V3, V2), ()]  # both while they are swapped, and nobody afterwards
         toys(a).gate.clear()  # a rollback loads nothing
         assert (await world.outcome(world.promote(V2))).state == "live"
 
