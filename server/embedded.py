@@ -129,6 +129,9 @@ class Stack:
         env["METRICS_PORT"] = str(self.metrics_ports[name])
         # Two busy OpenMP teams on the same cores collapse; spinning threads would steal from the trainer.
         threads = {"OMP_NUM_THREADS": str(self.options.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        # glibc gives each thread that loads engines an arena of its own and keeps what it frees: a worker that swaps
+        # and evicts would grow by 100 MiB.
+        threads["MALLOC_ARENA_MAX"] = "2"
         client = self._client(self.url)
         # The first start on a machine exports and compiles every graph; on a busy one that takes minutes.
         child_env = self._env("WORKER", env) | threads

@@ -77,6 +77,7 @@ class Worker:
         self._death: asyncio.Future[None] = self._loop.create_future()
         self._side: set[asyncio.Task[None]] = set()
         self._plans = Plans()
+        self._moving = False
         self._answers = Answers(broker, threads=settings.image_threads, ready=self._pictures, died=self._die)
         self._intake = Intake(
             broker,
@@ -320,7 +321,13 @@ class Worker:
     # --- the sink of the engine thread -----------------------------------------------------------
 
     def moved(self) -> None:
-        self._loop.call_soon_threadsafe(self._intake.moved)
+        if not self._moving:  # one wake-up of the event loop for all that happens before it
+            self._moving = True
+            self._loop.call_soon_threadsafe(self._has_moved)
+
+    def _has_moved(self) -> None:
+        self._moving = False
+        self._intake.moved()
 
     def recalled(self, known: bool) -> None:
         self._metrics.embedding_cache.labels("hit" if known else "miss").inc()
@@ -328,7 +335,8 @@ class Worker:
     def ran(self, rows: Sequence[Any], seconds: float) -> None:
         self._students.observe(rows, seconds)
         count_call(self._metrics, rows, seconds, self._students.backend)
-        self.moved()  # a full worker looks at every step boundary for what is more urgent
+        if rows[0].lane.stage == "denoise":
+            self.moved()  # a full worker looks at every step boundary for what is more urgent
 
     def stepped(self, rows: Sequence[PictureRow]) -> None:
         for row in rows:

@@ -25,7 +25,7 @@ NO_GRAPH = {
 _OWN = {"sd-edm": (), "sdxl-edm": ("decoder",), "flux-schnell": ("denoiser",)}
 GRAPHS = [
     (name, role) for name in tiny_families.FAMILIES for role in _OWN.get(name, ROLES) if (name, role) not in NO_GRAPH
-] + [(name, PICTURES) for name in ("sd", "sana", "wan")]  # one of each kind of VAE
+] + [(name, PICTURES) for name in ("sd", "sana", "qwen_image", "wan")]  # one of each kind of VAE
 
 
 def each(graphs: Iterable[tuple[str, str]]) -> pytest.MarkDecorator:

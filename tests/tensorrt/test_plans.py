@@ -20,8 +20,9 @@ from engines.backends._tensorrt_build import FACTS, PLAN
 from engines.backends.base import Profile
 from engines.cache import DiskCache
 from engines.errors import GraphMismatch
+from engines.families.base import PICTURES
 from engines.graph import export
-from engines.loader import load_student
+from engines.loader import load_student, reader
 from tests import tiny_families
 from tests.tensorrt.graphs import GRAPHS, NO_GRAPH, ROLES, Case, case, each
 
@@ -35,8 +36,19 @@ CONSTANT = Profile(batches=(1, 4), precision="bf16", targets=("SM89",), weights=
 
 def test_every_graph_of_every_family_is_built_here_or_named_with_the_reason() -> None:
     named = {*GRAPHS, *NO_GRAPH}
-    built = {(tiny_families.shipped(name).manifest.family, role) for name, role in named}
+    built = {(tiny_families.shipped(name).manifest.family, role) for name, role in named if role != PICTURES}
     assert built == {(family, role) for family in plugins.names("engines.families") for role in ROLES}
+
+
+def test_an_encoder_of_pictures_is_built_of_every_kind_of_vae() -> None:
+    assert {vae(name) for name, role in GRAPHS if role == PICTURES} == {vae(name) for name in tiny_families.FAMILIES}
+
+
+def vae(name: str) -> str:
+    """The class of its VAE."""
+    own = tiny_families.shipped(name)
+    found: str = json.loads(reader(own.registry, own.manifest)("decoder/config.json"))["_class_name"]
+    return found
 
 
 @every_graph
