@@ -46,6 +46,8 @@ class Row:
 R = TypeVar("R", bound=Row)
 _LOOK = 8
 """Largest batches. So many of a lane's most urgent rows are looked at for those that fit together."""
+_ABOUT = 0.95
+"""Of the best rate: a larger batch may have so much less, for what is done once a call is not measured in it."""
 CostOf = Callable[[LaneKey, int], float | None]
 """Measured seconds of one call of a lane at a warmed size; None where nothing was measured."""
 
@@ -116,14 +118,13 @@ class Batcher(Generic[R]):
         return _fill(rows, self._size(first.lane, rows))
 
     def _size(self, key: LaneKey, rows: list[R]) -> int:
-        """The warmed size with the most rows a second; without measurements the one that takes the most rows."""
-        best, best_rate = self.sizes[-1], 0.0
+        """The largest warmed size of those with about the most rows a second; without measurements the largest."""
+        rates = dict[int, float]()
         for size in self.sizes:
             batch = _fill(rows, size)
-            rate = _weight(batch) / (self.cost_of(key, size) or float("inf"))
-            if rate >= best_rate and rate > 0:
-                best, best_rate = size, rate
-        return best
+            rates[size] = _weight(batch) / (self.cost_of(key, size) or float("inf"))
+        enough = _ABOUT * max(rates.values())
+        return max(size for size, rate in rates.items() if rate >= enough)
 
     def _front(self, key: LaneKey) -> list[R]:
         return self._lanes[key][: _LOOK * self.sizes[-1]]

@@ -154,6 +154,15 @@ def test_the_size_with_the_most_rows_a_second_is_taken() -> None:
     assert list(batches(batcher)) == [["a", "b", "c", "d", "e"]]  # 156 rows/s padded
 
 
+@pytest.mark.parametrize(("eight_s", "calls"), [(0.0208, 1), (0.0212, 2)])
+def test_of_sizes_that_are_about_as_good_the_largest_is_taken(eight_s: float, calls: int) -> None:
+    seconds = {4: 0.010, 8: eight_s}  # 400 rows/s against 385 and 377
+    batcher: Batcher[Row] = Batcher(sizes=(4, 8), cost_of=lambda _, size: seconds[size])
+    for name in "abcdefgh":
+        batcher.add(row(name))
+    assert len(list(batches(batcher))) == calls
+
+
 def test_a_cheap_request_passes_a_dear_one_that_came_before() -> None:
     dear = due(arrived_s=0.0, deadline_s=60.0, cost_s=1.0, priority=0, ageing_s=1.0)
     cheap = due(arrived_s=1.0, deadline_s=61.0, cost_s=0.02, priority=0, ageing_s=1.0)
