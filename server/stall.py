@@ -1,7 +1,8 @@
 """How long live rows wait without a live step being completed: what a swap may hardly lengthen.
 
 A gap begins when a row comes to an idle engine or when a live step ends with rows still waiting, and ends with the
-next live step. Warm-up and golden steps end no gap. The engine thread writes; windows are opened and read elsewhere.
+next live step. Warm-up and golden steps end no gap. Engine threads write, one at a time; windows are opened and read
+elsewhere.
 """
 
 import json

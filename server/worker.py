@@ -1,4 +1,4 @@
-"""A worker: what it claims goes to its engine thread, and each request gets its one answer.
+"""A worker: what it claims goes to its engine threads, and each request gets its one answer.
 
 The event loop talks to the broker (`intake`, `answers`), some threads call engines (`engine_loop`), a few encode
 pictures, and the lease is renewed by a thread of its own. Nothing here waits for a batch to fill. Whatever nobody
@@ -101,7 +101,7 @@ class Worker:
         """Serves until `stop` is set, then finishes what is claimed, for at most `drain_s`.
 
         Raises:
-            Exception: whatever ended the engine thread or a task; the process should end with it.
+            Exception: whatever ended an engine thread or a task; the process should end with it.
         """
         threads = [Aside(self.engine.run, f"engine-{stream}") for stream in range(self.engine.threads)]
         with self._broker.keep_lease(self._lease):
@@ -144,7 +144,7 @@ class Worker:
                     await asyncio.sleep(_TICK_S)
 
     def _check(self, tasks: "Sequence[asyncio.Task[None]]") -> None:
-        """Raises what ended the engine thread or a task."""
+        """Raises what ended an engine thread or a task."""
         if self._death.done():
             self._death.result()
         for task in tasks:
@@ -318,7 +318,7 @@ class Worker:
             log.info("request had ended", extra={"request_id": answer.claim.request.id})
         self._release(answer.claim.request.id)
 
-    # --- the sink of the engine thread -----------------------------------------------------------
+    # --- the sink of the engine threads ----------------------------------------------------------
 
     def moved(self) -> None:
         if not self._moving:  # one wake-up of the event loop for all that happens before it

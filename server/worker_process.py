@@ -25,7 +25,7 @@ from server.worker import Worker
 
 log = logging.getLogger(__name__)
 SWITCH_S = 0.001
-"""Threads hand over the GIL this often: the engine thread must not wait five milliseconds after each call."""
+"""Threads hand over the GIL this often: engine threads must not wait five milliseconds after each call."""
 
 
 async def serve(settings: WorkerSettings) -> None:
