@@ -13,6 +13,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from server.embedded import free_port
 out = Console(stderr=True)
 _OUT = Path(__file__).parent / "serve.json"
 _PACED_BATCHES = (1, 2, 4, 8, 16)
-_BATCHES = (1, 2, 4, 8)
+_BATCHES = (1, 2, 4, 8, 16)
 _SETTLE_S = 2.0
 _ALONE = 400  # requests of one run of (c)
 
@@ -70,8 +72,8 @@ _HEADLINES = ("paced_ratio", "cpu_ms_per_image_outside_engine")
 def paced(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     env = {"WORKER_BACKEND": "paced", "WORKER_BATCH_SIZES": json.dumps(_PACED_BATCHES)}
     with system(folder, given.pipeline, versions=1, steps=1, threads=1, env=env) as (up, [version]):
-        student = loaded(up, version, "paced", "fp32", _PACED_BATCHES, 1)
-        runs = [throughput(up, student, _PACED_BATCHES[-1], given) for _ in range(given.runs)]
+        engine = loaded(up, version, "paced", "fp32", _PACED_BATCHES, 1)
+        runs = [throughput(up, engine, _PACED_BATCHES[-1], given) for _ in range(given.runs)]
     return summary(runs) | {"engine": "paced: 20 ms + 3.75 ms a row, at most 16 rows", "runs": runs}
 
 
@@ -81,9 +83,10 @@ def real(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {}
     with system(folder, given.pipeline, versions=1, steps=1, threads=given.threads, env=env) as (up, [version]):
         if "b" in given.parts:
-            student = loaded(up, version, found.backend, found.precision, _BATCHES, given.threads)
-            runs = [throughput(up, student, _BATCHES[-1], given) for _ in range(given.runs)]
-            report["real"] = summary(runs) | {"engine": f"{found.backend} {found.precision}", "runs": runs}
+            engine = loaded(up, version, found.backend, found.precision, _BATCHES, given.threads)
+            runs = [throughput(up, engine, _BATCHES[-1], given) for _ in range(given.runs)]
+            named = f"{found.backend} {found.precision}, {given.threads} threads in {engine.streams} streams"
+            report["real"] = summary(runs) | {"engine": named, "runs": runs}
             report["ratio"] = report["real"]["paced_ratio"]["median"]
             report["real"]["ratio"] = report["real"].pop("paced_ratio")
             report["real"]["cpu_ms_per_image_engine_included"] = report["real"].pop("cpu_ms_per_image_outside_engine")
@@ -92,8 +95,8 @@ def real(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def throughput(up: System, student: LoadedStudent, rows: int, given: argparse.Namespace) -> dict[str, Any]:
-    bare = bare_loop(student, rows, min(given.seconds, 8.0))
+def throughput(up: System, engine: "Bare", rows: int, given: argparse.Namespace) -> dict[str, Any]:
+    bare = engine.images_per_s(rows, min(given.seconds, 8.0))
     with up.load(mode="closed", concurrency=given.concurrency, seconds=given.seconds + 2 * _SETTLE_S) as load:
         _wait_for(lambda: _answering(up), 60)
         time.sleep(_SETTLE_S)
@@ -124,18 +127,30 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {name: spread([run[name] for run in runs]) for name in names}
 
 
-def loaded(
-    up: System, version: str, backend: str, precision: str, batches: tuple[int, ...], threads: int
-) -> LoadedStudent:
-    """The student as the worker has it, in this process, for the bare loop."""
+@dataclass(frozen=True, slots=True)
+class Bare:
+    """The engine with nothing around it, called from as many threads at once as it has streams."""
+
+    student: LoadedStudent
+    streams: int
+
+    def images_per_s(self, rows: int, seconds: float) -> float:
+        with ThreadPoolExecutor(self.streams) as pool:
+            return sum(pool.map(lambda _: bare_loop(self.student, rows, seconds), range(self.streams)))
+
+
+def loaded(up: System, version: str, backend: str, precision: str, batches: tuple[int, ...], threads: int) -> Bare:
+    """The student as the worker has it, in this process."""
     choice = choose(backend, precision)
     profile = Profile(batches, choice.precision, threads, device=device_of(choice.backend))
-    loader = Loader(up.registry, choice, profile, GraphStore(DiskCache(CACHE)))
-    return loader.load(up.registry.student(version))
+    loader = Loader(up.registry, choice, profile, GraphStore(DiskCache(CACHE)), tune=True)
+    manifest = up.registry.student(version)
+    loader.tune(loader.graphs(manifest)["denoiser"])
+    return Bare(loader.load(manifest), loader.profile.streams)
 
 
 def bare_loop(student: LoadedStudent, rows: int, seconds: float) -> float:
-    """Images a second of the engine alone at its largest batch; its prompts are encoded, as those of the load are."""
+    """Images a second of one stream at its largest batch; its prompts are encoded, as those of the load are."""
     import torch
 
     family, solver = student.family, student.solver(1)
