@@ -64,7 +64,7 @@ class OnnxRuntimeEngine:
         self._session = session
         self._reads = {port.name for port in session.get_inputs()}
         self._weights = {name: value for name, value in weights.items() if name in self._reads}
-        self._bindings: SimpleQueue[Any] = SimpleQueue()
+        self._bindings: SimpleQueue[Any] | None = SimpleQueue()
         for _ in range(streams):
             binding = session.io_binding()
             for name, value in self._weights.items():
@@ -77,7 +77,9 @@ class OnnxRuntimeEngine:
         held = {name: value.contiguous() for name, value in inputs.items()}
         first = next(iter(held.values()))
         made = {name: torch.empty((len(first), *shape), device=first.device) for name, shape in self._outputs.items()}
-        binding = self._bindings.get()
+        assert self._bindings is not None, "a closed engine"
+        free = self._bindings
+        binding = free.get()
         try:
             for name in held.keys() & self._reads:
                 binding.bind_input(name, *_place(held[name]))
@@ -85,11 +87,11 @@ class OnnxRuntimeEngine:
                 binding.bind_output(name, *_place(value))
             self._session.run_with_iobinding(binding)
         finally:
-            self._bindings.put(binding)
+            free.put(binding)
         return made
 
     def close(self) -> None:
-        self._bindings, self._session = SimpleQueue(), None
+        self._bindings = self._session = None
         self._weights = {}
 
 
