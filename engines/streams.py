@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from engines.backends.base import Backend, Graph, Profile
+from engines.backends.base import Backend, Graph, Profile, machine
 
 PATIENCE = 1.5
 """How much longer a lone call may take for it, in times of what it takes on all threads."""
@@ -30,7 +30,7 @@ def tuned(backend: Backend, graph: Graph, profile: Profile, now_s: Callable[[], 
     def measure(folder: Path) -> None:
         (folder / _FILE).write_text(json.dumps(_streams(backend, graph, profile, now_s)))
 
-    what = ("streams", backend.name, profile.precision, str(profile.threads), str(PATIENCE))
+    what = ("streams", str(profile), backend.name, machine(profile.device), str(PATIENCE))
     streams = int(json.loads((graph.kept(what, measure) / _FILE).read_text()))
     return _cut(profile, streams)
 

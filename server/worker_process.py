@@ -13,6 +13,7 @@ from prometheus_client import start_http_server
 
 from engines.backends.base import Profile, choose, device_of, is_gpu, load_backend
 from engines.cache import DiskCache
+from engines.errors import InvalidRequest
 from engines.graph import GraphStore
 from engines.loader import Loader
 from engines.registry.base import Registry, open_registry
@@ -58,8 +59,13 @@ def make_loader(settings: WorkerSettings, registry: Registry) -> Loader:
     threads = settings.threads or len(os.sched_getaffinity(0))
     choice = choose(settings.backend, settings.precision, settings.device)
     device = device_of(choice.backend, settings.device)
-    streams = min(settings.streams or 1, threads)
-    torch.set_num_threads(1 if load_backend(choice.backend).concurrent else threads)
+    overlaps = load_backend(choice.backend).concurrent and not is_gpu(device)
+    streams = settings.streams or 1
+    if streams > 1 and not overlaps:
+        raise InvalidRequest(f"WORKER_STREAMS={streams}: {choice.backend} on {device} makes one call at a time, set 0")
+    if streams > threads:
+        raise InvalidRequest(f"WORKER_STREAMS={streams}: there are {threads} threads to share, set at most as many")
+    torch.set_num_threads(1 if overlaps else threads)
     told = {"backend": choice.backend, "precision": choice.precision, "device": device, "threads": threads}
     log.info("engine", extra=told)
     profile = Profile(
@@ -71,7 +77,7 @@ def make_loader(settings: WorkerSettings, registry: Registry) -> Loader:
         targets=settings.targets,
     )
     cache = DiskCache(settings.cache_dir, settings.cache_bytes)
-    tune = settings.streams == 0 and not is_gpu(device)
+    tune = settings.streams == 0 and overlaps
     return Loader(registry, choice, profile, GraphStore(cache, in_process=False), tune=tune)
 
 

@@ -4,7 +4,9 @@ An engine is a compiled graph that holds one set of weights. `reload` says what 
 "refit" sets tensors in milliseconds, "recompile" builds again.
 """
 
+import hashlib
 import math
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -267,6 +269,18 @@ def device_of(backend: str, device: str = "auto") -> str:
 
 def is_gpu(device: str) -> bool:
     return torch.device(device).type == "cuda"
+
+
+def machine(device: str) -> str:
+    """What code and timings are made for: the GPU, or all that this processor says it can do."""
+    if is_gpu(device):
+        return str(torch.cuda.get_device_properties(device))
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        flags = platform.processor()
+    return hashlib.sha256(flags.encode()).hexdigest()
 
 
 def on(device: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

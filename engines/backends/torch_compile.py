@@ -10,8 +10,6 @@ On a GPU each batch size is captured as a CUDA graph when it is first asked for,
 bf16 is autocast, written into the code; weights of products are given in bf16, so that no call casts them.
 """
 
-import hashlib
-import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +29,7 @@ from engines.backends.base import (
     exact_products,
     finished,
     is_gpu,
+    machine,
     num_weights,
     on,
     tolerance,
@@ -126,7 +125,7 @@ class TorchCompile:
     def build(self, graph: Graph, profile: Profile) -> Compiled:
         tolerance(self.name, profile.precision)
         order = _inductor.Order(max(profile.batches), profile.threads, profile.device, profile.precision)
-        what = (self.name, str(order), _machine(profile.device), _inductor.cxx())
+        what = (self.name, str(order), machine(profile.device), _inductor.cxx())
         made = graph.kept(what, lambda folder: _inductor.compile_elsewhere(graph.spec, order, folder))
         return Compiled(graph, profile, made)
 
@@ -147,18 +146,6 @@ class TorchCompile:
     def weight_bytes(self, graph: Graph, profile: Profile) -> int:
         """In bf16 nearly all are those of products, which are bf16 then."""
         return (2 if profile.precision == "bf16" else 4) * num_weights(graph)
-
-
-def _machine(device: str) -> str:
-    """What the code is made for: the GPU, or all that this processor says it can do."""
-    if is_gpu(device):
-        return str(torch.cuda.get_device_properties(device))
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        flags = next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        flags = platform.processor()
-    return hashlib.sha256(flags.encode()).hexdigest()
 
 
 def _parts(out: Any) -> tuple[Tensor, ...]:
