@@ -117,6 +117,7 @@ async def running(
     registry: Registry | None = None,
     wait: bool = True,
     backend: str = "eager",
+    streams: int = 1,
     **given: Any,
 ) -> AsyncIterator[Running]:
     """A worker whose registry deploys the tiny teacher; stopped and drained at the end."""
@@ -124,7 +125,8 @@ async def running(
     if registry is None:
         registry = copied(teacher)
     chosen = settings(**given)
-    loader = Loader(registry, Choice(backend, "fp32"), Profile(batches=chosen.batch_sizes, threads=1), teacher.graphs)
+    profile = Profile(batches=chosen.batch_sizes, threads=1, streams=streams)
+    loader = Loader(registry, Choice(backend, "fp32"), profile, teacher.graphs)
     measured = metrics.make()
     students = Students(chosen, broker, registry, loader, measured)
     worker, stop = Worker(chosen, broker, students, measured), asyncio.Event()

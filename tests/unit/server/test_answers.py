@@ -20,10 +20,16 @@ from tests.unit.server import toy
 
 
 class Flaky(MemoryBroker):
-    """Takes answers only when told so, and remembers in which batches they came."""
+    """Takes answers and progress only when told so, and remembers in which batches answers came."""
 
     here = True
     batches: list[int]
+    heard: asyncio.Event | None = None  # progress waits for it
+
+    async def emit(self, event: StepEvent, data: bytes | None = None) -> None:
+        if self.heard is not None:
+            await self.heard.wait()
+        await super().emit(event, data)
 
     async def finish_many(self, answers: Sequence[Finished]) -> list[bool]:
         if not self.here:
@@ -128,7 +134,12 @@ async def test_an_answer_goes_behind_the_progress_that_was_noted_before_it(desk:
     finished = await answer(desk, "a")
     for step in (1, 2, 3):
         desk.answers.progress(StepEvent(id="a", kind="step", step=step, total=3))
+    desk.broker.heard = asyncio.Event()
     desk.answers.add(finished)
+    for _ in range(10):  # however often everybody has had a turn
+        await asyncio.sleep(0)
+    assert desk.broker.batches == []
+    desk.broker.heard.set()
     seen = [emitted.event async for emitted in desk.broker.events("a")]
     assert [(one.kind, one.step) for one in seen] == [("step", 1), ("step", 2), ("step", 3), ("ended", 0)]
 

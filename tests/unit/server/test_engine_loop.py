@@ -282,9 +282,11 @@ def test_a_row_in_its_last_step_makes_room_before_it_ends(bench: Bench) -> None:
 
 def test_partial_pictures_are_decoded_on_the_way(bench: Bench) -> None:
     with bench.running():
-        bench.loop.submit([bench.ticket(toy.student(), "a", steps=4, partial_images=2)])
+        ticket = bench.ticket(toy.student(), "a", steps=4, partial_images=2)
+        bench.loop.submit([ticket])
         eventually(lambda: bench.sink.pictures)
     assert bench.sink.partials == [("a", 0), ("a", 1)]
+    assert ticket.shows == 2  # so many have to leave before the answer
 
 
 def test_the_time_of_each_stage_is_in_the_ticket(bench: Bench) -> None:
