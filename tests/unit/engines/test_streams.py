@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from engines.backends.base import Profile
+from engines.backends.base import Choice, Profile
+from engines.loader import Loader
+from engines.slot import EngineSlot
 from engines.streams import PATIENCE, tuned
+from tests import tiny_sd
 
 
 @dataclass
@@ -87,3 +90,11 @@ def test_a_backend_whose_calls_do_not_overlap_keeps_one_stream(tmp_path: Path) -
     machine = Machine(lambda threads: 1.0, concurrent=False)
     assert cut(machine, 8, tmp_path) == (1, 8)
     assert machine.built == []
+
+
+def test_the_first_denoiser_settles_a_loader_for_good() -> None:
+    teacher = tiny_sd.teacher()
+    loader = Loader(teacher.registry, Choice("eager", "fp32"), Profile((1,), threads=2), teacher.graphs, tune=True)
+    assert (loader.settled, loader.most_streams) == (False, 2)
+    EngineSlot(loader).stage([teacher.manifest.version]).run()
+    assert (loader.settled, loader.most_streams) == (True, 1)
