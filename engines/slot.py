@@ -22,6 +22,7 @@ from engines.golden import Golden, verification
 from engines.graph import ComponentGraph
 from engines.loader import EngineKey, Loader
 from engines.manifest import StudentManifest, shown
+from engines.streams import ALONE_ROWS, alone
 from engines.student import LoadedStudent
 
 Phase = Literal["staged", "building", "warming", "verifying", "specialising", "ready", "rejected"]
@@ -263,6 +264,9 @@ class EngineSlot:
             begun = time.perf_counter()
             engine.run(**inputs)
             seconds = time.perf_counter() - begun
+        if size <= ALONE_ROWS:
+            with alone():
+                engine.run(**inputs)
         self.cost.observe(self.cost_key(student, role), size, seconds)
 
     def _inherit_costs(self, student: LoadedStudent) -> None:

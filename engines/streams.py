@@ -1,61 +1,104 @@
 """How many engine calls share a processor's threads: chosen by measuring a denoiser where it will run.
 
-A large network is computed as fast by all cores together, and a lone request has them all. In a small one cores wait
-for each other at the end of every layer; then as many calls at once as there are cores take hardly longer each.
-Measured with the embedded teacher on two cores (OpenVINO fp32, weights set, batch 8): one call of two threads 14 ms,
-two calls at once of one thread 14.5 ms.
+A large network is computed as fast by all cores together. In a small one cores wait for each other at the end of every
+layer; then as many calls at once as there are cores take hardly longer each. Measured with the embedded teacher on two
+cores (OpenVINO fp32, weights set, batch 8): one call of two threads 14 ms, two calls at once of one thread 14.5 ms.
+
+A call that nothing accompanies has all threads, whatever the streams: that is `alone`. Measured there: one row 5.8 ms
+in a stream of one thread, 4.5 ms on both.
 """
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from engines.backends.base import Backend, Graph, Profile, machine
+from engines.backends.base import Backend, Engine, Graph, Profile, fitting, machine
 
-PATIENCE = 1.5
-"""How much longer a lone call may take for it, in times of what it takes on all threads."""
+GAIN = 1.2
+"""How much more calls at once must get done than one call after the other, each on all threads."""
+ALONE_ROWS = 2
+"""Up to so many rows (one that is guided is two) a lone call gains by all threads where streams gain at all."""
 _FILE = "streams.json"
-_CALLS = 7
+_ROWS = 8
+_ROUNDS, _CALLS = 3, 4
+
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Nothing else runs beside these engine calls of this thread: they may have the threads of all streams."""
+    before = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(before)
+
+
+def is_alone() -> bool:
+    return _alone.get()
+
+
+def whole(profile: Profile) -> Profile:
+    """`profile` for calls that are alone: one stream that has the threads of all."""
+    return _cut(profile, profile.threads * profile.streams, 1)
 
 
 def tuned(backend: Backend, graph: Graph, profile: Profile, now_s: Callable[[], float] = time.perf_counter) -> Profile:
-    """`profile`, one stream of all threads, cut into as many streams as a lone call bears. Kept in the engine cache."""
+    """`profile`, one stream of all threads, cut into the streams that get most done. Kept in the engine cache."""
     if not backend.concurrent or profile.threads == 1:
         return profile
 
     def measure(folder: Path) -> None:
         (folder / _FILE).write_text(json.dumps(_streams(backend, graph, profile, now_s)))
 
-    what = ("streams", str(profile), backend.name, machine(profile.device), str(PATIENCE))
+    what = ("streams", str(profile), backend.name, machine(profile.device), str(GAIN))
     streams = int(json.loads((graph.kept(what, measure) / _FILE).read_text()))
-    return _cut(profile, streams)
+    return _cut(profile, profile.threads, streams)
 
 
 def _streams(backend: Backend, graph: Graph, profile: Profile, now_s: Callable[[], float]) -> int:
-    """The most streams, a half, a quarter … of the threads, that are borne."""
-    lone_s = _lone_s(backend, graph, profile, now_s)
-    streams = profile.threads
-    while streams > 1 and _lone_s(backend, graph, _cut(profile, streams), now_s) > PATIENCE * lone_s:
-        streams //= 2
+    """Twice as many, as long as the halves get more done than the whole did."""
+    streams, call_s = 1, _call_s(backend, graph, profile, now_s)
+    while streams < profile.threads:
+        halves_s = _call_s(backend, graph, _cut(profile, profile.threads, 2 * streams), now_s)
+        if GAIN * halves_s > call_s:
+            break
+        streams, call_s = 2 * streams, halves_s
     return streams
 
 
-def _cut(profile: Profile, streams: int) -> Profile:
-    return replace(profile, streams=streams, threads=profile.threads // streams)
+def _cut(profile: Profile, threads: int, streams: int) -> Profile:
+    return replace(profile, streams=streams, threads=threads // streams)
 
 
-def _lone_s(backend: Backend, graph: Graph, profile: Profile, now_s: Callable[[], float]) -> float:
-    """Of one row: the quickest of some calls, for other work only makes them slower."""
-    alone = replace(profile, batches=profile.batches[:1])
-    engine = backend.load(backend.build(graph, alone), {name: torch.zeros(s) for name, s in graph.shapes.items()})
-    inputs, took_s = graph.example(profile.batches[0]), []
-    for _ in range(_CALLS):
-        begun_s = now_s()
-        engine.run(**inputs)
-        took_s.append(now_s() - begun_s)
+def _call_s(backend: Backend, graph: Graph, profile: Profile, now_s: Callable[[], float]) -> float:
+    """Seconds per call with all streams at work: the quickest round, for other work only makes them slower."""
+    rows = fitting(_ROWS, profile.batches)
+    weights = {name: torch.zeros(shape) for name, shape in graph.shapes.items()}
+    engine = backend.load(backend.build(graph, replace(profile, batches=(rows,))), weights)
+    with ThreadPoolExecutor(profile.streams) as pool:
+        rounds = [_round_s(pool, partial(_calls, engine, graph, rows), profile.streams, now_s) for _ in range(_ROUNDS)]
     engine.close()
-    return min(took_s)
+    return min(rounds) / (_CALLS * profile.streams)
+
+
+def _round_s(pool: ThreadPoolExecutor, calls: Callable[[], None], streams: int, now_s: Callable[[], float]) -> float:
+    begun_s = now_s()
+    for stream in [pool.submit(calls) for _ in range(streams)]:
+        stream.result()
+    return now_s() - begun_s
+
+
+def _calls(engine: Engine, graph: Graph, rows: int) -> None:
+    inputs = graph.example(rows)
+    for _ in range(_CALLS):
+        engine.run(**inputs)

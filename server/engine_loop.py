@@ -1,11 +1,11 @@
 """The threads that call engines: live rows most urgent first, and behind them the small work of a swap.
 
 Each of them decides what it calls next, calls it, and sees to what came of it; only the calls themselves overlap. With
-one thread all of the processor's cores share a call, with several each has its own: small networks gain nothing from
-cores that wait for each other. Work-conserving: a thread sleeps only when nothing waits. What others want of the
-threads (new tickets, cancels) is posted to their inbox and taken at the next step boundary. They report to a `Sink` and
-decide nothing but what follows from a failure: a row that fails ends its own request, a batch that is too large is
-split, and what nobody foresaw ends the thread and with it the process.
+one thread all of the processor's cores share a call, with several each has its own unless nothing else is to be done:
+small networks gain nothing from cores that wait for each other. Work-conserving: a thread sleeps only when nothing
+waits. What others want of the threads (new tickets, cancels) is posted to their inbox and taken at the next step
+boundary. They report to a `Sink` and decide nothing but what follows from a failure: a row that fails ends its own
+request, a batch that is too large is split, and what nobody foresaw ends the thread and with it the process.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ import torch
 
 from engines.editing import Looked
 from engines.errors import FewstepError, InternalError
+from engines.streams import alone
 from server.batcher import Batcher, LaneKey
 from server.behind import Behind, Piece
 from server.flights import Flights
@@ -133,12 +134,13 @@ class EngineLoop:
                 self._idle -= 1
                 posted()
 
-    def _fly(self, batch: list[Any], number: int) -> None:
-        self._live(batch)
+    def _fly(self, batch: list[Any], number: int, lone: bool) -> None:
+        with alone() if lone else contextlib.nullcontext():
+            self._live(batch, lone)
         with self._lock:
             self._flights.end(number)
 
-    def _live(self, batch: list[Any]) -> None:
+    def _live(self, batch: list[Any], lone: bool = False) -> None:
         lane: LaneKey = batch[0].lane
         begun = time.perf_counter()
         try:
@@ -153,7 +155,7 @@ class EngineLoop:
                 for ticket in {row.ticket: None for row in batch}:
                     setattr(ticket, f"{lane.stage}_s", getattr(ticket, f"{lane.stage}_s") + seconds)
                 settle()
-                self._sink.ran(batch, seconds)
+                self._sink.ran(batch, seconds, lone)
         with self._lock:
             self.meter.stepped(
                 self._now_s(),
@@ -225,7 +227,8 @@ class EngineLoop:
         if batch:
             for row in batch:
                 row.ticket.begin(now_s)
-            return partial(self._fly, batch, self._flights.begin(batch))
+            lone = not len(self._flights) and not self._behind.running and not len(self._batcher)
+            return partial(self._fly, batch, self._flights.begin(batch), lone)
         return partial(self._run_behind, self._behind.begin()) if self._behind.ready else None
 
     def _free(self) -> bool:

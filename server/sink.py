@@ -17,8 +17,8 @@ class Sink(Protocol):
     def recalled(self, known: bool) -> None:
         """A prompt was asked of the cache."""
 
-    def ran(self, rows: Sequence[Row], seconds: float) -> None:
-        """A live engine call has ended."""
+    def ran(self, rows: Sequence[Row], seconds: float, lone: bool) -> None:
+        """A live engine call has ended; a `lone` one had all threads."""
 
     def stepped(self, rows: Sequence[PictureRow]) -> None: ...
     def decoded(self, rows: Sequence[LatentRow], pixels: Any) -> None:

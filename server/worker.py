@@ -332,8 +332,9 @@ class Worker:
     def recalled(self, known: bool) -> None:
         self._metrics.embedding_cache.labels("hit" if known else "miss").inc()
 
-    def ran(self, rows: Sequence[Any], seconds: float) -> None:
-        self._students.observe(rows, seconds)
+    def ran(self, rows: Sequence[Any], seconds: float, lone: bool) -> None:
+        if not lone or self._students.streams == 1:  # batches are chosen by what calls beside others take
+            self._students.observe(rows, seconds)
         count_call(self._metrics, rows, seconds, self._students.backend)
         if rows[0].lane.stage == "denoise":
             self.moved()  # a full worker looks at every step boundary for what is more urgent

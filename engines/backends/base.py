@@ -44,8 +44,8 @@ class Profile:
 class Engine(Protocol):
     """One component with its weights. Rows are independent; outputs are the caller's.
 
-    Called from as many threads at once as its profile has streams. Inputs may be on any device; outputs are on the
-    engine's. A call that has returned has been computed.
+    Called from as many threads at once as its profile has streams; a call that is `engines.streams.alone` may take the
+    threads of all. Inputs may be on any device; outputs are on the engine's, and computed when the call returns.
     """
 
     inputs: frozenset[str]

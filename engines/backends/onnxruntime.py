@@ -33,6 +33,7 @@ from engines.backends.base import (
     tolerance,
 )
 from engines.errors import BackendUnavailable
+from engines.streams import is_alone, whole
 
 WEIGHT = "weight:"
 TOLERANCE: dict[Precision, Tolerance] = {"fp32": Tolerance(levels=1, share=1.0, psnr_db=50.0)}
@@ -45,31 +46,46 @@ def automatic_precision(device: str) -> Precision:
 
 
 @dataclass(frozen=True, slots=True)
+class _Sessions:
+    """For calls in a stream, and for those that are alone: they have all threads."""
+
+    streamed: Any
+    alone: Any
+
+
+@dataclass(frozen=True, slots=True)
 class Compiled:
-    """`session` reads its weights as inputs. Where they are constants there is none yet, and `model` names them."""
+    """`sessions` read their weights as inputs. Where they are constants there are none yet, and `model` names them."""
 
     graph: Graph
     profile: Profile
-    session: Any | None
+    sessions: _Sessions | None
     model: bytes = b""
     names: tuple[str, ...] = ()
 
 
-class OnnxRuntimeEngine:
-    """Bindings of a session, one per stream, which several engines may share. It owns copies of the weights."""
+_Bound = tuple[Any, Any]  # a session and a binding of it
 
-    def __init__(self, graph: Graph, session: Any, weights: Mapping[str, Any], streams: int) -> None:
+
+class OnnxRuntimeEngine:
+    """Bindings of sessions, one per stream, which several engines may share. It owns copies of the weights."""
+
+    def __init__(self, graph: Graph, sessions: _Sessions, weights: Mapping[str, Any], streams: int) -> None:
         self.inputs = graph.inputs
-        self._outputs = {port.name: tuple(port.shape[1:]) for port in session.get_outputs()}
-        self._session = session
-        self._reads = {port.name for port in session.get_inputs()}
+        self._outputs = {port.name: tuple(port.shape[1:]) for port in sessions.streamed.get_outputs()}
+        self._reads = {port.name for port in sessions.streamed.get_inputs()}
         self._weights = {name: value for name, value in weights.items() if name in self._reads}
-        self._bindings: SimpleQueue[Any] | None = SimpleQueue()
-        for _ in range(streams):
+        self._streamed: SimpleQueue[_Bound] | None = self._bound(sessions.streamed, streams)
+        self._alone: SimpleQueue[_Bound] | None = self._bound(sessions.alone, 1) if streams > 1 else self._streamed
+
+    def _bound(self, session: Any, count: int) -> "SimpleQueue[_Bound]":
+        free: SimpleQueue[_Bound] = SimpleQueue()
+        for _ in range(count):
             binding = session.io_binding()
             for name, value in self._weights.items():
                 binding.bind_ortvalue_input(name, value)
-            self._bindings.put(binding)
+            free.put((session, binding))
+        return free
 
     def run(self, **inputs: Tensor) -> dict[str, Tensor]:
         """The session reads the caller's tensors and writes new ones: nothing is copied on the way."""
@@ -77,21 +93,21 @@ class OnnxRuntimeEngine:
         held = {name: value.contiguous() for name, value in inputs.items()}
         first = next(iter(held.values()))
         made = {name: torch.empty((len(first), *shape), device=first.device) for name, shape in self._outputs.items()}
-        assert self._bindings is not None, "a closed engine"
-        free = self._bindings
-        binding = free.get()
+        free = self._alone if is_alone() else self._streamed
+        assert free is not None, "a closed engine"
+        session, binding = bound = free.get()
         try:
             for name in held.keys() & self._reads:
                 binding.bind_input(name, *_place(held[name]))
             for name, value in made.items():
                 binding.bind_output(name, *_place(value))
-            self._session.run_with_iobinding(binding)
+            session.run_with_iobinding(binding)
         finally:
-            free.put(binding)
+            free.put(bound)
         return made
 
     def close(self) -> None:
-        self._bindings = self._session = None
+        self._streamed = self._alone = None
         self._weights = {}
 
 
@@ -114,20 +130,21 @@ class OnnxRuntime:
         tolerance(self.name, profile.precision)
         if profile.weights == "constant":
             return Compiled(graph, profile, None, *_with_named_constants(graph.onnx()))
-        return Compiled(graph, profile, _session(graph.onnx(), profile, {}))
+        return Compiled(graph, profile, _sessions(graph.onnx(), profile, {}))
 
     def load(self, compiled: Compiled, weights: Mapping[str, Tensor]) -> OnnxRuntimeEngine:
         check_weights(compiled.graph.shapes, weights)
-        device = "cpu" if compiled.session is None else torch.device(compiled.profile.device).type
+        device = "cpu" if compiled.sessions is None else torch.device(compiled.profile.device).type
         values = {WEIGHT + name: _value(value, device) for name, value in weights.items()}
-        if compiled.session is not None:
-            return OnnxRuntimeEngine(compiled.graph, compiled.session, values, compiled.profile.streams)
-        session = _session(compiled.model, compiled.profile, {name: values[name] for name in compiled.names})
-        return OnnxRuntimeEngine(compiled.graph, session, {}, compiled.profile.streams)
+        if compiled.sessions is not None:
+            return OnnxRuntimeEngine(compiled.graph, compiled.sessions, values, compiled.profile.streams)
+        sessions = _sessions(compiled.model, compiled.profile, {name: values[name] for name in compiled.names})
+        return OnnxRuntimeEngine(compiled.graph, sessions, {}, compiled.profile.streams)
 
     def weight_bytes(self, graph: Graph, profile: Profile) -> int:
-        """Constants are held once as they came and once as the kernels want them."""
-        return (1 if profile.weights == "set" else 2) * 4 * num_weights(graph)
+        """Constants are held once as they came and once by each session as its kernels want them."""
+        copies = 1 if profile.weights == "set" else 1 + min(profile.streams, 2)
+        return copies * 4 * num_weights(graph)
 
 
 def providers(device: str, installed: Sequence[str]) -> list[Any]:
@@ -141,6 +158,11 @@ def providers(device: str, installed: Sequence[str]) -> list[Any]:
     if _CUDA not in installed:
         raise BackendUnavailable(f"onnxruntime has {', '.join(installed)} here: for {device} install onnxruntime-gpu")
     return [(_CUDA, {"device_id": str(torch.device(device).index or 0), "use_tf32": "0"}), _CPU]
+
+
+def _sessions(model: bytes, profile: Profile, constants: Mapping[str, Any]) -> _Sessions:
+    streamed = _session(model, profile, constants)
+    return _Sessions(streamed, _session(model, whole(profile), constants) if profile.streams > 1 else streamed)
 
 
 def _session(model: bytes, profile: Profile, constants: Mapping[str, Any]) -> Any:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from engines.backends.base import Graph, Precision, Profile, Tolerance, check_inputs, check_weights, num_weights
 from engines.errors import GraphMismatch
+from engines.streams import ALONE_ROWS, is_alone, whole
 
 WEIGHT = "weight:"
 _Array = npt.NDArray[np.float32]
@@ -60,36 +61,39 @@ class _Shaped:
 
 
 @dataclass(frozen=True, slots=True)
+class _Forms:
+    """The graph by batch size, for calls in a stream, and of the small sizes for calls that are alone."""
+
+    streamed: Mapping[int, _Shaped]
+    alone: Mapping[int, _Shaped]
+
+
+@dataclass(frozen=True, slots=True)
 class Compiled:
-    """`shaped` is empty where the weights are constants: then `load` compiles."""
+    """`forms` is None where the weights are constants: then `load` compiles."""
 
     graph: Graph
     profile: Profile
-    shaped: Mapping[int, _Shaped]
+    forms: _Forms | None
 
 
 class OpenVinoEngine:
-    """Infer requests of each batch size, one per stream, all with the same weights. It owns copies of them."""
+    """Infer requests of each form, one per stream, all with the same weights. It owns copies of them."""
 
-    def __init__(
-        self, graph: Graph, shaped: Mapping[int, _Shaped], weights: Mapping[str, _Array], streams: int
-    ) -> None:
+    def __init__(self, graph: Graph, forms: _Forms, weights: Mapping[str, _Array], streams: int) -> None:
         import openvino as ov
 
         self.inputs = graph.inputs
         self._outputs = graph.outputs
         self._kept = dict(weights)
         tensors = {name: ov.Tensor(value, shared_memory=True) for name, value in self._kept.items()}
-        self._requests: dict[int, SimpleQueue[_Request]] = {}
-        for rows, one in shaped.items():
-            self._requests[rows] = SimpleQueue()
-            for _ in range(streams):
-                self._requests[rows].put(_Request(one, tensors))
+        self._streamed = {rows: _requests(one, tensors, streams) for rows, one in forms.streamed.items()}
+        self._alone = {rows: _requests(one, tensors, 1) for rows, one in forms.alone.items()}
 
     def run(self, **inputs: Tensor) -> dict[str, Tensor]:
         check_inputs(self.inputs, inputs)
         rows = len(next(iter(inputs.values())))
-        free = self._requests[rows]
+        free = self._alone.get(rows, self._streamed[rows]) if is_alone() else self._streamed[rows]
         request = free.get()
         try:
             arrays = request.infer({name: value.contiguous().numpy() for name, value in inputs.items()})
@@ -98,7 +102,8 @@ class OpenVinoEngine:
         return {name: torch.from_numpy(array) for name, array in zip(self._outputs, arrays, strict=True)}
 
     def close(self) -> None:
-        self._requests.clear()
+        self._streamed.clear()
+        self._alone.clear()
         self._kept.clear()
 
 
@@ -132,6 +137,13 @@ class _Request:
         return [tensor.data.copy() for tensor in self._main.output_tensors]
 
 
+def _requests(shaped: _Shaped, weights: Mapping[str, Any], count: int) -> "SimpleQueue[_Request]":
+    free: SimpleQueue[_Request] = SimpleQueue()
+    for _ in range(count):
+        free.put(_Request(shaped, weights))
+    return free
+
+
 class OpenVino:
     name = "openvino"
     reload: Literal["refit", "recompile"] = "refit"
@@ -145,23 +157,33 @@ class OpenVino:
     def build(self, graph: Graph, profile: Profile) -> Compiled:
         onnx = graph.onnx()
         if profile.weights == "constant":
-            return Compiled(graph, profile, {})
-        return Compiled(graph, profile, {rows: _compile(onnx, rows, profile) for rows in profile.batches})
+            return Compiled(graph, profile, None)
+        return Compiled(graph, profile, _forms(onnx, profile))
 
     def load(self, compiled: Compiled, weights: Mapping[str, Tensor]) -> OpenVinoEngine:
         graph, profile = compiled.graph, compiled.profile
         check_weights(graph.shapes, weights)
         arrays = {name: np.array(value.float().numpy(), order="C") for name, value in weights.items()}
-        if profile.weights == "set":
-            return OpenVinoEngine(graph, compiled.shaped, arrays, profile.streams)
-        onnx = graph.onnx()
-        shaped = {rows: _compile(onnx, rows, profile, arrays) for rows in profile.batches}
-        return OpenVinoEngine(graph, shaped, {}, profile.streams)
+        if compiled.forms is not None:
+            return OpenVinoEngine(graph, compiled.forms, arrays, profile.streams)
+        return OpenVinoEngine(graph, _forms(graph.onnx(), profile, arrays), {}, profile.streams)
 
     def weight_bytes(self, graph: Graph, profile: Profile) -> int:
-        """Constants are held twice by each compiled batch size, once as they came and once as the kernels want them."""
-        copies = 1 if profile.weights == "set" else 2 * len(profile.batches)
+        """Constants are held twice by each compiled form, once as they came and once as the kernels want them."""
+        copies = 1 if profile.weights == "set" else 2 * (len(profile.batches) + len(_alone_sizes(profile)))
         return copies * 4 * num_weights(graph)
+
+
+def _forms(onnx: bytes, profile: Profile, constants: Mapping[str, _Array] | None = None) -> _Forms:
+    alone = whole(profile)
+    return _Forms(
+        {rows: _compile(onnx, rows, profile, constants) for rows in profile.batches},
+        {rows: _compile(onnx, rows, alone, constants) for rows in _alone_sizes(profile)},
+    )
+
+
+def _alone_sizes(profile: Profile) -> list[int]:
+    return [rows for rows in profile.batches if rows <= ALONE_ROWS and profile.streams > 1]
 
 
 def _compile(onnx: bytes, rows: int, profile: Profile, constants: Mapping[str, _Array] | None = None) -> _Shaped:

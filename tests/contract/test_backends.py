@@ -3,11 +3,12 @@
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import pytest
 import torch
 
-from engines import plugins
+from engines import plugins, streams
 from engines.backends.base import Choice, Profile, Tolerance, load_backend, tolerance
 from engines.errors import GraphMismatch, InvalidRequest
 from engines.loader import Loader, load_student, load_weights
@@ -217,6 +218,21 @@ def test_calls_of_several_streams_at_once_give_what_each_gives_alone(teacher: ti
     with ThreadPoolExecutor(3) as pool:
         together = list(pool.map(lambda one: sample(student, *one), asked))
     assert all(torch.equal(made, expected) for made, expected in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("weights", ["set", "constant"])
+def test_a_call_that_is_alone_gives_the_same_on_all_threads_at_once(
+    teacher: tiny_sd.Teacher, backend: str, weights: Literal["set", "constant"]
+) -> None:
+    profile = Profile((1, 2, 4), threads=1, streams=2, weights=weights)
+    student = Loader(teacher.registry, Choice(backend, "fp32"), profile, teacher.graphs).load(teacher.manifest)
+    for rows in (1, 2, 3):
+        asked = ([PROMPTS[0]] * rows, range(rows), 4)
+        beside = sample(student, *asked)
+        with streams.alone():
+            made = [sample(student, *asked) for _ in range(2)]
+        assert all(allowed(student).fault(one, beside) is None for one in made)
 
 
 def allowed(student: LoadedStudent) -> Tolerance:

@@ -70,7 +70,7 @@ class Saturated(Recorder):
     def begin(self) -> None:
         self.loop.submit([self._ticket() for _ in range(UNDER_WAY)])
 
-    def ran(self, rows: Sequence[Any], seconds: float) -> None:
+    def ran(self, rows: Sequence[Any], seconds: float, lone: bool) -> None:
         self.calls.append("live")
 
     def decoded(self, rows: Sequence[LatentRow], pixels: Any) -> None:

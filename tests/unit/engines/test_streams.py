@@ -1,6 +1,9 @@
-"""How threads are cut into streams: by what a lone call takes, measured once."""
+"""How threads are cut into streams: by what they get done, measured once; and calls that have all threads."""
 
+import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,28 +15,38 @@ import torch
 from engines.backends.base import Choice, Profile
 from engines.loader import Loader
 from engines.slot import EngineSlot
-from engines.streams import PATIENCE, tuned
+from engines.streams import GAIN, alone, is_alone, tuned, whole
 from tests import tiny_sd
 
 
 @dataclass
 class Machine:
-    """A backend whose calls take what `lone_s` says of their threads, by a clock of its own."""
+    """A backend whose calls take what `call_s` says of their threads, by a clock of its own, however many at once."""
 
-    lone_s: Callable[[int], float]
+    call_s: Callable[[int], float]
     concurrent: bool = True
     name: str = "machine"
-    now_s: float = 0.0
     built: list[Profile] = field(default_factory=list)
+    _busy_s: Counter[int] = field(default_factory=Counter)  # by thread
+    _counting: threading.Lock = field(default_factory=threading.Lock)
+
+    def now_s(self) -> float:
+        return max(self._busy_s.values(), default=0.0)
 
     def build(self, graph: Any, profile: Profile) -> Profile:
         self.built.append(profile)
         return profile
 
     def load(self, compiled: Profile, weights: Mapping[str, torch.Tensor]) -> Any:
-        def run(**inputs: torch.Tensor) -> None:
-            self.now_s += self.lone_s(compiled.threads)
+        entered = threading.Barrier(compiled.streams)
 
+        def run(**inputs: torch.Tensor) -> None:
+            entered.wait(5)  # as many at once as there are streams
+            with self._counting:
+                self._busy_s[threading.get_ident()] += self.call_s(compiled.threads)
+            entered.wait(5)
+
+        self._busy_s.clear()
         return SimpleNamespace(run=run, close=lambda: None)
 
 
@@ -54,36 +67,46 @@ class Graph:
 
 
 def cut(machine: Machine, threads: int, folder: Path) -> tuple[int, int]:
-    made = tuned(machine, Graph(folder), Profile((1, 8), threads=threads), lambda: machine.now_s)  # type: ignore[arg-type]
+    made = tuned(machine, Graph(folder), Profile((1, 8), threads=threads), machine.now_s)  # type: ignore[arg-type]
     return made.streams, made.threads
 
 
 @pytest.mark.parametrize(
-    ("lone_s", "expected"),
+    ("call_s", "expected"),
     [
         (lambda threads: 1.0, (8, 1)),  # gains nothing from threads
         (lambda threads: 1 / threads, (1, 8)),  # gains all
-        (lambda threads: 1.0 if threads >= 4 else 2.0, (2, 4)),  # from four of them
+        (lambda threads: 1.0 if threads >= 4 else 4 / threads, (2, 4)),  # gains up to four of them
     ],
 )
-def test_threads_are_cut_as_far_as_a_lone_call_bears(
-    tmp_path: Path, lone_s: Callable[[int], float], expected: tuple[int, int]
+def test_threads_are_cut_as_long_as_more_gets_done(
+    tmp_path: Path, call_s: Callable[[int], float], expected: tuple[int, int]
 ) -> None:
-    assert cut(Machine(lone_s), 8, tmp_path) == expected
+    assert cut(Machine(call_s), 8, tmp_path) == expected
 
 
-@pytest.mark.parametrize(("slower", "streams"), [(PATIENCE - 0.01, 2), (PATIENCE + 0.01, 1)])
-def test_a_lone_call_is_patient_up_to_its_bound(tmp_path: Path, slower: float, streams: int) -> None:
-    assert cut(Machine(lambda threads: slower if threads == 1 else 1.0), 2, tmp_path)[0] == streams
+@pytest.mark.parametrize(("gain", "streams"), [(GAIN - 0.01, 1), (GAIN + 0.01, 2)])
+def test_streams_have_to_gain_enough(tmp_path: Path, gain: float, streams: int) -> None:
+    assert cut(Machine(lambda threads: 2 / gain if threads == 1 else 1.0), 2, tmp_path)[0] == streams
+
+
+def test_a_call_is_alone_only_where_and_while_it_is_said_to_be() -> None:
+    with alone():
+        with alone():
+            pass
+        with ThreadPoolExecutor(1) as pool:
+            assert (is_alone(), pool.submit(is_alone).result()) == (True, False)
+    assert not is_alone()
+    assert whole(Profile((1,), threads=2, streams=3)) == Profile((1,), threads=6, streams=1)
 
 
 def test_it_is_measured_once_for_a_graph_and_a_number_of_threads(tmp_path: Path) -> None:
     machine = Machine(lambda threads: 1.0)
     assert cut(machine, 4, tmp_path) == cut(machine, 4, tmp_path)
-    assert len(machine.built) == 2
+    assert [profile.streams for profile in machine.built] == [1, 2, 4]
     cut(machine, 2, tmp_path)
-    assert len(machine.built) == 4
-    assert {profile.batches for profile in machine.built} == {(1,)}
+    assert [profile.streams for profile in machine.built] == [1, 2, 4, 1, 2]
+    assert {profile.batches for profile in machine.built} == {(8,)}
 
 
 def test_a_backend_whose_calls_do_not_overlap_keeps_one_stream(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ class Recorder:
     late: list[str] = field(default_factory=list)
     steps: list[tuple[str, int]] = field(default_factory=list)
     room: list[int] = field(default_factory=list)
+    lone: list[bool] = field(default_factory=list)
     death: BaseException | None = None
     on_step: Callable[[], None] = lambda: None
 
@@ -39,7 +40,8 @@ class Recorder:
         self.room.append(1)
 
     def recalled(self, known: bool) -> None: ...
-    def ran(self, rows: Sequence[Any], seconds: float) -> None: ...
+    def ran(self, rows: Sequence[Any], seconds: float, lone: bool) -> None:
+        self.lone.append(lone)
 
     def stepped(self, rows: Sequence[PictureRow]) -> None:
         self.steps += [(row.request_id, row.step) for row in rows]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from engines.errors import InvalidRequest
+from engines.streams import is_alone
 from engines.student import sample
 from tests.eventually import eventually
 from tests.unit.server import toy
@@ -119,3 +120,53 @@ def test_rows_of_one_request_in_two_calls_end_together_when_one_of_them_fails() 
         eventually(lambda: bench.sink.pictures)
     assert set(bench.sink.errors) == {"a"}
     assert list(bench.sink.pictures) == [("b", 0)]
+
+
+class Company(toy.ToyFamily):
+    """Notes of each call how many rows it has and whether it is alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int, bool]] = []
+
+    def embed(self, tokens: Any) -> Tensor:
+        self.seen.append(("encode", len(tokens.counts), is_alone()))
+        return super().embed(tokens)
+
+    def denoise(self, x: Tensor, *given: Any, **named: Any) -> Tensor:
+        self.seen.append(("denoise", len(x), is_alone()))
+        return super().denoise(x, *given, **named)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        self.seen.append(("decode", len(latents), is_alone()))
+        return super().decode(latents)
+
+
+def test_the_calls_of_a_lone_request_have_all_threads_and_say_so() -> None:
+    bench, family = Bench(streams=2, threads=2), Company()
+    with bench.running():
+        bench.loop.submit([bench.ticket(toy.student(family), "a", steps=2)])
+        eventually(lambda: bench.sink.pictures)
+    assert family.seen == [("encode", 1, True), ("denoise", 1, True), ("denoise", 1, True), ("decode", 1, True)]
+    assert bench.sink.lone == [True] * 4
+
+
+def test_a_call_beside_which_another_runs_or_waits_is_not_alone() -> None:
+    bench, gated, family = Bench(streams=2, threads=2), Gated(), Company()
+    with bench.running():
+        bench.loop.submit([bench.ticket(toy.student(gated), "a")])
+        eventually(lambda: gated.running == 1)
+        bench.loop.submit([bench.ticket(toy.student(family), "b")])
+        eventually(lambda: ("b", 0) in bench.sink.pictures)
+        gated.gate.set()
+        eventually(lambda: len(bench.sink.pictures) == 2)
+    assert [(stage, lone) for stage, _, lone in family.seen] == [("denoise", False), ("decode", False)]
+
+
+def test_a_call_is_not_alone_while_others_wait_for_the_only_stream() -> None:
+    bench, family = Bench(streams=1, threads=1), Company()
+    with bench.running():
+        bench.loop.submit([bench.ticket(toy.student(family), f"r{i}", prompt=f"prompt {i}") for i in range(40)])
+        eventually(lambda: len(bench.sink.pictures) == 40)
+    assert not family.seen[0][2]
+    assert family.seen[-1][2]
