@@ -42,7 +42,7 @@ demo: install  ## the whole loop on this machine: teacher, job, gate, swap under
 
 test: install-dev system-packages test-tensorrt  ## every test
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 tests/unit/distill_jobs tests/unit/engines
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/unit/distill_jobs --ignore tests/unit/engines --ignore tests/tensorrt
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/unit/distill_jobs --ignore tests/unit/engines --ignore tests/tensorrt
 
 test-unit: install-dev  ## only the quick ones
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/unit tests/test_architecture.py

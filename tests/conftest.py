@@ -4,9 +4,34 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from server.client import Client
 from server.embedded import Stack, StackOptions
+
+_SHARING_THE_STACK = "tests/e2e"
+
+
+class _Files(LoadFileScheduling):
+    """Hands out files in the order of collection; those that share the running system as one: it starts once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return _SHARING_THE_STACK if nodeid.startswith(f"{_SHARING_THE_STACK}/") else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _Files | None:
+    return _Files(config, log) if config.option.dist == "loadfile" else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Files that may take longest come first: at the end one of them would keep a single process busy."""
+    longest: dict[Path, float] = {}
+    for item in items:
+        mark = item.get_closest_marker("timeout")
+        within_s = float(mark.args[0] if mark else config.getini("timeout"))
+        longest[item.path] = max(longest.get(item.path, 0.0), within_s)
+    items.sort(key=lambda item: -longest[item.path])
 
 
 @pytest.fixture(scope="session")
