@@ -8,7 +8,7 @@ TORCH_PIP_ARGS ?=
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev system-packages demo test test-unit test-faults test-tensorrt test-gpu check fmt bench bench-serve bench-swap bench-soak bench-student bench-distill bench-searches bench-growth bench-policies bench-peers bench-tensorrt bench-gpu teacher dashboards clean
+.PHONY: help install install-dev system-packages demo test test-unit test-faults test-tensorrt test-gpu check fmt bench bench-serve bench-swap bench-soak bench-student bench-distill bench-searches bench-growth bench-policies bench-fidelity bench-peers bench-tensorrt bench-gpu teacher dashboards clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -90,11 +90,14 @@ $(VENV)-peers/.installed: bench/peers/requirements.txt
 	$(VENV)-peers/bin/pip install --quiet -r $<
 	touch $@
 
-bench-growth: install-dev  ## a request beside 1,000,000 queued ones, decisions with many rows and workers
+bench-growth: install-dev  ## a request beside 1,000,000 queued ones, decisions with many rows and workers, 1 to 4 workers and 1 or 2 gateways; stop and go on as you like
 	$(BIN)/python -m bench.growth $(ARGS)
 
 bench-policies: install-dev  ## other scheduling rules on the same traffic, in simulation on the costs of bench/costs.json
 	$(BIN)/python -m bench.costs && $(BIN)/python -m bench.policies $(ARGS)
+
+bench-fidelity: install-dev  ## a closed loop in the real processes beside the same in simulation
+	$(BIN)/python -m bench.fidelity $(ARGS)
 
 bench-peers: install-dev $(VENV)-peers/.installed  ## beside FastAPI, LitServe, Ray Serve, BentoML and diffusers' server: an hour, ARGS=--quick 10 minutes
 	$(BIN)/python -m bench.peers --python $(VENV)-peers/bin/python $(ARGS)

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engines.cost import CostKey, CostModel
-from server.batcher import STRETCH, Batcher, CostOf, LaneKey, Row, Stage, due
+from server.batcher import STRETCH, Batcher, CostOf, Row, Stage, due
 from server.fair_queue import FairQueue
 from server.messages import RequestClass, class_of
 
 Ending = Literal["succeeded", "expired", "canceled", "shed"]
+STAGES: tuple[Stage, ...] = ("encode", "denoise", "decode")
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -90,22 +91,35 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """Workers of one deployment that share its queue. `max_wait_s` None admits everybody."""
+    """Workers of one deployment that share its queue, each with `streams` engine calls at once.
+
+    `costs` are those of a call that has the threads of all streams, `overlapped` those of one while all other streams
+    run too; without them both are taken to be the same. `max_wait_s` None admits everybody.
+    """
 
     costs: CostModel
     workers: int = 1
     sizes: tuple[int, ...] = (1, 2, 4, 8)
     max_wait_s: float | None = None
+    streams: int = 1
+    overlapped: CostModel | None = None
 
-    def call_s(self, lane: LaneKey, size: int) -> float | None:
-        return self.costs.seconds(CostKey(lane.stage, lane.stage, ()), size)
+    @property
+    def busy(self) -> CostModel:
+        """What calls take where all streams run."""
+        return self.overlapped or self.costs
+
+    def padded(self, rows: int) -> int:
+        """The size that so many network rows run at."""
+        return min((each for each in self.sizes if each >= rows), default=self.sizes[-1])
 
     def seconds(self, stage: Stage, rows: int) -> float:
-        """One call with so many network rows, padded."""
-        size = min((each for each in self.sizes if each >= rows), default=self.sizes[-1])
-        found = self.call_s(LaneKey(stage, stage), size)
-        assert found is not None, f"the recorded costs have no {stage} of {size} rows"
-        return found
+        """A lone call with so many network rows, padded."""
+        return self._recorded_s(self.costs, stage, rows)
+
+    def busy_s(self, stage: Stage, rows: int) -> float:
+        """One while all streams run."""
+        return self._recorded_s(self.busy, stage, rows)
 
     def alone_s(self, asked: Asked) -> float:
         """A request of one picture on an idle worker."""
@@ -113,8 +127,13 @@ class Fleet:
         return encode + asked.steps * self.seconds("denoise", asked.network_rows) + self.seconds("decode", 1)
 
     def queued_s(self, asked: Asked) -> float:
-        """As gateways predict it: each row's share of the largest batch."""
+        """As gateways predict it: each row's share of the largest batches, as many as run at once."""
         largest = self.sizes[-1]
         evaluations = asked.steps * asked.network_rows
-        row_s = self.seconds("encode", largest) + self.seconds("decode", largest)
-        return asked.n * (row_s + evaluations * self.seconds("denoise", largest)) / largest
+        row_s = self.busy_s("encode", largest) + self.busy_s("decode", largest)
+        return asked.n * (row_s + evaluations * self.busy_s("denoise", largest)) / (largest * self.streams)
+
+    def _recorded_s(self, costs: CostModel, stage: Stage, rows: int) -> float:
+        found = costs.seconds(CostKey(stage, stage, ()), self.padded(rows))
+        assert found is not None, f"the recorded costs have no {stage} of {rows} rows"
+        return found

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.costs import SIZES, read
+from bench.costs import recorded
 from bench.fleet import Asked, Fleet, Policy, SimRow, Told, production
 from bench.machine import described, quantile
 from bench.simulation import Simulation
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=_OUT)
     given = parser.parse_args()
-    report, fleet = described("bench.policies"), Fleet(read(), sizes=SIZES)
+    report, fleet = described("bench.policies"), recorded()
     report["cells"] = []
     for workload, mix in WORKLOADS.items():
         capacity = 1 / sum(share * fleet.queued_s(asked) for share, asked in mix)

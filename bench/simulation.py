@@ -1,37 +1,27 @@
 """The whole scheduler on recorded costs: a discrete-event simulation around the code that decides in production.
 
 Arrivals go through `admit` into the queues that brokers keep (`FairQueue`, `take`), `room` says what each worker may
-claim, and its `Batcher` what it runs. Simulated are only the engines, which take what the cost model says, and the
-clock. What the simulation leaves out: everything outside engine calls (HTTP, Redis, image bytes) takes no time.
+claim, and `Turns` with its `Batcher` what each of its streams runs. Simulated are only the engines, which take what was
+recorded of lone calls and of calls beside others, and the clock. What the simulation leaves out: everything outside
+engine calls (HTTP, Redis, image bytes) takes no time, but for what the recorded costs have of it.
 """
 
 import heapq
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import count
 
 from bench.fleet import Asked, Ending, Fleet, Policy, SimRow, Told
+from bench.simulated_worker import Call, Worker
 from engines.errors import Overloaded
 from server.admission import Limits, Load, admit
-from server.batcher import Batcher, LaneKey, Stage
+from server.batcher import LaneKey, Stage
 from server.fair_queue import Source, Waiting, in_turn, passed_s, take
-from server.intake import Room, room
+from server.intake import Room
 from server.messages import CLASSES, RequestClass
 
-
-@dataclass(slots=True, eq=False)
-class Worker:
-    number: int
-    batcher: Batcher[SimRow]
-    held: dict[Told, int] = field(default_factory=dict)  # rows that need a place after the call that runs now
-    running: Sequence[SimRow] = ()
-
-    def room(self, limit: int, now_s: float, due_s: Callable[[Told], float]) -> Room:
-        high = sum(rows for told, rows in self.held.items() if told.asked.request_class == "high")
-        latest_s = max((due_s(told) for told in self.held), default=None)
-        slack_ms = None if latest_s is None else int(1000 * (latest_s - now_s)) - 1
-        return room(limit, high, sum(self.held.values()) - high, slack_below_ms=slack_ms)
+Then = Callable[[Told], Iterable[Asked]]
+"""What its client asks when a request has ended."""
 
 
 class Simulation:
@@ -44,25 +34,32 @@ class Simulation:
         self._queues = {each: policy.queue() for each in CLASSES}
         self._waiting = 0  # requests in the queues
         self._owed_s: dict[RequestClass, dict[str, float]] = {each: {} for each in CLASSES}  # predicted, by owner
-        self._workers = [Worker(i, policy.batcher(fleet.sizes, fleet.call_s)) for i in range(fleet.workers)]
+        self._workers = [Worker(i, fleet, policy.batcher) for i in range(fleet.workers)]
         self._idle = dict.fromkeys(self._workers)
         self._open = dict.fromkeys(self._workers)  # those with room for every class, longest waiting first
         self._reserved: dict[Worker, None] = {}  # those with room for class high and what overtakes
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._number, self._turn, self._claimed = count(), 1, count()
+        self._told: list[Told] = []
+        self._then: Then = lambda _: ()
 
-    def run(self, asked: Iterable[Asked]) -> list[Told]:
-        """Every request with its end, in the order in which they came."""
-        told = [Told(str(number), each) for number, each in enumerate(asked)]
-        for each in told:
-            self._at(each.asked.at_s, partial(self._arrive, each))
+    def run(self, asked: Iterable[Asked], then: Then | None = None) -> list[Told]:
+        """Every request with its end, in the order in which they were asked; a closed loop asks again by `then`."""
+        self._then = then or self._then
+        for each in asked:
+            self._ask(each)
         while self._events:
             at_s, _, happen = heapq.heappop(self._events)
             if self._waiting:
                 self.wasted_s += (at_s - self.now_s) * len(self._idle)
             self.now_s = at_s
             happen()
-        return told
+        return self._told
+
+    def _ask(self, asked: Asked) -> None:
+        told = Told(str(len(self._told)), asked)
+        self._told.append(told)
+        self._at(asked.at_s, partial(self._arrive, told))
 
     def _at(self, at_s: float, happen: Callable[[], None]) -> None:
         heapq.heappush(self._events, (at_s, next(self._number), happen))
@@ -73,7 +70,7 @@ class Simulation:
         asked, fleet = told.asked, self.fleet
         told.queued_s = fleet.queued_s(asked)
         if not self._admitted(told):
-            told.ending, told.ended_s = "shed", self.now_s
+            self._over(told, "shed")
             return
         self._owe(asked, told.queued_s)
         waiting = Waiting(told, asked.owner, asked.n, self.now_s, self.policy.slack(told, 0), told.queued_s)
@@ -117,12 +114,17 @@ class Simulation:
         self._end(told, ending)
         self._offer()
 
-    def _end(self, told: Told, ending: Ending) -> None:
+    def _over(self, told: Told, ending: Ending) -> None:
         told.ending, told.ended_s = ending, self.now_s
+        for asked in self._then(told):
+            self._ask(asked)
+
+    def _end(self, told: Told, ending: Ending) -> None:
+        self._over(told, ending)
         self._owe(told.asked, -told.queued_s)
         if told.worker is not None:
             worker = self._workers[told.worker]
-            worker.batcher.remove([told.id])
+            worker.turns.batcher.remove([told.id])
             worker.held.pop(told, None)
             self._listen(worker)
 
@@ -149,7 +151,7 @@ class Simulation:
         self._turn_of(worker)
 
     def _room(self, worker: Worker) -> Room:
-        return worker.room(2 * self.fleet.sizes[-1], self.now_s, lambda told: self._due_s(told, 0))
+        return worker.room(self.now_s, lambda told: self._due_s(told, 0))
 
     def _admit(self, worker: Worker, told: Told) -> None:
         asked = told.asked
@@ -158,13 +160,13 @@ class Simulation:
         if not asked.prompt_known:
             told.missing = asked.network_rows  # a guided request has two
             for _ in range(told.missing):
-                worker.batcher.add(self._row(told, "encode"))
+                worker.turns.batcher.add(self._row(told, "encode"))
         self._join(worker, told)
 
     def _join(self, worker: Worker, told: Told) -> None:
         if not told.missing and told.ending is None:
             for _ in range(told.asked.n):
-                worker.batcher.add(self._row(told, "denoise"))
+                worker.turns.batcher.add(self._row(told, "denoise"))
 
     def _row(self, told: Told, stage: Stage) -> SimRow:
         network = LaneKey("denoise", told.asked.model)
@@ -191,29 +193,31 @@ class Simulation:
             self._reserved.setdefault(worker)
 
     def _turn_of(self, worker: Worker) -> None:
-        """Begins a worker's next call if none runs."""
-        if worker.running:
-            return
-        batch = worker.batcher.next_batch()
-        if not batch:
+        """Begins calls on a worker's free streams."""
+        begun = False
+        while call := worker.begin(self.now_s):
+            begun = True
+            self.calls += 1
+            for row in call.rows:
+                told = row.told
+                told.begun_s = self.now_s if told.begun_s is None else told.begun_s
+                if row.lane.stage == "denoise" and row.step + 1 == told.asked.steps:
+                    worker.held[told] -= 1
+        for at_s, call in worker.reckon(self.now_s):
+            self._at(at_s, partial(self._called, worker, call, call.reckoned))
+        if worker.calls:
+            self._idle.pop(worker, None)
+        else:
             self._idle.setdefault(worker)
-            return
-        self._idle.pop(worker, None)
-        worker.running = batch
-        self.calls += 1
-        for row in batch:
-            told = row.told
-            told.begun_s = self.now_s if told.begun_s is None else told.begun_s
-            if row.lane.stage == "denoise" and row.step + 1 == told.asked.steps:
-                worker.held[told] -= 1
-        seconds = self.fleet.seconds(batch[0].lane.stage, sum(row.network_rows for row in batch))
-        self._at(self.now_s + seconds, partial(self._called, worker))
-        self._listen(worker)
+        if begun:
+            self._listen(worker)
 
-    def _called(self, worker: Worker) -> None:
-        """A step boundary."""
-        batch, worker.running = worker.running, ()
-        for row in batch:
+    def _called(self, worker: Worker, call: Call, reckoned: int) -> None:
+        """A step boundary, if nothing has changed since it was reckoned."""
+        if call.reckoned != reckoned:
+            return
+        worker.end(call, self.now_s)
+        for row in call.rows:
             if row.told.ending is None:
                 self._advance(worker, row)
         self._offer()
@@ -229,7 +233,7 @@ class Simulation:
             row.step += 1
             told.evaluations += row.network_rows
             row.due_s = self._due_s(told, row.step)
-            worker.batcher.add(row if row.step < told.asked.steps else self._row(told, "decode"))
+            worker.turns.batcher.add(row if row.step < told.asked.steps else self._row(told, "decode"))
         else:
             told.decoded += 1
             if told.decoded == told.asked.n:

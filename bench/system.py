@@ -145,13 +145,27 @@ class Load:
         self._process.wait(300)
 
     @property
+    def cpu_s(self) -> float:
+        """CPU seconds since its start, while it runs."""
+        times = psutil.Process(self._process.pid).cpu_times()
+        return times.user + times.system
+
+    @property
     def records(self) -> list[Record]:
         return load_generator.read(self._out)
 
 
 @contextlib.contextmanager
 def system(
-    folder: Path, pipeline: Path, *, versions: int, steps: int, threads: int, env: Mapping[str, str], workers: int = 1
+    folder: Path,
+    pipeline: Path,
+    *,
+    versions: int,
+    steps: int,
+    threads: int,
+    env: Mapping[str, str],
+    workers: int = 1,
+    gateways: int = 1,
 ) -> Iterator[tuple[System, list[str]]]:
     """Everything up and serving the first of the ring."""
     data = folder / "data"
@@ -159,6 +173,8 @@ def system(
     made = ring(registry, pipeline, versions, [steps])
     deploy(registry, made[0], steps)
     env = {"WORKER_CACHE_DIR": str(CACHE.resolve()), **env}
-    options = StackOptions(data=data, port=0, workers=workers, distiller=False, threads=threads, env=env)
+    options = StackOptions(
+        data=data, port=0, workers=workers, gateways=gateways, distiller=False, threads=threads, env=env
+    )
     with Stack(options) as stack:
         yield System(stack, folder), made

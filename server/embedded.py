@@ -31,12 +31,14 @@ _FIRST_BUILD_S = 600.0
 class StackOptions:
     """What `fewstep up` can be told. Port 0 takes a free one; `redis_url` None starts a server of our own.
 
-    `metrics_port` is the first worker's; further workers and then the distiller have the ports after it.
+    `metrics_port` is the first worker's; further workers and then the distiller have the ports after it. Gateways
+    beyond the first take free ports.
     """
 
     data: Path
     port: int = 8000
     workers: int = 1
+    gateways: int = 1
     distiller: bool = True
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
     redis_url: str | None = None
@@ -51,6 +53,7 @@ class Stack:
         self.options = options
         self.port = options.port or free_port()
         self.url = f"http://{_LOOPBACK}:{self.port}"
+        self.ports = {"gateway": self.port} | {f"gateway-{index}": free_port() for index in range(1, options.gateways)}
         self.registry_url = str(options.data.resolve() / "registry")
         self._redis_port = free_port()
         self.redis_url = options.redis_url or f"redis://{_LOOPBACK}:{self._redis_port}/0"
@@ -77,7 +80,7 @@ class Stack:
 
     def stop(self) -> None:
         """Gateway refuses, workers drain, the trainer checkpoints, Redis goes last."""
-        self.supervisor.stop(["gateway", *self._worker_names(), "distiller", "redis"])
+        self.supervisor.stop([*self.ports, *self._worker_names(), "distiller", "redis"])
         for client in self._clients:
             client.close()
         self._locked.__exit__(None, None, None)
@@ -97,7 +100,8 @@ class Stack:
         if self.options.redis_url is None:
             self.supervisor.start(self._redis())
         self._seed()
-        self.supervisor.start(self._gateway())
+        for name in self.ports:
+            self.supervisor.start(self._gateway(name))
         self.start_workers()
         if self.options.distiller:
             self.supervisor.start(self._distiller())
@@ -117,10 +121,11 @@ class Stack:
         listen = ("--bind", _LOOPBACK, "--port", str(self._redis_port), "--dir", str(folder))
         return Child("redis", (redis_binary(), *listen, *durable), ready=lambda: _pings(self.redis_url))
 
-    def _gateway(self) -> Child:
-        env = {"HOST": _LOOPBACK, "PORT": str(self.port), "URL_SECRET": self._url_secret()}
-        client = self._client(self.url)
-        return Child("gateway", _fewstep("gateway"), ready=client.alive, env=self._env("GATEWAY", env))
+    def _gateway(self, name: str) -> Child:
+        port = self.ports[name]
+        env = {"HOST": _LOOPBACK, "PORT": str(port), "URL_SECRET": self._url_secret()}
+        client = self._client(f"http://{_LOOPBACK}:{port}")
+        return Child(name, _fewstep("gateway"), ready=client.alive, env=self._env("GATEWAY", env))
 
     def _worker(self, name: str) -> Child:
         # The distiller judges on the same engines: what one of them has compiled the other finds.

@@ -24,13 +24,13 @@ from engines.editing import Looked
 from engines.errors import FewstepError, InternalError
 from engines.streams import alone
 from server.batcher import Batcher, LaneKey
-from server.behind import Behind, Piece
-from server.flights import Flights
+from server.behind import Piece
 from server.prompt_cache import Embedding
 from server.sink import Sink
 from server.stages import Stages, give, partial_index, show
 from server.stall import StallMeter
 from server.tickets import PictureRow, PromptRow, SourceRow, Ticket, latent_row, prompts_of, rows_of, sources_of
+from server.turns import Turns
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -56,8 +56,8 @@ class EngineLoop:
         self.streams, self.threads = streams, threads
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = threading.Lock()  # of all below
-        self._behind = Behind()
-        self._flights = Flights()
+        self._turns: Turns[Any] = Turns(batcher, streams)
+        self._behind, self._flights = self._turns.behind, self._turns.flights
         self._idle = 0  # threads that wait for the inbox
         self._stopping = False
 
@@ -125,7 +125,7 @@ class EngineLoop:
                     self._inbox.put(_nothing)  # for the next thread that waits
                     return None
                 if work := self._work():
-                    if self._idle and self._free() and (self._behind.ready or len(self._batcher)):
+                    if self._idle and self._turns.free and self._turns.waiting:
                         self._inbox.put(_nothing)  # wakes another thread for what is left
                     return work
                 self._idle += 1
@@ -221,19 +221,15 @@ class EngineLoop:
         if late:
             for ticket in self._forget(late):
                 self._sink.expired(ticket)
-        if not self._free():
+        work = self._turns.next()
+        if work is None:
             return None
-        batch = [] if self._behind.starved else self._batcher.next_batch()
-        if batch:
-            for row in batch:
-                row.ticket.begin(now_s)
-            lone = not len(self._flights) and not self._behind.running and not len(self._batcher)
-            return partial(self._fly, batch, self._flights.begin(batch), lone)
-        return partial(self._run_behind, self._behind.begin()) if self._behind.ready else None
-
-    def _free(self) -> bool:
-        """Whether one more call may run, of live rows or behind them: an engine has so many streams and no more."""
-        return len(self._flights) + self._behind.running < self.streams()
+        if isinstance(work, Piece):
+            return partial(self._run_behind, work)
+        for row in work:
+            row.ticket.begin(now_s)
+        lone = self._turns.lone
+        return partial(self._fly, work, self._flights.begin(work), lone)
 
     def _admit(self, tickets: Sequence[Ticket]) -> None:
         for ticket in tickets:

@@ -30,6 +30,11 @@ class Room:
     slack_below_ms: int | None = None  # what should be done sooner than this may have the place kept for high
 
 
+def held_at_most(streams: int, largest_batch: int) -> int:
+    """Rows that a worker holds at once: those of the calls that run, and those of the next one."""
+    return (1 + streams) * largest_batch
+
+
 def room(limit: int, held_high: int, held_below: int, slack_below_ms: int | None = None) -> Room:
     """A quarter of `limit` is kept for class high and for what would overtake something that is here.
 

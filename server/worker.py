@@ -21,7 +21,7 @@ from server.answers import Answers, Picture, collect, event
 from server.batcher import Batcher
 from server.brokers.base import Broker, Claim, Finished
 from server.engine_loop import EngineLoop
-from server.intake import Intake, Room, room
+from server.intake import Intake, Room, held_at_most, room
 from server.messages import ErrorBody, ended_by
 from server.metrics import Metrics
 from server.prompt_cache import PromptCache
@@ -168,7 +168,7 @@ class Worker:
                 held[ticket.claim.request.request_class == "high"] += ticket.rows_left
         latest_s = max((ticket.due_s for ticket in self._tickets.values()), default=None)
         slack_ms = None if latest_s is None else int(1000 * (latest_s - self._now_s())) - 1
-        limit = (1 + self.engine.streams()) * max(self._settings.batch_sizes)
+        limit = held_at_most(self.engine.streams(), max(self._settings.batch_sizes))
         if sum(parked.claim.request.n for parked in self._parked.values()) >= _MOST_PARKED * limit:
             return Room(0, 0)
         # Rows that waited for their version come all at once; the others are not kept out for as long as those take.
