@@ -2,7 +2,9 @@
 
 `python -m bench.backends` measures every backend that runs here in a fresh process each, in every precision and with
 weights set and as constants: milliseconds per call at each batch size, of other weights on the known graph, and seconds
-of the first build (the graph's export left out, which all share). It writes `bench/backends.json` and prints a table.
+of the first build (the graph's export left out, which all share and which is measured once). `reload_share` is what
+other weights take of all that a new graph would: its export, where the backend reads one, its build and its first load.
+It writes `bench/backends.json` and prints a table.
 The processor's own time stands beside the wall's, because it hardly notices what else the machine does.
 """
 
@@ -28,7 +30,7 @@ from engines import plugins
 from engines.artefact import import_diffusers
 from engines.backends.base import BATCHES, Choice, Profile, load_backend
 from engines.cache import DiskCache
-from engines.graph import ComponentGraph, GraphStore
+from engines.graph import ComponentGraph, GraphStore, export
 from engines.loader import Loader, load_weights
 from engines.registry.memory import MemoryRegistry
 
@@ -55,27 +57,51 @@ def cells() -> list[dict[str, str]]:
 def measured(cell: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
     """One cell, in this process, which should be fresh."""
     torch.set_num_threads(given.threads)
+    if "export" in cell:
+        return cell | {"export_s": _exported(cell["export"])}
     profile = Profile(given.batches, cell["precision"], given.threads, cell["weights"])
-    return cell | {role: _measured(cell["backend"], role, profile, given) for role in given.roles}
+    kind = load_backend(cell["backend"]).reload if cell["weights"] == "set" else "recompile"
+    return cell | {"reload": kind} | {role: _measured(cell["backend"], role, profile, given) for role in given.roles}
+
+
+def _exported(role: str) -> float:
+    graph, _ = _part(role, None, [])
+    with tempfile.TemporaryDirectory() as folder:
+        return _timed(lambda: export(graph.spec, Path(folder)))[0]
+
+
+def with_shares(cell: dict[str, Any], export_s: dict[str, float]) -> dict[str, Any]:
+    """A cell that says of each role what other weights take of all that a new graph would take."""
+    for role, exported_s in export_s.items():
+        whole_s = cell[role]["build_s"] + (exported_s if cell[role]["reads_export"] else 0.0)
+        cell[role]["reload_share"] = round(cell[role]["reload_ms"]["median"] / 1000 / whole_s, 4)
+    return cell
 
 
 def _measured(name: str, role: str, profile: Profile, given: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
-        graph, weights = _part(role, DiskCache(Path(scratch)))
+        reads: list[str] = []
+        graph, weights = _part(role, DiskCache(Path(scratch)), reads)
         backend = load_backend(name)
         built_s, compiled = _timed(lambda: backend.build(graph, profile))
         first_s, engine = _timed(lambda: backend.load(compiled, weights))
+        reads_export = bool(reads)
         reloads = [_timed(lambda: backend.load(compiled, weights))[0] * 1000 for _ in range(given.runs)]
         calls = {
             str(rows): _call(lambda: engine.run(**inputs), given)
             for rows in profile.batches
             if (inputs := _inputs(graph, rows))
         }
-    return {"build_s": round(built_s + first_s, 2), "reload_ms": spread(reloads, 2), "call_ms": calls}
+    return {
+        "build_s": round(built_s + first_s, 4),
+        "reads_export": reads_export,
+        "reload_ms": spread(reloads, 2),
+        "call_ms": calls,
+    }
 
 
-def _part(role: str, built: DiskCache) -> tuple[ComponentGraph, dict[str, Tensor]]:
-    """The graph with its export at hand, and nothing built from it."""
+def _part(role: str, built: DiskCache | None, reads: list[str]) -> tuple[ComponentGraph, dict[str, Tensor]]:
+    """The graph with its export at hand, and nothing built from it. Who reads the export is noted in `reads`."""
     registry = MemoryRegistry()
     contract = TASK.teacher
     version = import_diffusers(
@@ -89,8 +115,14 @@ def _part(role: str, built: DiskCache) -> tuple[ComponentGraph, dict[str, Tensor
     manifest = registry.student(version)
     exports = GraphStore(DiskCache(GRAPHS))
     known = Loader(registry, Choice("eager", "fp32"), Profile(), exports).graphs(manifest)[role]
-    known.onnx()
-    graph = ComponentGraph(known.spec, known.folder, built)
+    if built is not None:
+        known.onnx()
+
+    def folder() -> Path:
+        reads.append(role)
+        return known.folder()
+
+    graph = ComponentGraph(known.spec, folder, built)
     return graph, graph.select(load_weights(registry, manifest.components[role]))
 
 
@@ -122,15 +154,14 @@ def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 def table(report: dict[str, Any], role: str) -> Table:
     made = Table(title=f"{role}: ms of processor time a call (median), {report['threads']} threads")
-    for title in ("backend", "weights", *(f"batch {n}" for n in report["batches"]), "reload ms", "build s"):
+    for title in ("backend", "weights", *(f"batch {n}" for n in report["batches"]), "reload ms", "of all", "build s"):
         made.add_column(title, justify="left" if title in ("backend", "weights") else "right")
     for cell in report["cells"]:
         figures = cell[role]
         calls = [f"{one['cpu']['median']:.2f}" for one in figures["call_ms"].values()]
         name = f"{cell['backend']} {cell['precision']}"
-        made.add_row(
-            name, cell["weights"], *calls, f"{figures['reload_ms']['median']:.1f}", f"{figures['build_s']:.1f}"
-        )
+        reload = f"{figures['reload_ms']['median']:.1f}", f"{figures['reload_share']:.1%}"
+        made.add_row(name, cell["weights"], *calls, *reload, f"{figures['build_s']:.1f}")
     return made
 
 
@@ -162,8 +193,10 @@ def main() -> None:
         sys.stdout.write(json.dumps(measured(json.loads(given.measure), given)) + "\n")
         return
     wanted = [cell for cell in cells() if given.backends is None or cell["backend"] in given.backends]
-    made = [_in_a_process(cell) for cell in wanted]
-    report = described("bench.backends") | {"threads": given.threads, "batches": given.batches, "cells": made}
+    export_s = {role: _in_a_process({"export": role})["export_s"] for role in given.roles}
+    made = [with_shares(_in_a_process(cell), export_s) for cell in wanted]
+    about = {"threads": given.threads, "batches": given.batches, "export_s": export_s}
+    report = described("bench.backends") | about | {"cells": made}
     given.out.write_text(json.dumps(report, indent=1) + "\n")
     for role in given.roles:
         out.print(table(report, role))
