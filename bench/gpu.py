@@ -1,9 +1,10 @@
 """Steps of SDXL-, Sana- and FLUX-shaped denoisers on a GPU: `python -m bench.gpu` writes bench/gpu.json.
 
-Beside each other in one run, all bf16, on the same inputs, which are on the GPU:
+Beside each other in one run, bf16 but for the last, on the same inputs, which are on the GPU:
     diffusers           its module as it stands, as a pipeline calls it
     diffusers compiled  the same under torch.compile with CUDA graphs (mode reduce-overhead, UNets channels-last)
     torch_compile, tensorrt   our engines, each call with its copies in and out
+    tensorrt fp8        the same with the products of weights in fp8; speed does not depend on the scales either
 A cell is a network, a size and a form; each is a process of its own, so that none inherits memory or clocks from the
 last, and what was measured is written after each: stop it when you like. `share_of_peak` is the network's arithmetic
 (multiplications and additions of its matrix products) per second over what a product of 8192-sized bf16 matrices
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,8 @@ from engines.graph import ComponentGraph, ComponentSpec, GraphStore
 OUT = Path(__file__).with_name("gpu.json")
 CACHE = Path(".fewstep/bench-gpu")
 """Kept between runs: code and plans are made once."""
-FORMS = ("diffusers", "diffusers compiled", "torch_compile", "tensorrt")
+FORMS = ("diffusers", "diffusers compiled", "torch_compile", "tensorrt", "tensorrt fp8")
+_LARGEST = 8.0  # of what layers multiply, as far as fp8 is told
 _PEAK = 8192
 out = Console()
 
@@ -67,8 +70,13 @@ def call_of(form: str, spec: ComponentSpec, given: argparse.Namespace) -> Callab
         return _diffusers(spec, compiled=form.endswith("compiled"))
     graph = GraphStore(DiskCache(CACHE)).graph(spec)
     profile = Profile(tuple(given.batches), "bf16", device="cuda")
-    backend = load_backend(form)
-    engine = backend.load(backend.build(graph, profile), _random(graph))
+    if form == "tensorrt fp8":
+        profile = replace(profile, precision="fp8", weights="constant")
+    backend = load_backend(form.removesuffix(" fp8"))
+    compiled = backend.build(graph, profile)
+    if form == "tensorrt fp8":
+        compiled = replace(compiled, largest=dict.fromkeys(graph.shapes, _LARGEST))
+    engine = backend.load(compiled, _random(graph))
     gc.collect()
     return lambda inputs: engine.run(**inputs)
 

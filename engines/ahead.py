@@ -3,10 +3,12 @@
 A worker finds them where it has the same engine cache, batch sizes, precision, targets and version of the library.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
+from engines import scales
 from engines.backends import tensorrt
-from engines.backends.base import Profile
+from engines.backends.base import SCALED, Profile
 from engines.graph import GraphStore, spec
 from engines.loader import load_weights, profile_of, reader
 from engines.registry.base import Registry
@@ -14,6 +16,8 @@ from engines.registry.base import Registry
 
 def build_ahead(registry: Registry, version: str, profile: Profile, graphs: GraphStore) -> dict[str, Path]:
     """Component -> the folder with its plan, for the targets of `profile`.
+
+    Denoisers in fp8 have two: that in which they go live and, as `<component> fp8`, that in which they are specialised.
 
     Raises:
         BackendUnavailable: no TensorRT that builds for others.
@@ -25,4 +29,8 @@ def build_ahead(registry: Registry, version: str, profile: Profile, graphs: Grap
         graph = graphs.graph(spec(manifest, role, read))
         weights = graph.select(load_weights(registry, component))
         found[role] = tensorrt.plan(graph, profile_of(profile, graph), weights)
+        if profile.precision in SCALED and graph.spec.role == "denoiser":
+            largest = scales.largest(registry, manifest, role, "cpu")
+            own = replace(profile, weights="constant")
+            found[f"{role} {profile.precision}"] = tensorrt.plan(graph, own, weights, largest)
     return found

@@ -8,7 +8,7 @@ chooses one; engines themselves are only run by whoever was given the student.
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from engines import plugins, process
-from engines.backends.base import Choice, Engine, Padded, Profile, device_of, load_backend
+from engines import memory, plugins, process
+from engines.backends.base import SCALED, Choice, Engine, Padded, Precision, Profile, device_of, load_backend
 from engines.cache import DiskCache
 from engines.errors import CorruptBlob, GraphMismatch, InvalidRequest
 from engines.families.base import PICTURES
@@ -81,11 +81,23 @@ class Loader:
     """Loads students for one backend, precision and profile."""
 
     def __init__(
-        self, registry: Registry, choice: Choice, profile: Profile, graphs: GraphStore, *, tune: bool = False
+        self,
+        registry: Registry,
+        choice: Choice,
+        profile: Profile,
+        graphs: GraphStore,
+        *,
+        tune: bool = False,
+        room_bytes: int = 0,
     ) -> None:
-        """With `tune` the first denoiser that is loaded decides into how many streams the profile's threads are cut."""
+        """With `tune` the first denoiser that is loaded decides into how many streams the profile's threads are cut.
+
+        `room_bytes`: of the weights of a student; the largest engines of one that takes more are told to keep less on
+        their device. 0: there is room for any.
+        """
         self.registry, self.choice, self.profile = registry, choice, profile
-        self._tune = tune
+        self._tune, self._room_bytes = tune, room_bytes
+        self._levels: dict[str, int] = {}  # by graph: bytes of the weights that may be on the device
         self._backend = load_backend(choice.backend)
         self._graphs = graphs
         self._compiled: dict[str, Any] = {}
@@ -121,9 +133,7 @@ class Loader:
     def is_known(self, manifest: StudentManifest, role: str, graph: ComponentGraph) -> bool:
         """Whether this component needs no more than weights set, if that."""
         key = EngineKey(graph.key, manifest.components[role].weights)
-        return key in self._engines or (
-            graph.key in self._compiled and profile_of(self.profile, graph).weights == "set"
-        )
+        return key in self._engines or (graph.key in self._compiled and self._profile(graph).weights == "set")
 
     def tune(self, graph: ComponentGraph) -> None:
         """Settles the profile by this denoiser, unless it is settled; takes a build or two, the first time."""
@@ -138,7 +148,7 @@ class Loader:
         with self._building:
             compiled = self._compiled.get(graph.key)
             if compiled is None:
-                compiled = self._compiled[graph.key] = self._backend.build(graph, profile_of(self.profile, graph))
+                compiled = self._compiled[graph.key] = self._backend.build(graph, self._profile(graph))
             return compiled
 
     def hold(self, manifest: StudentManifest) -> None:
@@ -163,6 +173,7 @@ class Loader:
                     engine.close()
             for graph in {key.graph for key in gone} - {key.graph for key in held}:
                 self._compiled.pop(graph, None)
+                self._levels.pop(graph, None)
                 self._graphs.forget(graph)
             return frozenset({key.weights for key in gone} - {key.weights for key in held})
 
@@ -247,22 +258,33 @@ class Loader:
 
     def unspecialised(self, manifest: StudentManifest) -> list[str]:
         """The components of a loaded student whose weights are set, though calls would be cheaper with constants."""
-        if not self._backend.constants_pay:
+        if not self._backend.constants_pay and not self.scaled:
             return []
         parts = self._held[manifest.version]
         new = [role for role, key in parts.keys.items() if key not in self._specialised]
-        return [role for role in new if profile_of(self.profile, parts.graphs[role]).weights == "set"]
+        return [role for role in new if self._profile(parts.graphs[role]).weights == "set"]
 
-    def specialised(self, manifest: StudentManifest, role: str) -> Engine:
-        """A component once more, its weights compiled in: the heavy part before `replace`. It is the caller's."""
+    @property
+    def scaled(self) -> bool:
+        """Whether specialised engines compute in a precision that takes scales of the student's own."""
+        return self.choice.precision in SCALED
+
+    def specialised(self, manifest: StudentManifest, role: str, largest: Mapping[str, float] | None = None) -> Engine:
+        """A component once more, its weights compiled in: the heavy part before `replace`. It is the caller's.
+
+        `largest` is what `scaled` precisions take: see `engines.scales`.
+        """
         graph = self.graphs(manifest)[role]
-        compiled = self._backend.build(graph, replace(self.profile, weights="constant"))
+        compiled = self._backend.build(graph, self._specialised_profile(graph))
+        if self.scaled:
+            compiled = replace(compiled, largest=largest)
         return self._backend.load(compiled, graph.select(load_weights(self.registry, manifest.components[role])))
 
     def beside(self, manifest: StudentManifest, engines: Mapping[str, Engine]) -> LoadedStudent:
         """A loaded student with these engines instead of its own ones, to try them; it is not to be released."""
         own = {role: self._engines[key] for role, key in self._held[manifest.version].keys.items()}
-        return self._student(manifest, own | {role: Padded(one, self.profile.batches) for role, one in engines.items()})
+        engines = own | {role: Padded(one, self.profile.batches) for role, one in engines.items()}
+        return self._student(manifest, engines, self.choice.precision)
 
     def replace(self, manifest: StudentManifest, role: str, engine: Engine) -> None:
         """From the next call on `engine` answers for all who use this component.
@@ -274,10 +296,17 @@ class Loader:
         self._specialised.add(key)
 
     def _engine_bytes(self, key: EngineKey, graph: ComponentGraph, specialised: bool = False) -> int:
-        profile = profile_of(self.profile, graph)
-        if specialised or key in self._specialised:
-            profile = replace(profile, weights="constant")
+        profile = self._profile(graph)
+        if profile.weights == "set" and (specialised or key in self._specialised):
+            profile = self._specialised_profile(graph)
         return self._backend.weight_bytes(graph, profile)
+
+    def _profile(self, graph: ComponentGraph) -> Profile:
+        """In which a graph goes live."""
+        return replace(profile_of(self.profile, graph), weight_room=self._levels.get(graph.key, 0))
+
+    def _specialised_profile(self, graph: ComponentGraph) -> Profile:
+        return replace(self.profile, weights="constant", weight_room=self._levels.get(graph.key, 0))
 
     def _ensure(self, key: EngineKey, graph: ComponentGraph, component: Component) -> None:
         compiled = self.compile(graph)
@@ -291,9 +320,20 @@ class Loader:
             return held
         read = reader(self.registry, manifest)
         graphs = {role: self._graphs.graph(spec(manifest, role, read)) for role in manifest.components}
+        if self._room_bytes:
+            self._fit(graphs.values())
         return _Parts(graphs, {role: EngineKey(graphs[role].key, manifest.components[role].weights) for role in graphs})
 
-    def _student(self, manifest: StudentManifest, engines: Mapping[str, Engine]) -> LoadedStudent:
+    def _fit(self, graphs: Iterable[ComponentGraph]) -> None:
+        """Says to the largest of a student's engines how little they may keep on their device, if not all fit."""
+        sizes = {graph.key: self._backend.weight_bytes(graph, profile_of(self.profile, graph)) for graph in graphs}
+        most = memory.level(sizes.values(), self._room_bytes)
+        if most is not None:
+            self._levels |= {key: most for key, size in sizes.items() if size > most}
+
+    def _student(
+        self, manifest: StudentManifest, engines: Mapping[str, Engine], precision: Precision | None = None
+    ) -> LoadedStudent:
         make = plugins.load("engines.families", manifest.family, "FAMILY")
         family = make(
             engines["encoder"],
@@ -304,12 +344,17 @@ class Loader:
             pictures=partial(self.pictures, manifest),
         )
         made = process.make(manifest.process)
-        return LoadedStudent(manifest, family, made, self.choice.backend, self.choice.precision)
+        live = SCALED.get(self.choice.precision, self.choice.precision)
+        return LoadedStudent(manifest, family, made, self.choice.backend, precision or live)
 
 
 def profile_of(profile: Profile, graph: ComponentGraph) -> Profile:
-    """Every student brings a denoiser; encoder and decoder are its teacher's, so theirs need not be replaceable."""
-    return profile if graph.spec.role == "denoiser" else replace(profile, weights="constant")
+    """Every student brings a denoiser; encoder and decoder are its teacher's, so theirs need not be replaceable.
+
+    What takes scales of a student's own is for specialised engines.
+    """
+    live = replace(profile, precision=SCALED.get(profile.precision, profile.precision))
+    return live if graph.spec.role == "denoiser" else replace(live, weights="constant")
 
 
 def load_student(

@@ -19,6 +19,20 @@ def share(device: str) -> int:
     return int(SHARE * total)
 
 
+def level(sizes: Iterable[int], room: int) -> int | None:
+    """The most that each of `sizes` may keep so that all fit into `room`; None where they do as they are.
+
+    What is smaller keeps all of it, so the largest give way first, and equally.
+    """
+    ordered, left = sorted(sizes), room
+    for i, size in enumerate(ordered):
+        share = left // (len(ordered) - i)
+        if size > share:
+            return share
+        left -= size
+    return None
+
+
 def of_machine(limits: Iterable[Path] = _CGROUP) -> int:
     """Bytes that processes here may take: the machine's memory, or a container's limit if that is less."""
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -15,6 +15,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from engines import scales
 from engines.backends.base import Engine
 from engines.cost import CostKey, CostModel
 from engines.errors import Conflict, FewstepError, GoldenMismatch, StudentNotFound
@@ -226,7 +227,10 @@ class EngineSlot:
                 yield Piece("warming", partial(self._warm, student, role, inputs), True)
 
     def _compile_in(self, manifest: StudentManifest, role: str, made: dict[str, Engine]) -> None:
-        made[role] = self.loader.specialised(manifest, role)
+        loader, largest = self.loader, None
+        if loader.scaled:
+            largest = scales.largest(loader.registry, manifest, role, loader.profile.device)
+        made[role] = loader.specialised(manifest, role, largest)
 
     def _replace(self, manifest: StudentManifest, made: dict[str, Engine]) -> None:
         while made:

@@ -83,7 +83,7 @@ def verify(
     seeds = range(_FIRST_SEED, _FIRST_SEED + len(prompts))
     expected = {k: sample(eager, prompts, seeds, k) for k in sorted(manifest.schedules)}
     compiled = load_student(registry, manifest, choice=choice, cache=cache)
-    form, allowed = f"{choice.backend} {choice.precision}", tolerance(choice.backend, choice.precision)
+    form, allowed = f"{choice.backend} {compiled.precision}", tolerance(choice.backend, compiled.precision)
     found = [compare(form, k, sample(compiled, prompts, seeds, k), expected[k], allowed) for k in expected]
     with tempfile.TemporaryDirectory() as folder:
         try:

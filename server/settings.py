@@ -91,7 +91,7 @@ class WorkerSettings(BaseSettings):
     id: str = Field("", description="begins the name of this process, which is new at each start")
     deployments: tuple[str, ...] = Field((), description="JSON list; empty means every deployment there is")
     backend: str = Field("auto", description="a file of engines/backends, or the fastest one available")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
     device: str = Field("auto", description="cpu, cuda or cuda:1; auto: a GPU where the backend uses one")
     threads: int = Field(0, ge=0, description="engine threads; 0 means the cores this process may use")
     streams: int = Field(0, ge=0, description="engine calls at once, which share the threads; 0: what measures best")

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -11,7 +12,8 @@ from collections.abc import Iterator
 import torch
 from prometheus_client import start_http_server
 
-from engines.backends.base import Profile, choose, device_of, is_gpu, load_backend
+from engines import memory
+from engines.backends.base import SCALED, Profile, choose, device_of, is_gpu, load_backend
 from engines.cache import DiskCache
 from engines.errors import InvalidRequest
 from engines.graph import GraphStore
@@ -65,6 +67,11 @@ def make_loader(settings: WorkerSettings, registry: Registry) -> Loader:
         raise InvalidRequest(f"WORKER_STREAMS={streams}: {choice.backend} on {device} makes one call at a time, set 0")
     if streams > threads:
         raise InvalidRequest(f"WORKER_STREAMS={streams}: there are {threads} threads to share, set at most as many")
+    if choice.precision in SCALED and settings.specialise_after_s == math.inf:
+        raise InvalidRequest(
+            f"WORKER_PRECISION={choice.precision} is what versions are specialised in, and they never are here: set "
+            f"WORKER_SPECIALISE_AFTER_S, or choose {SCALED[choice.precision]}"
+        )
     torch.set_num_threads(1 if overlaps else threads)
     told = {"backend": choice.backend, "precision": choice.precision, "device": device, "threads": threads}
     log.info("engine", extra=told)
@@ -78,7 +85,8 @@ def make_loader(settings: WorkerSettings, registry: Registry) -> Loader:
     )
     cache = DiskCache(settings.cache_dir, settings.cache_bytes)
     tune = settings.streams == 0 and overlaps
-    return Loader(registry, choice, profile, GraphStore(cache, in_process=False), tune=tune)
+    room_bytes = settings.resident_bytes or memory.share(device)
+    return Loader(registry, choice, profile, GraphStore(cache, in_process=False), tune=tune, room_bytes=room_bytes)
 
 
 @contextlib.contextmanager

@@ -29,12 +29,18 @@ _GRAPH, _ORDER, _WEIGHTS, _ERROR = "graph.onnx", "order.json", "weights.safetens
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What to build. `targets` are names of compute capabilities; none means the GPU here."""
+    """What to build. `targets` are names of compute capabilities; none means the GPU here.
+
+    `exponents`, for fp8: each weight with that of the scale of what it is multiplied with. Weights that are `streamed`
+    may stay on the host while the plan runs.
+    """
 
     form: Form
     batches: tuple[int, ...]
     precision: str
     targets: tuple[str, ...]
+    exponents: tuple[tuple[str, int], ...] = ()
+    streamed: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -42,7 +48,8 @@ class Order:
     @classmethod
     def from_json(cls, text: str) -> "Order":
         given = json.loads(text)
-        return cls(given["form"], tuple(given["batches"]), given["precision"], tuple(given["targets"]))
+        lists = {name: tuple(given.pop(name)) for name in ("batches", "targets")}
+        return cls(**given | lists | {"exponents": tuple((name, own) for name, own in given["exponents"])})
 
 
 def build_elsewhere(onnx: bytes, order: Order, weights: Mapping[str, Any] | None, out: Path) -> None:
@@ -70,14 +77,18 @@ def build(asked: Path, out: Path) -> None:
     import onnx
 
     from engines.backends import _tensorrt_graph as graphs
+    from engines.backends._tensorrt_fp8 import in_fp8
 
     begun = time.perf_counter()
     order = Order.from_json((asked / _ORDER).read_text())
     model = onnx.load_from_string((asked / _GRAPH).read_bytes())
-    if order.precision == "bf16":
+    if order.precision != "fp32":
         model = graphs.in_bf16(model)
+    weights = _weights(asked, order, model)
+    if order.precision == "fp8" and weights is not None:
+        weights = in_fp8(model, weights, dict(order.exponents))
     types = graphs.weight_types(model)
-    path = graphs.write(model, asked, _weights(asked, order, model))
+    path = graphs.write(model, asked, weights)
     plan = serialized(find(), path, order, sorted(types), out.parent)
     (out / PLAN).write_bytes(plan)
     seconds = {"build_s": time.perf_counter() - begun, "cpu_s": time.process_time()}
@@ -107,6 +118,8 @@ def serialized(library: Library, path: Path, order: Order, weights: Sequence[str
     _aim(api, config, order.targets)
     if order.form == "refit":
         _make_refittable(api, config, network, weights)
+    if order.streamed:
+        _stream(library, config)
     kept = None if library.rtx else _with_timings(config, timings / f"tensorrt-{library.version}.timings")
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -180,6 +193,19 @@ def _make_refittable(api: Any, config: Any, network: Any, weights: Sequence[str]
         raise UnsupportedGraph(f"{len(lost)} weights cannot be refitted, first {lost[:3]}: build them in as constants")
 
 
+def _stream(library: Library, config: Any) -> None:
+    """
+    Raises:
+        BackendUnavailable: a library that cannot.
+    """
+    if "WEIGHT_STREAMING" not in library.api.BuilderFlag.__members__:
+        raise BackendUnavailable(
+            f"{library.name} {library.version} streams no weights, and this network's do not fit: raise "
+            "WORKER_RESIDENT_BYTES, or install TensorRT 10 or later or TensorRT-RTX"
+        )
+    config.set_flag(library.api.BuilderFlag.WEIGHT_STREAMING)
+
+
 def _with_timings(config: Any, path: Path) -> Path:
     config.set_timing_cache(config.create_timing_cache(path.read_bytes() if path.exists() else b""), False)
     return path
@@ -202,6 +228,10 @@ def _refused(found: Sequence[Any], lines: Sequence[str]) -> str:
 
 def _failed(lines: Sequence[str]) -> errors.FewstepError:
     text = _last(lines)
+    if any("HW-specific datatypes" in line for line in lines):
+        return UnsupportedGraph(
+            f"a GPU that the plan is for does not compute in its precision (fp8 takes SM89 or later, bf16 SM80): {text}"
+        )
     if any("CUDA driver" in line for line in lines):
         return BackendUnavailable(f"TensorRT needs a GPU to build this plan: name targets instead. It says: {text}")
     return UnsupportedGraph(f"TensorRT cannot build the graph: {text}")

@@ -35,7 +35,10 @@ def check_shapes(expected: Mapping[str, tuple[int, ...]], batches: tuple[int, ..
 
 
 class TensorRtEngine:
-    """`types` says which precision the plan wants of each weight."""
+    """`types` says which precision the plan wants of each weight.
+
+    `room`: bytes of the weights that may be on the GPU; the rest comes from the host at each call. None: all are there.
+    """
 
     def __init__(
         self,
@@ -47,6 +50,7 @@ class TensorRtEngine:
         form: Form,
         types: Mapping[str, str],
         batches: tuple[int, ...],
+        room: int | None = None,
     ) -> None:
         self.inputs = graph.inputs
         self._messages = library.messages()
@@ -54,6 +58,8 @@ class TensorRtEngine:
         engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise BackendUnavailable(f"TensorRT cannot load the plan here: {' '.join(self._messages.lines)[:600]}")
+        if room is not None:
+            limit(engine, room)
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         fixed = {}
         if form != "constant":
@@ -64,7 +70,9 @@ class TensorRtEngine:
         scratch = torch.empty(engine.device_memory_size_v2, dtype=torch.uint8, device="cuda")
         self._kept: tuple[Any, ...] = (engine, fixed, scratch)
         self._calls = {
-            rows: _Call(library, engine, graph, rows, 0 if library.rtx else i, fixed, scratch, self._stream)
+            rows: _Call(
+                library, engine, graph, rows, 0 if library.rtx else i, fixed, scratch, self._stream, room is None
+            )
             for i, rows in enumerate(sorted(batches))
         }
         self._shapes = {name: tuple(value.shape[1:]) for name, value in next(iter(self._calls.values())).given.items()}
@@ -99,9 +107,10 @@ class _Call:
         fixed: Mapping[str, Tensor],
         scratch: Tensor,
         stream: torch.cuda.Stream,
+        recorded: bool,
     ) -> None:
         self._stream = stream
-        self._context = context = engine.create_execution_context(_settings(library, engine))
+        self._context = context = engine.create_execution_context(_settings(library, engine, recorded))
         context.set_device_memory(scratch.data_ptr(), scratch.numel())
         context.set_optimization_profile_async(profile, stream.cuda_stream)
         self.given = {name: value.to("cuda") for name, value in graph.example(rows).items()}
@@ -120,7 +129,7 @@ class _Call:
         self._graph: torch.cuda.CUDAGraph | None = None
         self.launch()
         stream.synchronize()
-        if not library.rtx:
+        if recorded and not library.rtx:
             self._capture()
 
     def launch(self) -> None:
@@ -138,12 +147,31 @@ class _Call:
         self._graph = made
 
 
-def _settings(library: Library, engine: Any) -> Any:
-    """How contexts run. RTX captures CUDA graphs by itself, and makes the kernels of a shape before its first call."""
+def limit(engine: Any, room: int) -> None:
+    """At most `room` bytes of the weights stay on the GPU. To be called before there are contexts.
+
+    Raises:
+        BackendUnavailable: the library keeps more there.
+    """
+    wanted = min(room, engine.streamable_weights_size)
+    engine.weight_streaming_budget_v2 = wanted
+    if (held := engine.weight_streaming_budget_v2) != wanted:
+        raise BackendUnavailable(
+            f"TensorRT keeps {held} bytes of weights on the GPU, of which {wanted} were allowed: "
+            "give it more by WORKER_RESIDENT_BYTES"
+        )
+
+
+def _settings(library: Library, engine: Any, recorded: bool) -> Any:
+    """How contexts run. RTX captures CUDA graphs by itself, and makes the kernels of a shape before its first call.
+
+    Calls whose weights are streamed are not recorded: what is copied differs from call to call.
+    """
     api, settings = library.api, engine.create_runtime_config()
     settings.set_execution_context_allocation_strategy(api.ExecutionContextAllocationStrategy.USER_MANAGED)
     if library.rtx:
-        settings.cuda_graph_strategy = api.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        whole, none = api.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE, api.CudaGraphStrategy.DISABLED
+        settings.cuda_graph_strategy = whole if recorded else none
         settings.dynamic_shapes_kernel_specialization_strategy = api.DynamicShapesKernelSpecializationStrategy.EAGER
     return settings
 

@@ -21,6 +21,7 @@ from engines.errors import UnsupportedGraph
 
 WEIGHT = "weight:"
 _FP32, _BF16 = int(TensorProto.FLOAT), int(TensorProto.BFLOAT16)
+_KINDS = {"fp32": _FP32, "bf16": _BF16, "fp8": int(TensorProto.FLOAT8E4M3FN)}
 _NARROW = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _WIDE = frozenset(
     {
@@ -40,8 +41,8 @@ def is_weight(name: str) -> bool:
 
 
 def weight_types(model: onnx.ModelProto) -> dict[str, str]:
-    """Weight name (without its prefix) -> "fp32" or "bf16", as the graph reads it."""
-    kinds = {_FP32: "fp32", _BF16: "bf16"}
+    """Weight name (without its prefix) -> "fp32", "bf16" or "fp8", as the graph reads it."""
+    kinds = {kind: name for name, kind in _KINDS.items()}
     return {
         port.name.removeprefix(WEIGHT): kinds[port.type.tensor_type.elem_type]
         for port in model.graph.input
@@ -82,7 +83,7 @@ def write(model: onnx.ModelProto, folder: Path, weights: Mapping[str, np.ndarray
 
 
 def _as(array: np.ndarray[Any, Any], kind: str) -> np.ndarray[Any, Any]:
-    return array.astype(helper.tensor_dtype_to_np_dtype(_BF16 if kind == "bf16" else _FP32))
+    return array.astype(helper.tensor_dtype_to_np_dtype(_KINDS[kind]))
 
 
 def _outside(name: str, array: np.ndarray[Any, Any], data: Any) -> TensorProto:

@@ -18,7 +18,9 @@ from torch import Tensor
 from engines import plugins
 from engines.errors import BackendUnavailable, GraphMismatch, InvalidRequest, UnknownPlugin
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp8"]
+SCALED: dict[Precision, Precision] = {"fp8": "bf16"}
+"""Precisions whose scales are a student's own, and what it goes live in: it is specialised in its precision then."""
 BATCHES = (1, 2, 4, 8, 16)
 
 
@@ -30,6 +32,8 @@ class Profile:
     An engine is called by so many threads at once as there are `streams`, and each of its calls has `threads`.
     `device` is where the engine computes and where its outputs are, as torch names it; inputs may be anywhere.
     `targets`: the GPUs to build for where that is done ahead, without one, such as SM89; none means the device here.
+    `weight_room`: bytes of an engine's weights that may be on the device at once; a backend that can streams the rest
+    from the host at each call. 0: all are.
     """
 
     batches: tuple[int, ...] = BATCHES
@@ -39,6 +43,7 @@ class Profile:
     weights: Literal["set", "constant"] = "set"
     device: str = "cpu"
     targets: tuple[str, ...] = ()
+    weight_room: int = 0
 
 
 class Engine(Protocol):

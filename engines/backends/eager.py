@@ -40,18 +40,18 @@ class EagerEngine:
     def __init__(self, graph: Graph, module: Any, device: str) -> None:
         self.inputs = graph.inputs
         self._outputs = graph.outputs
-        self._module = module
+        self.module = module
         self._device = device
 
     @torch.no_grad()
     def run(self, **inputs: Tensor) -> dict[str, Tensor]:
         check_inputs(self.inputs, inputs)
-        out = self._module(**on(self._device, inputs))
+        out = self.module(**on(self._device, inputs))
         finished(self._device)
         return dict(zip(self._outputs, out if isinstance(out, tuple) else (out,), strict=True))
 
     def close(self) -> None:
-        self._module = None
+        self.module = None
 
 
 class Eager:

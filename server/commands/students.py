@@ -100,7 +100,7 @@ def plans(
     registry_url: RegistryUrl = DEFAULT_REGISTRY,
     cache_dir: Annotated[Path, typer.Option(help="The engine cache of the workers.")] = Path(".fewstep/engines"),
     batch_sizes: Annotated[list[int], typer.Option("--batch-size", help="As WORKER_BATCH_SIZES.")] = [1, 2, 4, 8],  # noqa: B006
-    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "bf16",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp8.")] = "bf16",
 ) -> None:
     """Build a student's TensorRT plans for GPUs that are not here; a worker with the same WORKER_TARGETS finds them.
 

@@ -1,6 +1,6 @@
 """Weights compiled in behind a version that serves: the same pictures from other engines, or the engines it had."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_a_version_serves_from_its_set_weights_until_the_compiled_ones_reproduce
 class Muddled(Loader):
     """Compiles other weights in than those of the version."""
 
-    def specialised(self, manifest: StudentManifest, role: str) -> Engine:
+    def specialised(self, manifest: StudentManifest, role: str, largest: Mapping[str, float] | None = None) -> Engine:
         compiled = self._backend.build(self.graphs(manifest)[role], Profile((1, 2), threads=1, weights="constant"))
         shapes = self.graphs(manifest)[role].shapes
         torch.manual_seed(0)

@@ -1,15 +1,18 @@
 """Plans on a GPU: where the weights are makes no difference to what comes out, and a refit sets every one of them."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
+from engines import scales
 from engines.backends import _tensorrt_library as libraries
 from engines.backends import tensorrt
+from engines.backends._tensorrt_engine import TensorRtEngine
 from engines.backends.base import Engine, Profile, load_backend
 from engines.errors import BackendUnavailable, GraphMismatch, InvalidRequest
 from tests.tensorrt.graphs import ROLES, Case, case
@@ -89,6 +92,42 @@ def test_bf16_is_near(made: Case) -> None:
     backend, inputs = tensorrt.TensorRt(), given(made, 4)
     loaded = backend.load(backend.build(made.graph, replace(PROFILE, precision="bf16")), made.weights)
     assert close(loaded.run(**inputs), by_eager(made, made.weights, inputs), share=0.05)
+
+
+def test_fp8_is_near_and_not_what_bf16_is() -> None:
+    gpu = libraries.need_gpu("this test")
+    if int(gpu.capability[2:]) < 89:
+        pytest.skip(f"{gpu.capability} does not compute in fp8")
+    denoiser, backend = case("sd", "denoiser"), tensorrt.TensorRt()
+    inputs = given(denoiser, 4)
+    eager = load_backend("eager")
+    reference: Any = eager.load(eager.build(denoiser.graph, PROFILE), denoiser.weights)
+    with ExitStack() as watching:
+        largest = scales.watched(reference.module, denoiser.graph.graph_names, watching.enter_context)
+        expected = reference.run(**inputs)["pred"]
+    profile = replace(PROFILE, precision="fp8", weights="constant")
+    measured = {name: float(value) for name, value in largest.items()}
+    compiled = replace(backend.build(denoiser.graph, profile), largest=measured)
+    loaded = backend.load(compiled, denoiser.weights)
+    assert close(loaded.run(**inputs), expected, share=0.25)
+    assert not close(loaded.run(**inputs), expected, share=0.005)
+
+
+def test_weights_that_do_not_fit_are_streamed_and_the_pictures_stay(made: Case) -> None:
+    backend, inputs = tensorrt.TensorRt(), given(made, 4)
+    profile = replace(PROFILE, weight_room=backend.weight_bytes(made.graph, PROFILE) // 2)
+    loaded: Any = backend.load(backend.build(made.graph, profile), made.weights)
+    engine = loaded._kept[0]
+    assert engine.weight_streaming_budget_v2 <= profile.weight_room
+    for _ in range(2):
+        assert close(loaded.run(**inputs), by_eager(made, made.weights, inputs))
+
+
+def test_a_plan_that_the_library_did_not_write_is_no_plan(made: Case) -> None:
+    """As one of another version or device would be, had it come into the cache under this key."""
+    library = libraries.find()
+    with pytest.raises(BackendUnavailable, match="cannot load the plan here"):
+        TensorRtEngine(library, made.graph, bytes(4096), made.weights, form="constant", types={}, batches=(1,))
 
 
 def test_what_does_not_fit_is_refused(made: Case, engine: Engine) -> None:

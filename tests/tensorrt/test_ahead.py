@@ -40,5 +40,5 @@ def test_the_command_builds_into_the_cache_that_it_is_given(tmp_path: Path) -> N
     done = CliRunner().invoke(app, [*told, "--batch-size", "4", "--batch-size", "1"])
     assert done.exit_code == 0, done.output
     assert {Path(line).name for line in done.output.split() if "/" in line} >= {path.name for path in made.values()}
-    refused = CliRunner().invoke(app, [*told, "--precision", "fp8"])
+    refused = CliRunner().invoke(app, [*told, "--precision", "int8"])
     assert isinstance(refused.exception, UnknownPlugin)

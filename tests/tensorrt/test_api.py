@@ -75,6 +75,10 @@ def test_the_calls_of_building_refitting_and_running_are_among_them() -> None:
         ("IExecutionContext", "execute_async_v3"),
         ("IExecutionContext", "set_tensor_address"),
         ("CudaGraphStrategy", "WHOLE_GRAPH_CAPTURE"),
+        ("CudaGraphStrategy", "DISABLED"),
+        ("BuilderFlag", "WEIGHT_STREAMING"),
+        ("ICudaEngine", "weight_streaming_budget_v2"),
+        ("ICudaEngine", "streamable_weights_size"),
     }
 
 

@@ -1,8 +1,10 @@
 """What goes wrong is said: which library, GPU, node or shape, and what to do. The real library says it."""
 
 import dataclasses
+import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -10,10 +12,10 @@ from onnx import TensorProto, helper
 
 from engines.backends import _tensorrt_library as libraries
 from engines.backends import tensorrt
-from engines.backends._tensorrt_build import Order, build_elsewhere, profiles
-from engines.backends._tensorrt_engine import check_shapes
+from engines.backends._tensorrt_build import Order, _stream, build_elsewhere, profiles
+from engines.backends._tensorrt_engine import check_shapes, limit
 from engines.backends._tensorrt_library import Gpu
-from engines.backends.base import Profile, choose, tolerance
+from engines.backends.base import Graph, Precision, Profile, choose
 from engines.errors import BackendUnavailable, InternalError, InvalidRequest, UnknownPlugin, UnsupportedGraph
 from tests.tensorrt.graphs import case
 
@@ -111,9 +113,73 @@ def test_a_builder_that_dies_is_no_error_of_the_graph(tmp_path: Path) -> None:
         build_elsewhere(b"no graph at all", AHEAD, None, tmp_path)
 
 
-def test_fp8_is_refused() -> None:
-    with pytest.raises(UnknownPlugin, match="tensorrt has no fp8: choose from fp32, bf16"):
-        tolerance("tensorrt", "fp8")
+PRODUCT = network(helper.make_node("MatMul", ["x", "weight:w"], ["y"], name="head/product"))
+FP8 = Order("constant", (1,), "fp8", ("SM89",), exponents=(("w", -6),))
+
+
+def test_fp8_is_built_for_gpus_that_have_it_and_refused_for_others_with_those_that_do(tmp_path: Path) -> None:
+    held = {"w": torch.randn(8, 8)}
+    build_elsewhere(PRODUCT, FP8, held, tmp_path)
+    assert json.loads((tmp_path / "plan.json").read_text())["weights"] == {"w": "fp8"}
+    with pytest.raises(UnsupportedGraph, match="fp8 takes SM89 or later"):
+        build_elsewhere(PRODUCT, dataclasses.replace(FP8, targets=("SM80",)), held, tmp_path)
+
+
+def test_fp8_without_scales_is_refused_before_anything_is_built() -> None:
+    profile = Profile((1,), "fp8", targets=("SM89",), weights="constant")
+    with pytest.raises(InvalidRequest, match="fp8 takes the scales of a student"):
+        tensorrt.plan(cast("Graph", Small()), profile, {"w": torch.ones(8, 8)})
+
+
+def test_a_plan_whose_weights_may_be_streamed_is_built(tmp_path: Path) -> None:
+    order = dataclasses.replace(FP8, precision="bf16", exponents=(), streamed=True)
+    build_elsewhere(PRODUCT, order, {"w": torch.randn(8, 8)}, tmp_path)
+    assert (tmp_path / "plan.bin").stat().st_size > 1000
+
+
+def test_a_library_that_streams_no_weights_is_said() -> None:
+    class BuilderFlag:
+        __members__: ClassVar[dict[str, int]] = {"REFIT": 1}
+
+    library = libraries.Library(SimpleNamespace(BuilderFlag=BuilderFlag), "tensorrt", "9.3.0")
+    with pytest.raises(BackendUnavailable, match=r"tensorrt 9\.3\.0 streams no weights.*WORKER_RESIDENT_BYTES"):
+        _stream(library, None)
+
+
+def test_the_room_for_weights_is_set_and_a_library_that_keeps_more_is_refused() -> None:
+    engine = SimpleNamespace(streamable_weights_size=1000, weight_streaming_budget_v2=1000)
+    limit(engine, 300)
+    assert engine.weight_streaming_budget_v2 == 300
+    limit(engine, 5000)
+    assert engine.weight_streaming_budget_v2 == 1000
+
+    class Stubborn:
+        streamable_weights_size = 1000
+        weight_streaming_budget_v2 = property(lambda self: 800, lambda self, value: None)
+
+    with pytest.raises(BackendUnavailable, match=r"keeps 800 bytes .* 300 were allowed"):
+        limit(Stubborn(), 300)
+
+
+class Small:
+    """128 bytes of weights in bf16."""
+
+    shapes: ClassVar[dict[str, tuple[int, ...]]] = {"w": (8, 8)}
+
+
+@pytest.mark.parametrize(
+    ("room", "precision", "streams"),
+    [(0, "bf16", False), (128, "bf16", False), (127, "bf16", True), (64, "fp8", False), (255, "fp32", True)],
+)
+def test_only_what_does_not_fit_is_streamed_and_its_weights_are_constants(
+    room: int, precision: Precision, streams: bool
+) -> None:
+    graph, profile = cast("Graph", Small()), Profile(precision=precision, weight_room=room)
+    assert tensorrt.streamed(graph, profile) is streams
+    assert tensorrt.form(graph, profile) == ("constant" if streams or precision == "fp8" else "refit")
+    assert tensorrt.TensorRt().weight_bytes(graph, profile) == (
+        room if streams else 64 * {"fp32": 4, "bf16": 2, "fp8": 1}[precision]
+    )
 
 
 SHAPES = {"x": (4, 8, 8), "t": ()}
@@ -138,10 +204,10 @@ def test_a_plan_for_other_gpus_is_refused_with_the_target_to_name() -> None:
 
 
 def test_where_the_weights_are_follows_from_the_profile() -> None:
-    assert tensorrt.form(Profile(weights="constant")) == "constant"
-    assert tensorrt.form(Profile(weights="constant", targets=("SM89",))) == "constant"
-    assert tensorrt.form(Profile()) == "refit"
-    assert tensorrt.form(Profile(targets=("SM89",))) == "input"
+    assert tensorrt.form(cast("Graph", Small()), Profile(weights="constant")) == "constant"
+    assert tensorrt.form(cast("Graph", Small()), Profile(weights="constant", targets=("SM89",))) == "constant"
+    assert tensorrt.form(cast("Graph", Small()), Profile()) == "refit"
+    assert tensorrt.form(cast("Graph", Small()), Profile(targets=("SM89",))) == "input"
 
 
 def test_profiles_are_one_span_for_rtx_and_one_per_batch_size_for_the_other() -> None:
@@ -163,6 +229,8 @@ WEIGHTS = {"a": torch.zeros(3), "b": torch.ones(2, 2)}
         {"order": dataclasses.replace(ORDER, batches=(1, 8))},
         {"order": dataclasses.replace(ORDER, precision="fp32")},
         {"order": dataclasses.replace(ORDER, targets=("SM89",))},
+        {"order": dataclasses.replace(ORDER, exponents=(("a", 1),))},
+        {"order": dataclasses.replace(ORDER, streamed=True)},
         {"library": libraries.Library(None, "tensorrt", "11.4.0")},
         {"library": libraries.Library(None, "tensorrt_rtx", "10.16.1")},
         {"here": dataclasses.replace(HERE, cuda="13.1")},

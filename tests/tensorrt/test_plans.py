@@ -83,6 +83,16 @@ def held(plan: bytes, weights: dict[str, Tensor]) -> float:
     return sum(found) / len(found)
 
 
+@each([("sd", "denoiser"), ("sana", "denoiser"), ("flux", "denoiser")])
+def test_a_denoiser_is_built_in_fp8_and_half_as_large_weights_stand_in_it(name: str, role: str) -> None:
+    made = case(name, role)
+    profile = dataclasses.replace(CONSTANT, precision="fp8")
+    folder = tensorrt.plan(made.graph, profile, made.weights, dict.fromkeys(made.weights, 4.0))
+    kinds = json.loads((folder / FACTS).read_text())["weights"]
+    low = sum(made.weights[key].numel() for key, kind in kinds.items() if kind == "fp8")
+    assert low > 0.8 * sum(value.numel() for value in made.weights.values())
+
+
 @every_graph
 def test_in_bf16_it_is_the_same_network(name: str, role: str) -> None:
     """Run by OpenVINO, which reads typed graphs too. The weights are rounded; were a cast missing, it would not run."""

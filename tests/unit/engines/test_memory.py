@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import pytest
+
 from engines import memory
 
 
@@ -19,3 +21,18 @@ def test_a_limit_of_the_container_counts_where_it_is_less_than_the_machine_has(t
 
 def test_a_share_of_it_is_for_weights() -> None:
     assert memory.share("cpu") == int(memory.SHARE * memory.of_machine())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "room", "expected"),
+    [
+        ([2, 3, 5], 10, None),
+        ([2, 3, 5], 9, 4),  # only the largest gives way
+        ([2, 9, 10], 12, 5),  # the two largest do, equally
+        ([6, 6, 6], 12, 4),
+        ([7], 3, 3),
+    ],
+)
+def test_the_largest_give_way_first_and_equally(sizes: list[int], room: int, expected: int | None) -> None:
+    assert memory.level(sizes, room) == expected
+    assert sum(min(size, expected or size) for size in sizes) <= room

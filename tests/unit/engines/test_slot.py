@@ -292,7 +292,7 @@ def test_what_weights_take_is_known_before_a_load_and_is_what_is_held_after_it(
         slot.stage([who]).run()
     engines = {key: engine for key, engine in slot.loader._engines.items()}
     for key, size in (expected[teacher] | expected[version]).items():
-        module = engines[key].engine._module  # type: ignore[attr-defined]
+        module = engines[key].engine.module  # type: ignore[attr-defined]
         assert sum(value.nbytes for value in module.state_dict().values()) == pytest.approx(size, rel=0.01)
     assert slot.loader.loaded_bytes() == sum((expected[teacher] | expected[version]).values())
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from engines.backends.tensorrt import TensorRt
 from engines.errors import InvalidRequest
 from engines.loader import Loader
 from engines.registry.memory import MemoryRegistry
@@ -48,3 +49,13 @@ def test_a_backend_that_makes_one_call_at_a_time_is_given_no_more(tmp_path: Path
 def test_more_streams_than_threads_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="WORKER_STREAMS=3: there are 2 threads"):
         loader(tmp_path, backend="openvino", threads=2, streams=3)
+
+
+def test_a_precision_that_versions_are_specialised_in_needs_that_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TensorRt, "available", lambda self: True)
+    with pytest.raises(InvalidRequest, match=r"fp8 is what versions are specialised in.*WORKER_SPECIALISE_AFTER_S"):
+        loader(tmp_path, backend="tensorrt", precision="fp8", threads=1)
+    made = loader(tmp_path, backend="tensorrt", precision="fp8", threads=1, specialise_after_s=60)
+    assert made.scaled
