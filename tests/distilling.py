@@ -9,12 +9,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors.torch import save_file
 from torch import Tensor
 
+from distill_jobs import assessment
 from distill_jobs.jobs import DistillJob
 from distill_jobs.queue import JobQueue, connect
-from distill_jobs.records import JobRecords
+from distill_jobs.records import RESULT, JobRecords
 from distill_jobs.service import Service
 from distill_jobs.settings import DistillerSettings
 from engines.artefact import import_diffusers
@@ -26,6 +28,7 @@ from tests.eventually import eventually
 
 DEPLOYMENT = "tiny"
 PROMPTS = ["a red circle", "a blue square", "two shapes on white", "the small circle", "a blue circle on the left"]
+SEARCH = {"name": "optimal_steps", "batch": 4, "fine": 4, "reference_steps": 4}
 LENIENT = {"fd_ratio": 1e6, "alignment_ratio": None, "diversity_ratio": None, "grain_ratio": None}
 
 
@@ -35,6 +38,7 @@ def spec(**changes: Any) -> dict[str, Any]:
         "teacher": {"id": DEPLOYMENT, "steps": 4, "guidance": 2.0},
         "student": {"name": "tiny-fast", "steps": [1, 2]},
         "method": {"name": "kd", "pairs": 64, "batch": 8, "teacher_steps": 4},
+        "schedule": SEARCH,
         "data": {"prompts": PROMPTS},
         "train": {"iterations": 12, "precision": "fp32", "checkpoint_every": 4},
         "eval": {"samples": 16, "small_samples": 16, "every": 6},
@@ -94,16 +98,19 @@ class Workshop:
 
     @contextmanager
     def distiller(self) -> Iterator[Service]:
-        """A service in a thread, stopped on leaving as SIGTERM would."""
+        """A service in a thread, stopped on leaving as SIGTERM would. What it says of speeds is from few repeats: all
+        of them take longer than the rest of a tiny job."""
         stop = threading.Event()
         service = Service(self.settings, self.registry, self.queue)
         thread = threading.Thread(target=service.run_forever, args=(stop,))
-        thread.start()
-        try:
-            yield service
-        finally:
-            stop.set()
-            thread.join()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(assessment, "_REPEATS", 2)
+            thread.start()
+            try:
+                yield service
+            finally:
+                stop.set()
+                thread.join()
 
     @contextmanager
     def workers(self, deployment: str = DEPLOYMENT, *, refuse: str | None = None) -> Iterator[None]:
@@ -148,8 +155,18 @@ def prepared(path: Path, body: Mapping[str, Any], deploy: Callable[[Registry, Pa
     return folder
 
 
-def plant(shop: Workshop, job_id: str, weights: Mapping[str, Tensor], schedules: Mapping[int, Schedule]) -> None:
-    """What a trainer would have left, so that the service goes on with these weights: the way in for a bad student."""
+def plant(
+    shop: Workshop,
+    job_id: str,
+    weights: Mapping[str, Tensor],
+    schedules: Mapping[int, Schedule],
+    prepared_as: str | None = None,
+) -> None:
+    """What a trainer would have left, so that the service goes on with these weights: the way in for a bad student.
+    `prepared_as` is a job of the same teacher and schedules, whose judged preparation becomes this one's too."""
+    if prepared_as:
+        done = shop.records.read(prepared_as, RESULT) or {}
+        shop.records.write(job_id, RESULT, {key: done[key] for key in ("schedule_student", "schedule", "teacher_at")})
     folder = shop.registry.job_path(job_id)
     assert folder is not None
     (folder / "trained").mkdir()

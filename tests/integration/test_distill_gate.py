@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not (TASK.pipeline / "model_index.json").exists(), reason="no embedded teacher yet"),
 ]
 
-N, TEACHER_STEPS, STEPS, GUIDANCE = 96, 8, 4, 2.0
+N, TEACHER_STEPS, STEPS, GUIDANCE = 64, 8, 4, 2.0
 DEPLOYMENT = "shapes"
 SCHEDULES = {STEPS: publish.uniform(STEPS)}
 OTHERS = {"alignment_ratio": None, "diversity_ratio": None, "grain_ratio": None}
@@ -74,8 +74,16 @@ def fd_ratio(shop: Workshop, weights: dict[str, Tensor]) -> float:
     return seen
 
 
-def judged(shop: Workshop, weights: dict[str, Tensor], name: str, limit: float, others: dict[str, None]) -> list[str]:
-    """The rules that a student of these weights breaks, after the whole service has dealt with it."""
+def judged(
+    shop: Workshop,
+    weights: dict[str, Tensor],
+    name: str,
+    limit: float,
+    others: dict[str, None],
+    *,
+    prepared_as: str | None = None,
+) -> tuple[list[str], str]:
+    """The rules that a student of these weights breaks, after the whole service has dealt with it, and its job."""
     before = shop.registry.history(DEPLOYMENT)
     job = shop.submit(
         teacher={"id": DEPLOYMENT, "steps": TEACHER_STEPS, "guidance": GUIDANCE},
@@ -84,7 +92,7 @@ def judged(shop: Workshop, weights: dict[str, Tensor], name: str, limit: float, 
         publish={"deployment": DEPLOYMENT, "tiers": {"medium": STEPS}},
         gates={"fd_ratio": limit, **others},
     )
-    plant(shop, job.id, weights, SCHEDULES)
+    plant(shop, job.id, weights, SCHEDULES, prepared_as)
     with shop.workers(DEPLOYMENT), shop.distiller():
         shop.await_state(job.id, "succeeded", within_s=600)
     result = shop.records.read(job.id, "result.json") or {}
@@ -95,11 +103,11 @@ def judged(shop: Workshop, weights: dict[str, Tensor], name: str, limit: float, 
     assert live is (broken == [])
     assert broken == [] or shop.registry.report(result["student"]) is not None  # kept with its report
     assert len(shop.registry.history(DEPLOYMENT)) >= len(before)
-    return broken
+    return broken, job.id
 
 
 def test_noise_weights_are_refused(shop: Workshop, own: dict[str, Tensor]) -> None:
-    broken = judged(shop, noised(own, 1.0), "noise", 1.3, {})
+    broken, _ = judged(shop, noised(own, 1.0), "noise", 1.3, {})
     assert "fd_ratio" in broken
 
 
@@ -108,6 +116,7 @@ def test_a_student_a_little_beyond_the_limit_is_refused_and_one_within_it_is_not
 ) -> None:
     weights = noised(own, 0.1)
     measured = fd_ratio(shop, weights)
-    for beyond in (1.02, 1.1):
-        assert judged(shop, weights, "beyond", measured / beyond, OTHERS) == ["fd_ratio"]
-    assert judged(shop, weights, "within", measured * 1.02, OTHERS) == []
+    broken, job_id = judged(shop, weights, "beyond", measured / 1.02, OTHERS)
+    assert broken == ["fd_ratio"]
+    broken, _ = judged(shop, weights, "within", measured * 1.02, OTHERS, prepared_as=job_id)
+    assert broken == []

@@ -8,20 +8,24 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load
+from torch import Tensor
 
 from distill_jobs.experts import Experts, networks
 from distill_jobs.teachers import diffusers
+from distill_jobs.teachers.publish import uniform
 from engines import solvers
 from engines.grid import SCALES, Grid
 from engines.loader import load_student, load_weights
 from engines.manifest import Guidance, shown
 from engines.noise import noise
 from engines.student import sample
-from tests.distilling import DEPLOYMENT, LENIENT, Workshop, workshop
+from tests.distilling import DEPLOYMENT, LENIENT, SEARCH, Workshop, plant, workshop
 from tests.eventually import eventually
 from tests.redis_server import RedisServer
 
 pytestmark = pytest.mark.timeout(600)
+
+UNIFORM = {steps: uniform(steps) for steps in (1, 2)}
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +39,12 @@ def server() -> Iterator[RedisServer]:
 def shop(server: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     """One for all tests here: the teacher's answers are asked once."""
     return workshop(tmp_path_factory.mktemp("shop"), server.url)
+
+
+def teachers_weights(shop: Workshop) -> dict[str, Tensor]:
+    """For jobs of which only what follows training is looked at."""
+    teacher = shop.registry.student(shop.registry.students("tiny-teacher")[0])
+    return {name: value.float() for name, value in load_weights(shop.registry, teacher.components["denoiser"]).items()}
 
 
 def test_a_job_becomes_a_student_behind_its_deployment(shop: Workshop) -> None:
@@ -103,7 +113,7 @@ def test_a_flow_map_is_served_by_a_graph_with_a_second_time(shop: Workshop) -> N
 def test_a_student_that_reads_its_guidance_weight_serves_all_of_its_range(shop: Workshop) -> None:
     method = {"name": "lcm", "generate": 64, "batch": 8, "teacher_steps": 4}
     student = {"name": "tiny-weighted", "steps": [1, 2], "guidance": {"embedded": [1.0, 4.0]}}
-    job = shop.submit(method=method, student=student)
+    job = shop.submit(method=method, student=student, schedule={"name": "optimal_steps"})
     with shop.workers(), shop.distiller():
         shop.await_state(job.id, "succeeded")
 
@@ -187,9 +197,8 @@ def test_a_policy_is_served_by_a_graph_of_several_predictions(shop: Workshop) ->
 def test_a_student_of_two_experts_serves_what_its_trainer_samples(shop: Workshop) -> None:
     method = {"name": "phased_dmd", "batch": 8, "fake_warmup": 2, "fake_updates": 1, "lr": 1e-2}
     publish = {"deployment": DEPLOYMENT, "tiers": {"medium": 3}}
-    job = shop.submit(
-        method=method, publish=publish, student={"name": "tiny-experts", "steps": [2, 3], "experts": [0.5]}
-    )
+    student = {"name": "tiny-experts", "steps": [2, 3], "experts": [0.5]}
+    job = shop.submit(method=method, publish=publish, student=student, schedule={"name": "optimal_steps"})
     with shop.workers(), shop.distiller():
         shop.await_state(job.id, "succeeded")
 
@@ -225,6 +234,7 @@ def test_a_student_of_two_experts_serves_what_its_trainer_samples(shop: Workshop
 def test_a_missed_gate_publishes_nothing_and_is_no_failure(shop: Workshop) -> None:
     before = shop.registry.history(DEPLOYMENT)
     job = shop.submit(gates=LENIENT | {"fd_ratio": 1e-6}, student={"name": "missed", "steps": [1, 2]})
+    plant(shop, job.id, teachers_weights(shop), UNIFORM)
     with shop.workers(), shop.distiller():
         shop.await_state(job.id, "succeeded")
 
@@ -239,6 +249,7 @@ def test_a_missed_gate_publishes_nothing_and_is_no_failure(shop: Workshop) -> No
 
 def test_a_student_that_no_worker_takes_fails_its_job(shop: Workshop) -> None:
     job = shop.submit(student={"name": "refused", "steps": [1, 2]})
+    plant(shop, job.id, teachers_weights(shop), UNIFORM)
     with shop.workers(refuse="the golden samples differ"), shop.distiller():
         shop.await_state(job.id, "failed")
 
@@ -250,8 +261,7 @@ def test_a_student_that_no_worker_takes_fails_its_job(shop: Workshop) -> None:
 
 
 def test_a_search_alone_makes_a_student_without_training(shop: Workshop) -> None:
-    job = shop.submit(method={"name": "optimal_steps", "batch": 4, "fine": 4, "reference_steps": 4},
-                      student={"name": "searched", "steps": [1, 2]}, publish=None)  # fmt: skip
+    job = shop.submit(method=SEARCH, schedule=None, publish=None, student={"name": "searched", "steps": [1, 2]})
     with shop.distiller():
         shop.await_state(job.id, "succeeded")
     student = (shop.records.read(job.id, "result.json") or {})["student"]
@@ -259,8 +269,7 @@ def test_a_search_alone_makes_a_student_without_training(shop: Workshop) -> None
 
 
 def test_a_job_takes_the_best_of_the_searches_that_it_names(shop: Workshop) -> None:
-    searches = [{"name": "optimal_steps", "batch": 4, "fine": 4, "reference_steps": 4},
-                {"name": "fitted_solver", "batch": 4, "reference_steps": 4}]  # fmt: skip
+    searches = [SEARCH, {"name": "fitted_solver", "batch": 4, "reference_steps": 4}]
     job = shop.submit(schedule=searches, publish=None, student={"name": "compared", "steps": [2]})
     with shop.distiller():
         shop.await_state(job.id, "succeeded")

@@ -33,6 +33,7 @@ def student(shop: Workshop) -> str:
     job = shop.submit(
         student={"name": "tiny-lora", "steps": [1, 2], "train": {"lora": {"rank": 4, "alpha": 8}}},
         method={"name": "dmd", "batch": 8, "fake_updates": 2, "fake_warmup": 2, "eta": 0.0, "lr": 1e-2},
+        schedule={"name": "optimal_steps"},
     )
     with shop.workers(), shop.distiller():
         shop.await_state(job.id, "succeeded")
