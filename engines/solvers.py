@@ -55,10 +55,11 @@ class Solver(ABC):
         self.alpha: list[float] = process.alpha(t).tolist()
         self.sigma: list[float] = process.sigma(t).tolist()
         self.lam = [_log_snr(a, b) for a, b in zip(self.alpha, self.sigma, strict=True)]
+        self._prior = _prior(process, self.times[0])
 
     def start(self, noise: Tensor) -> State:
         """The state of pure noise: unit noise scaled to the process' deviation at the first time."""
-        return State(x=_begun(self.process, noise, self.times[0]), i=0)
+        return State(x=noise * self._prior, i=0)
 
     def begin(self, x0: Tensor, noise: Tensor, i: int) -> State:
         """The state before evaluation `i` of what is noised from clean latents: a picture to be changed."""
@@ -297,7 +298,11 @@ def followed(den: BaseDenoiser, noise: Tensor, schedule: Schedule, cond: Cond = 
 
 def _begun(process: Process, noise: Tensor, t: float) -> Tensor:
     """Unit noise as large as sampling from time t starts with."""
-    return noise * process.prior(torch.tensor([t], dtype=torch.float64)).item()
+    return noise * _prior(process, t)
+
+
+def _prior(process: Process, t: float) -> float:
+    return process.prior(torch.tensor([t], dtype=torch.float64)).item()
 
 
 def _walked(den: BaseDenoiser, x: Tensor, plan: Sequence[Step], cond: Cond, solver: str) -> list[Tensor]:

@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -68,9 +68,14 @@ class LoadedStudent:
 
     def times(self, solver: Solver, state: State) -> NetworkTimes:
         """For the evaluation that `state` stands before; a shifted process tells its network its own time."""
-        pair = torch.tensor([solver.plan[state.i].t, solver.target(state)], dtype=torch.float64)
-        t, s = self.process.network_time(pair).tolist()
-        return NetworkTimes(t, s, self.process.network_scale(pair[:1]).item())
+        return _told(self.process, solver.plan[state.i].t, solver.target(state))
+
+
+@lru_cache(maxsize=4096)
+def _told(process: Process, t: float, s: float) -> NetworkTimes:
+    pair = torch.tensor([t, s], dtype=torch.float64)
+    t_net, s_net = process.network_time(pair).tolist()
+    return NetworkTimes(t_net, s_net, process.network_scale(pair[:1]).item())
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 `fewstep up` starts them all; a cluster runs each alone. This is where serving and distillation are put together.
 """
 
-import asyncio
 import contextlib
 import signal
 import threading
@@ -75,12 +74,14 @@ def worker() -> None:
 
     Graphs and engines are kept in WORKER_CACHE_DIR, at most WORKER_CACHE_BYTES of those that no process reads.
     """
+    import uvloop
+
     from server.worker import run
 
     settings = load(WorkerSettings)
     logs.configure("worker", settings.log_level)
     logs.log_settings(settings)
-    asyncio.run(run(settings))
+    uvloop.run(run(settings))
     aside.leave()
 
 

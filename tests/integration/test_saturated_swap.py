@@ -53,7 +53,7 @@ class Hearing(Eager):
 
     def load(self, compiled: Compiled, weights: Mapping[str, Tensor]) -> EagerEngine:
         made = super().load(compiled, weights)
-        heard = Heard(compiled.graph, made._module, compiled.profile.device)
+        heard = Heard(compiled.graph, made.module, compiled.profile.device)
         heard.calls = self._calls
         return heard
 

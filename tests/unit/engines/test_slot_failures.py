@@ -41,7 +41,7 @@ class Choosy(Eager):
     def load(self, compiled: Compiled, weights: Mapping[str, Tensor]) -> EagerEngine:
         made = super().load(compiled, weights)
         return (
-            Unrunnable(compiled.graph, made._module, compiled.profile.device) if "w" in compiled.graph.inputs else made
+            Unrunnable(compiled.graph, made.module, compiled.profile.device) if "w" in compiled.graph.inputs else made
         )
 
 
