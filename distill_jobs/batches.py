@@ -101,7 +101,7 @@ class Share:
 class Source(Protocol):
     """Training rows by position: the same position gives the same rows for ever."""
 
-    shape: tuple[int, int, int]  # C, H, W of a latent
+    shape: tuple[int, ...]  # C, H, W of a latent
     has_data: bool  # whether rows carry x
 
     def rows(self, position: int, count: int) -> Rows: ...
@@ -110,7 +110,7 @@ class Source(Protocol):
 class TensorSource:
     """A source over tensors in memory, reshuffled each epoch by the seed."""
 
-    def __init__(self, cond: Cond, shape: tuple[int, int, int], *, x: Tensor | None = None, seed: int = 0) -> None:
+    def __init__(self, cond: Cond, shape: tuple[int, ...], *, x: Tensor | None = None, seed: int = 0) -> None:
         self.cond, self.x, self.seed = cond, x, seed
         self.shape = shape
         self.has_data = x is not None

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from engines import golden, plugins, policy, shipped
+from engines import frames, golden, plugins, policy, shipped
 from engines.directory import component, family_of, read_json, reads_configs, refuse_more
 from engines.errors import InvalidManifest, InvalidRequest, NotBuilt
 from engines.families.base import FamilyClass
@@ -45,6 +45,7 @@ def import_diffusers(
     process: ProcessSpec | None = None,
     prediction: Kind | None = None,
     resolution: tuple[int, int] | None = None,
+    num_frames: int | None = None,
     licence: str = "apache-2.0",
     task: str | None = None,
     golden_prompts: Sequence[str] = GOLDEN_PROMPTS,
@@ -52,7 +53,8 @@ def import_diffusers(
     """Publishes a diffusers directory and returns its version; the same directory gives the same version.
 
     What is not given is read from the scheduler's config. A schedule that is a number has as many steps, at the times
-    of that scheduler. `inputs` are those that the network has of itself, as FLUX.1-dev reads its guidance weight w.
+    of that scheduler. Of a pipeline that makes videos, `num_frames` is their length, its own if left out, and 1 makes a
+    student of pictures. `inputs` are those that the network has of itself, as FLUX.1-dev reads its guidance weight w.
 
     Raises:
         NotBuilt: its pipeline class has no family file here, or its scheduler cannot be followed.
@@ -70,6 +72,7 @@ def import_diffusers(
         process=process,
         prediction=prediction,
         resolution=resolution,
+        num_frames=num_frames,
         licence=licence,
         task=task,
     )
@@ -89,6 +92,7 @@ def describe(
     process: ProcessSpec | None = None,
     prediction: Kind | None = None,
     resolution: tuple[int, int] | None = None,
+    num_frames: int | None = None,
     licence: str = "apache-2.0",
     task: str | None = None,
 ) -> StudentManifest:
@@ -129,6 +133,7 @@ def describe(
         resolutions=((width, height),),
         latent_channels=geometry.channels,
         downscale=geometry.downscale,
+        frames=frames.of(geometry.frames, num_frames),
         licence=licence,
         task=task,
     )

@@ -80,7 +80,7 @@ def _heard(
             run.step()
         doubts += watched.doubts
         after = run.latents().cpu()
-        changed += (after - torch.stack(watched.pictures)).square().mean(dim=(1, 2, 3)).tolist()
+        changed += (after - torch.stack(watched.pictures)).square().flatten(1).mean(dim=1).tolist()
     return doubts, changed
 
 

@@ -41,7 +41,7 @@ class ComponentSpec:
     role: str
     files: tuple[tuple[str, str], ...]
     inputs: tuple[str, ...]
-    latent: tuple[int, int, int]
+    latent: tuple[int, ...]
 
     @property
     def key(self) -> str:

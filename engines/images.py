@@ -1,18 +1,15 @@
 """8-bit pixels to PNG, WebP or JPEG bytes. Torch-free; Pillow lets go of the GIL while it encodes."""
 
 import io
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from engines.errors import InvalidRequest
 
-Format = Literal["png", "webp", "jpeg"]
-MEDIA_TYPES: dict[str, str] = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
 
-
-def encode(pixels: Any, format: Format = "png", compression: int | None = None) -> bytes:
+def encode(pixels: Any, format: str = "png", compression: int | None = None) -> bytes:
     """Bytes of one picture, uint8 [3, H, W] or [H, W, 3].
 
     `compression` 0..100 is the quality of WebP and JPEG (100 unless given); PNG is lossless and takes none.

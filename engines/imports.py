@@ -51,12 +51,14 @@ def import_student(
     dtype: Literal["fp32", "bf16", "fp16"] = "fp16",
     licence: str | None = None,
     golden_prompts: Sequence[str] = (),
+    num_frames: int | None = None,
 ) -> Imported:
     """Publishes the student that `source` is: a diffusers directory, the folder or safetensors file of a denoiser, or a
     LoRA, which is merged `strength` times.
 
     `base` is a version of the registry or a diffusers directory. A denoiser and a LoRA need one; of a whole directory
-    it is what it was distilled from, and its denoiser is compared with that one's.
+    it is what it was distilled from, and its denoiser is compared with that one's. `num_frames` is the length of the
+    videos of a directory, its pipeline's own if left out, and 1 for pictures.
 
     Raises:
         InvalidRequest: the schedule is missing or contradicts itself, or a base is needed.
@@ -69,13 +71,13 @@ def import_student(
             f"{source} is not there: give a diffusers directory, a denoiser's folder or a LoRA's file"
         )
     if source.is_dir() and (source / _INDEX).exists():
-        return _pipeline(registry, source, name, sampling, base, licence, golden_prompts)
+        return _pipeline(registry, source, name, sampling, base, licence, golden_prompts, num_frames)
     files = _files(source)
     tensors = read_tensors(files)
     if base is None:
         what = "a LoRA" if adapter.is_adapter(tensors) else "a denoiser"
         raise InvalidRequest(f"{source.name} is {what}, which is no whole pipeline: give its --base", param="base")
-    origin = _base(registry, base)
+    origin = _base(registry, base, num_frames)
     known: dict[str, Any] = {"dtype": dtype, "licence": licence, "golden_prompts": golden_prompts or None}
     if not adapter.is_adapter(tensors):
         return _denoiser(registry, origin, base, files, tensors, name, sampling, known)
@@ -96,17 +98,24 @@ def import_student(
     return Imported(version, "lora", _hashes(files), lora.ranks, len(lora.layers))
 
 
-def _base(registry: Registry, base: str | Path) -> StudentManifest:
+def _base(registry: Registry, base: str | Path, num_frames: int | None) -> StudentManifest:
     """The base as a version, or as a directory that is only described."""
     if isinstance(base, str):
         found = registry.student(base)
         if found.experts or found.points > 1 or "s" in found.inputs:
             raise NotBuilt(f"{shown(found.version)} is no plain network: give the teacher that it was made from")
+        if num_frames not in (None, found.frames.number if found.frames else 1):
+            raise InvalidRequest(
+                f"num_frames={num_frames}: a student has as many as its base, {shown(found.version)}: leave it out",
+                param="num_frames",
+            )
         return found
-    return _described(registry, base, "base")
+    return _described(registry, base, "base", num_frames)
 
 
-def _described(registry: Registry, directory: Path, name: str, licence: str | None = None) -> StudentManifest:
+def _described(
+    registry: Registry, directory: Path, name: str, num_frames: int | None, licence: str | None = None
+) -> StudentManifest:
     """A directory with the schedule of a single step, which says nothing yet."""
     index = read_json(directory / _INDEX)
     folders = plugins.load("engines.families", family_of(str(index.get("_class_name"))), "FOLDERS")
@@ -121,6 +130,7 @@ def _described(registry: Registry, directory: Path, name: str, licence: str | No
         solver="ddim",
         inputs=("w",) if weighs else (),
         guidance=Guidance(mode="embedded") if weighs else Guidance(),
+        num_frames=num_frames,
         licence=licence or "unknown",
     )
 
@@ -133,10 +143,11 @@ def _pipeline(
     base: str | Path | None,
     licence: str | None,
     prompts: Sequence[str],
+    num_frames: int | None,
 ) -> Imported:
     """A whole directory: its own encoder and decoder, which need not be those of the base."""
-    origin = None if base is None else _base(registry, base)
-    own = _described(registry, source, name, licence or (origin.licence if origin else None))
+    origin = None if base is None else _base(registry, base, num_frames)
+    own = _described(registry, source, name, num_frames, licence or (origin.licence if origin else None))
     files = sorted(source.glob("*/*.safetensors"))
     weights = load_weights(registry, own.components["denoiser"])
     named: str | None = None

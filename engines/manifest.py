@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from engines.errors import InvalidManifest, InvalidRequest, StepsNotAllowed
+from engines.frames import Frames
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
@@ -249,6 +250,9 @@ class StudentManifest(_Frozen):
     resolutions: tuple[tuple[int, int], ...] = Field(min_length=1, description="width, height in pixels")
     latent_channels: int = Field(ge=1)
     downscale: int = Field(ge=1, description="pixels per latent position")
+    frames: Frames | None = Field(
+        None, exclude_if=lambda frames: frames is None, description="of its videos; it makes single pictures without"
+    )
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     licence: str = "apache-2.0"
     task: Name | None = Field(None, description="whose captions it knows: a file of distill_jobs/tasks")
@@ -307,8 +311,10 @@ class StudentManifest(_Frozen):
         """The same student with a judge: another version, whose pictures are the same."""
         return StudentManifest.model_validate(self.model_dump() | {"judge": judge.model_dump()})
 
-    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        return self.latent_channels, height // self.downscale, width // self.downscale
+    def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
+        """C, H, W; of videos C, T, H, W."""
+        time = (self.frames.latents,) if self.frames else ()
+        return self.latent_channels, *time, height // self.downscale, width // self.downscale
 
     def plan(self, steps: int, guidance: float | None = None) -> tuple[Step, ...]:
         """The evaluations of one row. `guidance` None means the student's own.

@@ -45,7 +45,7 @@ class LoadedStudent:
         return self.manifest.version
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
+    def latent_shape(self) -> tuple[int, ...]:
         return self.manifest.latent_shape(*self.manifest.resolutions[0])
 
     def solver(self, steps: int, guidance: float | None = None, aid: "Aid | None" = None) -> Solver:
@@ -100,7 +100,7 @@ def sample(
     looked: Sequence[Looked] | None = None,
     first: int = 0,
 ) -> Tensor:
-    """Pictures, uint8 [N, 3, H, W]: what the server would answer for these seeds, one after the other.
+    """Pictures, uint8 [N, 3, H, W], or videos [N, T, 3, H, W]: what the server would answer for these seeds.
 
     Not `rounded`, they are fp32 in levels 0..255. `aid` is what a teacher adds. Pictures that were `looked` at are
     changed from step `first` on; what is to stay of them is put back in latents only.

@@ -1,4 +1,4 @@
-"""What leaves a worker: pictures as PNG, WebP or JPEG, the one answer of each request, and progress on the way.
+"""What leaves a worker: pictures and videos as bytes, the one answer of each request, and progress on the way.
 
 Pictures are encoded in a few threads, one hop per batch and not per picture. Answers that are ready together go to
 the broker together, and those that it cannot take now are kept until it can.
@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from engines import images
+from engines import images, videos
 from engines.errors import FewstepError
 from server.brokers.base import Broker, Emitted, Finished
 from server.messages import StepEvent
@@ -66,8 +66,9 @@ class Answers:
     # --- pictures --------------------------------------------------------------------------------
 
     def encode(self, rows: Sequence[LatentRow], pixels: Any) -> None:
-        """pixels uint8 [B, 3, H, W], kept until they are encoded."""
-        parts = min(self._threads, max(1, len(rows) // _MIN_SHARE))
+        """pixels uint8 [B, 3, H, W], of videos [B, T, 3, H, W], kept until they are encoded."""
+        share = _MIN_SHARE if pixels.ndim == 4 else 1
+        parts = min(self._threads, max(1, len(rows) // share))
         for part in range(parts):
             self._pool.submit(self._encode, rows[part::parts], pixels[part::parts])
 
@@ -138,7 +139,10 @@ def _picture(row: LatentRow, pixels: Any) -> Picture:
     request = row.ticket.claim.request
     if row.ticket.source is not None:
         pixels = row.ticket.source.kept(pixels)
-    data = images.encode(pixels, request.output_format, request.compression)
+    if request.fps is None:
+        data = images.encode(pixels, request.output_format, request.compression)
+    else:
+        data = videos.encode(pixels, request.output_format, fps=request.fps, compression=request.compression)
     return Picture(row, data, time.perf_counter() - begun)
 
 

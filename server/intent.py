@@ -8,7 +8,7 @@ from server.menu import Choice, Wanted
 from server.messages import GenerateResult, RequestClass
 from server.uploads import Upload
 
-ImageFormat = Literal["png", "webp", "jpeg"]
+ImageFormat = Literal["png", "webp", "jpeg"]  # what OpenAI's dialect knows
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,6 @@ class Intent:
     negative_prompt: str | None = None
     n: int = 1
     seed: int | None = None
-    output_format: ImageFormat = "png"
     compression: int | None = None
     priority: int = 0
     timeout_ms: int | None = None

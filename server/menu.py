@@ -8,7 +8,8 @@ from engines.errors import ContradictoryFields, InvalidRequest, InvalidSize
 from engines.manifest import StudentManifest, shown
 from engines.refine import Refinement
 from engines.registry.base import Revision, TierTarget
-from server import leases
+from server import leases, media
+from server.media import AS_IT_IS, PNG, Form, Media
 from server.messages import TierSteps
 
 AUTO = "auto"
@@ -39,6 +40,7 @@ class Wanted:
     max_latency_ms: int | None = None
     guidance: float | None = None
     size: tuple[int, int] | None = None
+    media: Media = AS_IT_IS
     refinement: Refinement | None = None
     strength: float | None = None
     names: Names = Names()
@@ -58,6 +60,7 @@ class Choice:
     steps: int
     width: int
     height: int
+    form: Form = PNG
     downgraded_from: TierSteps | None = None
     teacher: str | None = None
     refinement: Refinement | None = None
@@ -120,7 +123,7 @@ class Menu:
         return leases.evaluations(self.manifests[target.student], target.steps).most
 
     def serves(self, target: TierTarget) -> bool:
-        """Whether its student was made for the guidance, strength and size that the request wants."""
+        """Whether its student was made for the guidance, strength, size and form that the request wants."""
         try:
             self.choice(UNTIERED, target)
         except InvalidRequest:
@@ -128,7 +131,7 @@ class Menu:
         return True
 
     def choice(self, tier: str, target: TierTarget, *, instead_of: tuple[str, TierTarget] | None = None) -> Choice:
-        """Raises what is wrong with the guidance, strength or size that the request wants."""
+        """Raises what is wrong with the guidance, strength, size or form that the request wants."""
         manifest = self.manifests[target.student]
         asked, guidance = self.wanted.refinement, self.wanted.guidance
         edits_from = self._edits_from(manifest, target.steps)
@@ -146,6 +149,7 @@ class Menu:
             target.steps,
             width,
             height,
+            media.form(self.wanted.media, manifest),
             downgraded_from=TierSteps(tier=above[0], steps=above[1].steps) if above else None,
             teacher=teacher.version if teacher else None,
             refinement=asked,
@@ -160,6 +164,10 @@ class Menu:
             raise ContradictoryFields(
                 f"refine={self.wanted.refinement.how} is of pictures from noise, not of changed ones: leave it out",
                 param="refine",
+            )
+        if manifest.frames:
+            raise InvalidRequest(
+                f"{shown(manifest.version)} makes videos, and changes no pictures: send no picture", param="image"
             )
         return manifest.first_step(steps, self.wanted.strength)
 

@@ -56,7 +56,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     negative_prompt: str | None = None
     guidance: float | None = None  # None: the student's own
     n: int = 1
-    output_format: Literal["png", "webp", "jpeg"] = "png"
+    output_format: Literal["png", "webp", "jpeg", "mp4"] = "png"
     compression: int | None = None  # 0..100; None: the format's default
     priority: int = 0
     partial_images: int = 0
@@ -70,6 +70,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     refinement: Refinement | None = None  # what the teacher adds
     teacher: str | None = None  # its full version, where it adds something
     edits_from: int | None = None  # the step at which the picture that is changed comes in; it travels beside
+    fps: int | None = None  # of a video
 
     @property
     def num_evaluations(self) -> int:

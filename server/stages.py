@@ -15,6 +15,7 @@ from torch import Tensor
 from engines.editing import Edit, Looked
 from engines.manifest import Step
 from engines.noise import noise
+from engines.noising import over
 from engines.refine import Refinement
 from engines.solvers import Solver, State
 from engines.student import Aid, LoadedStudent, NetworkTimes
@@ -54,7 +55,7 @@ class Plans:
 
 @dataclass(frozen=True, slots=True)
 class _Evaluated:
-    """A batch after its evaluation: x and pred [B, C, H, W], states before and, being filled in, after."""
+    """A batch after its evaluation: x and pred alike, states before and, being filled in, after."""
 
     states: Sequence[State]
     x: Tensor
@@ -122,7 +123,7 @@ class Stages:
             rows[0]
             .ticket.performer(states[0].i)
             .family.denoise(
-                x * scale.view(-1, 1, 1, 1),
+                x * over(scale, x),
                 t,
                 torch.stack([_cond(row.ticket.prompt) for row in rows]),
                 s,
@@ -140,7 +141,7 @@ class Stages:
 
     @torch.inference_mode()
     def decode(self, rows: Sequence[LatentRow]) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
-        """Pictures, uint8 [B, 3, H, W], in the host's memory."""
+        """Pictures, uint8 [B, 3, H, W], or videos [B, T, 3, H, W], in the host's memory."""
         pixels = rows[0].ticket.student.family.decode(torch.stack([row.latents for row in rows]))
         return np.ascontiguousarray(pixels.cpu().numpy())
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+from engines import videos
 from engines.aside import Aside
 from engines.errors import DeadlineExceeded, FewstepError
 from engines.student import Aid
@@ -201,6 +202,7 @@ class Worker:
             return None
         aid = Aid(teacher, request.refinement) if teacher and request.refinement else None
         try:
+            videos.check(request.output_format)
             solver = self._plans.solver(student, request.steps, request.guidance, aid)
         except FewstepError as error:
             self._answer_failed(claim, error)

@@ -31,6 +31,7 @@ class Tiny:
     call: Mapping[str, Any] = field(default_factory=dict)
     inputs: tuple[Literal["s", "w"], ...] = ()
     pixels: int = 16
+    frames: int | None = None
     latents: Callable[[Tensor], Tensor] = lambda noise: noise
     pictures: Callable[[Any], Tensor] = lambda out: out.images
 
@@ -216,13 +217,14 @@ def _sana() -> Any:
     )
 
 
-def _video_vae(name: str) -> Any:
+def _video_vae(name: str, halvings: int = 1) -> Any:
     import diffusers
 
-    sizes = {"scale_factor_spatial": 2, "scale_factor_temporal": 2} if name == "AutoencoderKLWan" else {}
+    scale = 2**halvings
+    sizes = {"scale_factor_spatial": scale, "scale_factor_temporal": scale} if name == "AutoencoderKLWan" else {}
     return getattr(diffusers, name)(
-        base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True],
-        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.9, 1.1, 1.2, 0.8], **sizes,
+        base_dim=8, z_dim=4, dim_mult=[1, *[2] * halvings], num_res_blocks=1, temperal_downsample=[True] * halvings,
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[std / halvings for std in (0.9, 1.1, 1.2, 0.8)], **sizes,
     )  # fmt: skip
 
 
@@ -271,7 +273,7 @@ def _z_image() -> Any:
     )  # fmt: skip
 
 
-def _wan() -> Any:
+def _wan(halvings: int = 1) -> Any:
     from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -284,8 +286,8 @@ def _wan() -> Any:
     )  # fmt: skip
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     return WanPipeline(
-        tokenizer=word_tokenizer(), text_encoder=text, vae=_video_vae("AutoencoderKLWan"), scheduler=scheduler,
-        transformer=transformer,
+        tokenizer=word_tokenizer(), text_encoder=text, vae=_video_vae("AutoencoderKLWan", halvings),
+        scheduler=scheduler, transformer=transformer,
     )  # fmt: skip
 
 
@@ -312,10 +314,17 @@ FAMILIES: dict[str, Tiny] = {
     "flux-schnell": Tiny(lambda: _flux(False), w=None, latents=_packed),
     "qwen_image": Tiny(_qwen_image, call={"true_cfg_scale": 3.0, "negative_prompt": ["", ""]}, latents=_packed),
     "z_image": Tiny(_z_image, scale=2.0),
-    "wan": Tiny(
-        _wan, call={"num_frames": 1}, latents=lambda noise: noise.unsqueeze(2), pictures=lambda out: out.frames[:, 0]
+    "wan": Tiny(lambda: _wan(2), call={"num_frames": 9}, frames=9, pictures=lambda out: out.frames),
+    "wan-picture": Tiny(
+        _wan,
+        call={"num_frames": 1},
+        frames=1,
+        latents=lambda noise: noise.unsqueeze(2),
+        pictures=lambda out: out.frames[:, 0],
     ),
 }
+
+OF_PICTURES = tuple(name for name, tiny in FAMILIES.items() if tiny.frames in (None, 1))
 
 
 def pipeline(name: str, seed: int = 0) -> Any:
@@ -369,5 +378,6 @@ def imported(tiny: Tiny, directory: Path, registry: MemoryRegistry) -> str:
         guidance=Guidance() if tiny.w is None else Guidance(mode=mode, default=tiny.w, maximum=10.0),
         inputs=tiny.inputs,
         resolution=(tiny.pixels, tiny.pixels),
+        num_frames=tiny.frames,
         golden_prompts=("a red circle",),
     )

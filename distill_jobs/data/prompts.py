@@ -52,7 +52,7 @@ class PromptSource(TensorSource):
         self,
         prompts: Sequence[str],
         cond: Tensor,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         seed: int = 0,
         *,
         x: Tensor | None = None,

@@ -44,7 +44,7 @@ class Teacher:
     graph: ComponentSpec
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         return self.manifest.latent_shape(*self.manifest.resolutions[0])
 
     def beginner(self, inputs: frozenset[str], slim: Slimmed | None = None, *, points: int = 1) -> Denoiser:
@@ -149,11 +149,16 @@ def load(registry: Registry, version: str) -> Teacher:
 
     Raises:
         StudentNotFound, CorruptBlob, GraphMismatch: as the registry and the loader say.
-        NotBuilt: it has several networks.
+        NotBuilt: it has several networks, or makes videos.
     """
     manifest = registry.student(version)
     if manifest.experts:
         raise NotBuilt(f"{shown(version)} has further denoisers ({', '.join(manifest.experts)}): a teacher has one")
+    if manifest.frames:
+        raise NotBuilt(
+            f"{shown(version)} makes videos of {manifest.frames.number} frames, and only pictures are distilled: "
+            "import it with one frame"
+        )
     read = reader(registry, manifest)
     graphs = {role: spec(manifest, role, read) for role in ("encoder", "denoiser", "decoder")}
     parts = {role: _network(registry, manifest, role, graph) for role, graph in graphs.items()}

@@ -16,6 +16,8 @@ NETWORK_TIME = 1000.0
 class TransformerNet(ComponentNetwork):
     """x [B, C, H, W], t [B], cond [B, R, D], s [B] and w [B] where the student reads them -> prediction.
 
+    Of videos x is [B, C, T, H, W].
+
     A family says in `predict` how its transformer is asked. The sinusoids of s and w go through a zero-initialised
     layer each and are added to those of t before `embedder`, the layers that read these: a teacher with the layers
     added is still exactly the teacher. A transformer with a guidance input of its own gets w there instead.
@@ -29,7 +31,7 @@ class TransformerNet(ComponentNetwork):
         self,
         transformer: Any,
         packing: Packing,
-        latent: tuple[int, int, int],
+        latent: tuple[int, ...],
         inputs: Collection[str] = frozenset(),
     ) -> None:
         super().__init__()
@@ -56,7 +58,7 @@ class TransformerNet(ComponentNetwork):
         return ()
 
     def predict(self, x: Tensor, t: Tensor, w: Tensor | None, *cond: Tensor) -> Tensor:
-        """[B, C, H, W] from the unpacked conditioning; w is for a transformer that has an input for it."""
+        """As x, from the unpacked conditioning; w is for a transformer that has an input for it."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor, s: Tensor | None = None, w: Tensor | None = None) -> Tensor:

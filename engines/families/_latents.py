@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engines.errors import InvalidManifest
+from engines.errors import InvalidManifest, InvalidRequest
 from engines.families.base import PICTURES, ComponentNetwork, Port
 
 IMAGE_VAES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
@@ -92,9 +92,10 @@ class PictureEncoderNet(VaeNetwork):
 
 
 class VideoDecoderNet(ComponentNetwork):
-    """`DecoderNet` for a video VAE, of which one frame is decoded: latents stay [B, C, H, W].
+    """`DecoderNet` for a video VAE: latents [B, C, T, H, W] -> levels [B, T', 3, H', W'], all frames in one pass.
 
-    A first frame passes through none of the layers that make more frames out of it: they are not read.
+    Latents [B, C, H, W] are one frame. That passes through none of the layers that make more frames of a latent
+    (`time_conv`): they are not read.
     """
 
     unused = ("encoder.", "quant_conv.")
@@ -102,19 +103,23 @@ class VideoDecoderNet(ComponentNetwork):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, vae: Any, height: int, width: int) -> None:
+    def __init__(self, vae: Any, *size: int) -> None:
         super().__init__()
         self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
-        of_one_frame(self, vae)
-        self.ports = (Port("latents", (vae.config.z_dim, height, width)),)
+        self.single = len(size) == 2
+        if self.single:
+            of_one_frame(self, vae)
+        else:
+            in_one_pass(self, vae)
+        self.ports = (Port("latents", (vae.config.z_dim, *size)),)
 
     def select(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value for name, value in super().select(weights).items() if ".time_conv." not in name}
+        return _without_time(super().select(weights)) if self.single else super().select(weights)
 
     def forward(self, latents: Tensor) -> Tensor:
         scaled = latents * self.deviation + self.mean
-        frames: Tensor = self.decoder(self.post_quant_conv(scaled.unsqueeze(2)))
-        return levels(frames[:, :, 0])
+        frames: Tensor = self.decoder(self.post_quant_conv(scaled.unsqueeze(2) if self.single else scaled))
+        return levels(frames[:, :, 0] if self.single else frames.transpose(1, 2))
 
 
 class VideoPictureEncoderNet(ComponentNetwork):
@@ -133,7 +138,7 @@ class VideoPictureEncoderNet(ComponentNetwork):
         self.ports = (Port("levels", (3, height * downscale, width * downscale)),)
 
     def select(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value for name, value in super().select(weights).items() if ".time_conv." not in name}
+        return _without_time(super().select(weights))
 
     def forward(self, levels: Tensor) -> Tensor:
         frame = (levels / 127.5 - 1).unsqueeze(2)
@@ -149,18 +154,56 @@ def vae_network(
     return half(vae, *latent[1:], shifts=shifts, whitens=whitens).eval()
 
 
-def video_vae_network(role: str, vae: Any, latent: tuple[int, int, int]) -> ComponentNetwork:
-    return (VideoPictureEncoderNet if role == PICTURES else VideoDecoderNet)(vae, *latent[1:]).eval()
+def video_vae_network(role: str, vae: Any, latent: tuple[int, ...]) -> ComponentNetwork:
+    """The half of a video VAE that a role (decoder or `PICTURES`) is.
+
+    Raises:
+        InvalidManifest: the VAE is of a kind that is not built.
+        InvalidRequest: videos are to be encoded, which no family does.
+    """
+    if getattr(vae.config, "patch_size", None) is not None:
+        raise InvalidManifest("a video VAE with patch_size is not built: give one without, as of Wan 2.1")
+    if role != PICTURES:
+        return VideoDecoderNet(vae, *latent[1:]).eval()
+    if len(latent) > 3:
+        raise InvalidRequest("this student makes videos, and changes no pictures: leave the picture out", param="image")
+    return VideoPictureEncoderNet(vae, *latent[1:]).eval()
 
 
 def of_one_frame(network: nn.Module, vae: Any) -> None:
     """Takes the layers between frames out of one half of a video VAE, and gives it the scaling of the latents."""
-    if getattr(vae.config, "patch_size", None) is not None:
-        raise InvalidManifest("a video VAE with patch_size is not built: give one without, as of Wan 2.1")
-    for module in [module for module in network.modules() if hasattr(module, "time_conv")]:
+    for module in _between_frames(network):
         del module.time_conv
     per_channel(network, "mean", vae.config.latents_mean)
     per_channel(network, "deviation", vae.config.latents_std)
+
+
+def in_one_pass(network: nn.Module, vae: Any) -> None:
+    """Has a video VAE's decoder make all frames in one pass, and gives it the scaling of the latents.
+
+    diffusers decodes latent by latent and hands on what causal convolutions see of the past, which is what they see in
+    one pass; but it makes more frames of a latent only there, and of none before the second. So do these hooks.
+    """
+    for module in _between_frames(network):
+        module.register_forward_pre_hook(_more_frames)
+    per_channel(network, "mean", vae.config.latents_mean, axes=3)
+    per_channel(network, "deviation", vae.config.latents_std, axes=3)
+
+
+def _between_frames(network: nn.Module) -> list[nn.Module]:
+    return [module for module in network.modules() if hasattr(module, "time_conv")]
+
+
+def _more_frames(upsample: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Twice as many frames [B, C, T, H, W] out of all but the first, which stays; and what it knows nothing of."""
+    first, rest = args[0][:, :, :1], args[0][:, :, 1:]
+    pairs = upsample.time_conv(rest).unflatten(1, (2, -1))
+    return (torch.cat([first, pairs.movedim(1, 3).flatten(2, 3)], dim=2), *args[1:])
+
+
+def _without_time(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the layers that make more frames of a latent, or one of several."""
+    return {name: value for name, value in weights.items() if ".time_conv." not in name}
 
 
 def posterior(codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,9 +212,9 @@ def posterior(codes: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
 
 
-def per_channel(module: nn.Module, name: str, values: Sequence[float]) -> None:
+def per_channel(module: nn.Module, name: str, values: Sequence[float], *, axes: int = 2) -> None:
     """A constant of a network, where the network is: made in a call, it would come from the host each time."""
-    module.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
+    module.register_buffer(name, torch.tensor(values).view(-1, *(1,) * axes), persistent=False)
 
 
 def levels(pictures: Tensor) -> Tensor:
@@ -201,6 +244,10 @@ def image_downscale(vae: Mapping[str, Any]) -> int:
     """Pixels per latent position."""
     blocks = vae.get("block_out_channels") or vae["encoder_block_out_channels"]
     return int(2 ** (len(blocks) - 1))
+
+
+def frames_per_latent(vae: Mapping[str, Any]) -> int:
+    return int(2 ** sum(vae["temperal_downsample"]))
 
 
 def video_downscale(vae: Mapping[str, Any]) -> int:

@@ -10,6 +10,7 @@ from engines.backends.base import Engine
 from engines.errors import InvalidRequest
 from engines.families._text import load_tokenizers, read_prompts
 from engines.families.base import ReadFile, Tokens
+from engines.noising import over
 
 
 class TextToImage:
@@ -86,11 +87,11 @@ class TextToImage:
             )
         )["pred"].to(x.device)
         c, u = pred[: len(x)], pred[len(x) :]
-        c[guided] = self.guided(c[guided], u, weights[guided].view(-1, 1, 1, 1).to(x.device))
+        c[guided] = self.guided(c[guided], u, over(weights[guided], x).to(x.device))
         return c
 
     def guided(self, c: Tensor, u: Tensor, w: Tensor) -> Tensor:
-        """One guided prediction out of two. c, u [B, C, H, W]; w [B, 1, 1, 1]."""
+        """One guided prediction out of two. c, u as x; w [B, 1, ...]."""
         return u + w * (c - u)
 
     def look(self, levels: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.backends.base import Engine, check_weights
+from engines.frames import Frames
 
 PICTURES = "picture_encoder"
 """The role of what makes latents of pictures: the other half of the decoder's VAE, out of the same blob and config."""
@@ -41,12 +42,14 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """The latents of a pipeline: channels, pixels per latent position, and its own size in latent positions."""
+    """The latents of a pipeline: channels, pixels per latent position, its own size in latent positions and, where it
+    makes videos, their frames."""
 
     channels: int
     downscale: int
     height: int
     width: int
+    frames: Frames | None = None
 
 
 class ComponentNetwork(nn.Module):
@@ -114,9 +117,10 @@ class Family(Protocol):
         negative: Tensor | None = None,
         net: str = "denoiser",
     ) -> Tensor:
-        """The prediction [B, C, H, W] fp32. A row whose w is neither None nor NaN is guided.
+        """The prediction fp32, as x: [B, C, H, W] or, of videos, [B, C, T, H, W].
 
-        `negative` [B, L, D] stands for `null()` where a row has another.
+        A row whose w is neither None nor NaN is guided. `negative` [B, L, D] stands for `null()` where a row has
+        another.
         """
 
     def look(self, levels: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -129,10 +133,10 @@ class Family(Protocol):
         """
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures, uint8 [B, 3, H, W]."""
+        """Pictures, uint8 [B, 3, H, W], or videos [B, T, 3, H, W]."""
 
     def levels(self, latents: Tensor) -> Tensor:
-        """The same before rounding, fp32 [B, 3, H, W] in 0..255: what an evaluation reads."""
+        """The same before rounding, fp32 in 0..255: what an evaluation reads."""
 
     def network_rows(self, w: float | None) -> int:
         """How many rows of a network batch one row with guidance `w` is."""
@@ -150,11 +154,12 @@ class FamilyClass(Protocol):
         """The files that `network` reads for a component."""
 
     def network(
-        self, role: str, read: ReadFile, *, inputs: frozenset[str] = ..., latent: tuple[int, int, int] = ...
+        self, role: str, read: ReadFile, *, inputs: frozenset[str] = ..., latent: tuple[int, ...] = ...
     ) -> ComponentNetwork:
         """The module of one component with random weights, from its config alone.
 
-        `role` is encoder, decoder, `PICTURES` or the name of a denoiser; `latent` is C, H, W of the resolution served.
+        `role` is encoder, decoder, `PICTURES` or the name of a denoiser; `latent` is C, H, W of the resolution served,
+        and C, T, H, W where videos are.
         """
 
     def geometry(self, read: ReadFile) -> Geometry:

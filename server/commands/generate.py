@@ -1,4 +1,4 @@
-"""`fewstep generate`: a prompt in, a picture on disk."""
+"""`fewstep generate`: a prompt in, a picture or video on disk."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,12 +9,20 @@ from engines.errors import InvalidRequest
 from engines.manifest import shown
 from server.commands.terminal import DEFAULT_URL, Key, Url, connected, out
 
-_MIME = {".png": "image/png", ".webp": "image/webp", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
+_MIME = {
+    ".png": "image/png",
+    ".webp": "image/webp",
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".mp4": "video/mp4",
+}
 
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw, in plain English.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A .png, .webp or .jpg file.")] = Path("out.png"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A .png, .webp or .jpg file; of a video .webp or .mp4.")
+    ] = Path("out.png"),
     model: Annotated[str, typer.Option(help="A deployment, or one exact student as name@digest.")] = "shapes",
     tier: Annotated[str | None, typer.Option(help="low, medium or high; the deployment's default if left out.")] = None,
     steps: Annotated[int | None, typer.Option(help="A step count, instead of a tier.")] = None,
@@ -23,7 +31,7 @@ def generate(
     url: Url = DEFAULT_URL,
     api_key: Key = None,
 ) -> None:
-    """Draw one picture.
+    """Draw one picture, or one video with a model of videos.
 
     Example: fewstep generate "a red circle" -o circle.png --seed 7
     """

@@ -75,6 +75,9 @@ def import_(
         typer.Option(help="baked: the weight is in the network, and only noted down.", rich_help_panel=_GUIDANCE),
     ] = None,
     strength: Annotated[float, typer.Option(help="How strong a LoRA is merged.")] = 1.0,
+    num_frames: Annotated[
+        int | None, typer.Option(min=1, help="Of a pipeline of videos, their length; the pipeline's if left out.")
+    ] = None,
     dtype: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Of the merged weights.")] = "fp16",
     licence: Annotated[str | None, typer.Option(help="The base's if left out.")] = None,
     prompt: Annotated[
@@ -141,6 +144,7 @@ def import_(
         dtype=dtype,
         licence=licence,
         golden_prompts=prompt or (),
+        num_frames=num_frames,
     )
     with tempfile.TemporaryDirectory() as work:
         found = verify(registry, made.version, choice=choice, cache=Path(work))
@@ -186,7 +190,7 @@ def _report(
     choice: "Choice",
     gate: dict[str, Any],
 ) -> None:
-    """`report.json`, and the golden pictures as `samples.png` where the gate made no sheet."""
+    """`report.json`, and the golden pictures as `samples.png` where the gate made no sheet: of a video its middle."""
     from dataclasses import asdict
     from datetime import UTC, datetime
 
@@ -195,6 +199,8 @@ def _report(
     manifest = registry.student(made.version)
     if not gate and manifest.golden:
         pictures = golden.Golden.from_bytes(registry.read_blob(manifest.golden)).pictures
+        if manifest.frames:
+            pictures = pictures[:, manifest.frames.number // 2]
         registry.put_file(made.version, "samples.png", images.encode(pictures.movedim(0, 2).flatten(2).numpy()))
     wrong = {one.steps for one in found.comparisons if one.fault}
     if wrong:

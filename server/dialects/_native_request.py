@@ -7,18 +7,24 @@ import msgspec
 from msgspec import Meta
 
 from engines.errors import ContradictoryFields, InvalidRequest
+from engines.frames import MAX_FPS
 from engines.refine import Refine, asked
 from server.dialects._uploads import Changed, Strength
 from server.dialects.base import MIME
-from server.intent import ImageFormat, Intent
+from server.intent import Intent
+from server.media import Media, OutputFormat
 from server.menu import Wanted
 
 Pixels = Annotated[int, Meta(ge=1, le=16384)]
 MAX_PROMPT_CHARS = 8192
+_USUAL: dict[str, OutputFormat] = {"image/*": "png", "video/*": "mp4"}
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What to make, how well, and how to answer. `strength` is of a picture that is changed, which comes in a form."""
+    """What to make, how well, and how to answer.
+
+    `num_frames` and `fps` are of videos; `strength` is of a picture that is changed, which comes in a form.
+    """
 
     prompt: Annotated[str, Meta(max_length=MAX_PROMPT_CHARS)]
     model: Annotated[str, Meta(max_length=256)] | None = None
@@ -34,7 +40,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     refine: Refine | None = None
     redo_share: Annotated[float, Meta(ge=0.05, le=0.5)] | None = None
     strength: Strength | None = None
-    output_format: ImageFormat | None = None
+    output_format: OutputFormat | None = None
+    num_frames: Annotated[int, Meta(ge=1, le=10_000)] | None = None
+    fps: Annotated[int, Meta(ge=1, le=MAX_FPS)] | None = None
     output_compression: Annotated[int, Meta(ge=0, le=100)] | None = None
     priority: Annotated[int, Meta(ge=-10, le=10)] = 0
     timeout_ms: Annotated[int, Meta(ge=1, le=2**31)] | None = None
@@ -51,7 +59,7 @@ class Preference(msgspec.Struct, frozen=True):
     wait_s: int | None = None
 
 
-def bytes_format(body: GenerationRequest, accepted: ImageFormat | None) -> ImageFormat | None:
+def bytes_format(body: GenerationRequest, accepted: OutputFormat | None) -> OutputFormat | None:
     """The format to answer in bytes, None for JSON or events."""
     if (body.width is None) != (body.height is None):
         raise InvalidRequest("width and height go together: send both, or neither", param="width")
@@ -71,7 +79,7 @@ def bytes_format(body: GenerationRequest, accepted: ImageFormat | None) -> Image
 
 
 def intent_of(
-    body: GenerationRequest, accepted: ImageFormat | None, traceparent: str | None, changed: Changed | None = None
+    body: GenerationRequest, accepted: OutputFormat | None, traceparent: str | None, changed: Changed | None = None
 ) -> Intent:
     if changed is None and body.strength is not None:
         raise InvalidRequest(
@@ -86,6 +94,7 @@ def intent_of(
             max_latency_ms=body.max_latency_ms,
             guidance=body.guidance_scale,
             size=size,
+            media=Media(body.output_format or accepted, body.num_frames, body.fps),
             refinement=asked(body.refine, body.redo_share),
             strength=changed.strength if changed else None,
         ),
@@ -94,7 +103,6 @@ def intent_of(
         negative_prompt=body.negative_prompt,
         n=body.n,
         seed=body.seed,
-        output_format=body.output_format or accepted or "png",
         compression=body.output_compression,
         priority=body.priority,
         timeout_ms=body.timeout_ms,
@@ -109,16 +117,16 @@ def cancels(body: GenerationRequest, *, default: bool) -> bool:
 
 
 @lru_cache(maxsize=256)
-def accepted_format(accept: str) -> ImageFormat | None:
-    """The picture type that an `Accept` header prefers over JSON, if any."""
+def accepted_format(accept: str) -> OutputFormat | None:
+    """The type of picture or video that an `Accept` header prefers over JSON, if any."""
     weights: dict[str, float] = {}
     for part in accept.lower().split(","):
         kind, *parameters = (piece.strip() for piece in part.split(";"))
         weight = next((piece[2:] for piece in parameters if piece.startswith("q=")), "1")
         weights[kind] = _weight(weight)
     asked = {kind: weights.get(mime, 0.0) for kind, mime in MIME.items()}
-    if "image/*" in weights:
-        asked["png"] = max(asked["png"], weights["image/*"])
+    for kinds, usual in _USUAL.items():
+        asked[usual] = max(asked[usual], weights.get(kinds, 0.0))
     best = max(asked, key=lambda kind: asked[kind])
     return best if asked[best] > max(weights.get("application/json", 0.0), 0.0) else None
 

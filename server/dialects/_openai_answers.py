@@ -1,5 +1,6 @@
 """Answers in OpenAI's shape: pictures at once, or as events. What is made and what is changed differ in a name."""
 
+import math
 import time
 from collections.abc import AsyncIterator
 
@@ -72,7 +73,7 @@ class OpenAIAnswers:
             size=self._size(answer, ticket, intent),
             quality=answer.result.tier,
             background="opaque",
-            output_format=intent.output_format,
+            output_format=intent.wanted.media.output_format or "png",
             usage=self._usage(answer, ticket, intent),
             x_fewstep=provenance(answer),
         )
@@ -88,7 +89,7 @@ class OpenAIAnswers:
             size=f"{choice.width}x{choice.height}" if choice else "auto",
             quality=choice.tier if choice else "auto",
             background="opaque",
-            output_format=intent.output_format,
+            output_format=intent.wanted.media.output_format or "png",
             partial_image_index=index,
         )
         return Event(partial.type, base.encode(partial))
@@ -102,7 +103,7 @@ class OpenAIAnswers:
         return ImagesResponse(
             created=int(time.time()),
             background="opaque",
-            output_format=intent.output_format,
+            output_format=intent.wanted.media.output_format or "png",
             quality=answer.result.tier,
             size=self._size(answer, ticket, intent),
             data=data,
@@ -122,8 +123,7 @@ class OpenAIAnswers:
         picture_tokens = 0
         if manifest is not None:
             width, height = (choice.width, choice.height) if choice else manifest.resolutions[0]
-            _, rows, columns = manifest.latent_shape(width, height)
-            picture_tokens = rows * columns
+            picture_tokens = math.prod(manifest.latent_shape(width, height)[1:])
         text_tokens, read = answer.result.text_tokens, picture_tokens if intent.upload else 0
         written = picture_tokens * len(answer.images)
         return Usage(

@@ -22,9 +22,14 @@ from starlette.types import Receive, Scope, Send
 from engines.errors import FewstepError, InternalError, InvalidRequest
 from server import http_errors
 from server.gateway import Gateway
-from server.intent import ImageFormat
+from server.media import OutputFormat
 
-MIME: dict[ImageFormat, str] = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
+MIME: dict[OutputFormat, str] = {
+    "png": "image/png",
+    "webp": "image/webp",
+    "jpeg": "image/jpeg",
+    "mp4": "video/mp4",
+}
 FORM = "multipart/form-data"
 _HEARTBEAT_S = 10.0
 encode = msgspec.json.Encoder().encode

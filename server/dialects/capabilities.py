@@ -7,9 +7,10 @@ from starlette.responses import Response
 
 from engines import refine
 from engines.errors import InvalidRequest
+from engines.frames import MAX_FPS
 from engines.manifest import StudentManifest, shown
 from engines.registry.base import TierTarget
-from server import leases
+from server import leases, media
 from server.catalog import Deployment
 from server.dialects import base
 from server.dialects._native_request import MAX_PROMPT_CHARS
@@ -49,10 +50,24 @@ class LimitRecord(msgspec.Struct, frozen=True, kw_only=True):
     image_pixels: int
 
 
+class VideoRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Of a model that makes videos: their frames, and how many are shown a second where a request does not say."""
+
+    num_frames: int
+    fps: int
+    max_fps: int = MAX_FPS
+
+    @classmethod
+    def of(cls, manifest: StudentManifest) -> "VideoRecord | None":
+        frames = manifest.frames
+        return None if frames is None else cls(num_frames=frames.number, fps=frames.fps)
+
+
 class Capability(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     sizes: list[str]
     output_formats: list[str]
+    video: VideoRecord | None
     default_tier: str
     tiers: dict[str, TierCapability]
     workers: int
@@ -90,7 +105,8 @@ def _capability(gateway: Gateway, deployment: Deployment) -> Capability:
     return Capability(
         model=deployment.name,
         sizes=[f"{width}x{height}" for width, height in manifest.resolutions],
-        output_formats=list(base.MIME),
+        output_formats=list(media.formats(manifest)),
+        video=VideoRecord.of(manifest),
         default_tier=revision.default_tier,
         tiers={tier: _tier(gateway, deployment, target) for tier, target in revision.tiers.items()},
         workers=gateway.catalog.num_workers(deployment.name),

@@ -54,7 +54,7 @@ class Native:
         }
         routes.post(
             "/v1/generations",
-            summary="Make pictures, or change one",
+            summary="Make pictures or videos, or change a picture",
             responses=base.responses(made, 404, 409, 410, 413, 415, 429, 501, 504),
             openapi_extra=base.operation(
                 _PREFER,
@@ -81,7 +81,7 @@ class Native:
         signature = base.parameter("signature", "query", {"type": "string"}, "Of a signed url; needs no API key")
         routes.get(
             "/v1/generations/{id}/images/{index}",
-            summary="Fetch a picture",
+            summary="Fetch a picture or video",
             responses=base.responses({200: {"description": "Its bytes", "content": _PICTURES}}, 404, 410),
             openapi_extra=base.operation(_ID, index, expires, signature),
         )(endpoints.image)
@@ -111,7 +111,7 @@ class _Endpoints:
         wanted = bytes_format(body, accepted)
         intent = intent_of(body, accepted, headers.get("traceparent"), changed)
         key = idempotency.read(
-            headers.get("idempotency-key"), principal.owner, request.url.path, data + intent.output_format.encode()
+            headers.get("idempotency-key"), principal.owner, request.url.path, data + (accepted or "").encode()
         )
         ticket = await gateway.submit(intent, principal, key)
         if body.stream or prefer != _NOW:
@@ -265,7 +265,9 @@ def _index(text: str) -> int:
 
 
 def sniff(data: bytes) -> str:
-    """The media type of a picture that we encoded, by its first bytes."""
+    """The media type of a picture or video that we encoded, by its first bytes."""
     if data.startswith(b"\x89PNG"):
         return MIME["png"]
+    if data[4:8] == b"ftyp":
+        return MIME["mp4"]
     return MIME["webp"] if data[8:12] == b"WEBP" else MIME["jpeg"]

@@ -28,6 +28,7 @@ from server.dialects._openai_records import (
 from server.dialects._uploads import IMAGE, MASK, upload_of
 from server.gateway import Gateway
 from server.intent import Intent
+from server.media import Media
 from server.menu import AUTO, Names, Wanted
 
 _NAMES = Names(tier="quality", steps="num_inference_steps")
@@ -122,6 +123,7 @@ def _intent(body: ImageGenerationRequest, traceparent: str | None) -> Intent:
             max_latency_ms=body.max_latency_ms,
             guidance=body.guidance_scale,
             size=_size(body.size),
+            media=Media(body.output_format or "png"),
             refinement=asked(body.refine, body.redo_share),
             names=_NAMES,
         ),
@@ -129,7 +131,6 @@ def _intent(body: ImageGenerationRequest, traceparent: str | None) -> Intent:
         negative_prompt=body.negative_prompt,
         n=n,
         seed=body.seed,
-        output_format=body.output_format or "png",
         compression=body.output_compression,
         priority=body.priority or 0,
         timeout_ms=body.timeout_ms,

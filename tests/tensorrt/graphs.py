@@ -22,10 +22,10 @@ NO_GRAPH = {
     ("z_image", "denoiser"): "it reads a list of sequences of any length, which no one graph does",
 }
 # Names of `tiny_families` by the graphs that no other name has; so each is exported and built once.
-_OWN = {"sd-edm": (), "sdxl-edm": ("decoder",), "flux-schnell": ("denoiser",)}
+_OWN = {"sd-edm": (), "sdxl-edm": ("decoder",), "flux-schnell": ("denoiser",), "wan-picture": ("denoiser", "decoder")}
 GRAPHS = [
     (name, role) for name in tiny_families.FAMILIES for role in _OWN.get(name, ROLES) if (name, role) not in NO_GRAPH
-] + [(name, PICTURES) for name in ("sd", "sana", "qwen_image", "wan")]  # one of each kind of VAE
+] + [(name, PICTURES) for name in ("sd", "sana", "qwen_image", "wan-picture")]  # one of each kind of VAE
 
 
 def each(graphs: Iterable[tuple[str, str]]) -> pytest.MarkDecorator:

@@ -1,4 +1,4 @@
-"""A teacher of every family can be loaded, guided and distilled."""
+"""A teacher of every family of pictures can be loaded, guided and distilled."""
 
 import pytest
 import torch
@@ -9,13 +9,14 @@ from distill_jobs.stage import Stage
 from distill_jobs.teachers import diffusers
 from distill_jobs.trainer import TrainConfig, Trainer
 from engines.denoiser import AtWeight
+from engines.errors import NotBuilt
 from engines.loader import load_student
 from engines.student import sample
 from tests import tiny_families
-from tests.tiny_families import FAMILIES, STEPS
+from tests.tiny_families import OF_PICTURES, STEPS
 
 PROMPTS, SEEDS = ["a red circle", "two shapes on the left"], [1, 2]
-every_family = pytest.mark.parametrize("name", FAMILIES)
+every_family = pytest.mark.parametrize("name", OF_PICTURES)
 
 
 @every_family
@@ -44,6 +45,12 @@ def test_a_network_in_training_makes_the_pictures_of_its_engine(name: str) -> No
     trained = sample(teacher.student(teacher.denoiser, manifest.schedules, manifest.guidance), PROMPTS, SEEDS, STEPS)
     served = sample(load_student(own.registry, manifest), PROMPTS, SEEDS, STEPS)
     assert (served.int() - trained.int()).abs().max() <= 1
+
+
+def test_a_teacher_of_videos_is_refused_before_anything_is_loaded() -> None:
+    own = tiny_families.shipped("wan")
+    with pytest.raises(NotBuilt, match=r"makes videos of 9 frames.*one frame"):
+        diffusers.load(own.registry, own.version)
 
 
 def test_a_teacher_that_reads_its_weight_is_asked_with_it() -> None:

@@ -15,14 +15,14 @@ from engines.noise import noise
 from engines.registry.memory import MemoryRegistry
 from engines.student import sample
 from tests import tiny_families
-from tests.tiny_families import FAMILIES
+from tests.tiny_families import FAMILIES, OF_PICTURES
 
 PROMPTS, SEEDS, STEPS = ["a red circle", "two shapes on the left"], [11, 12], 2
 LORA = LoraSpec(rank=2, alpha=4.0)
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"pixart"}))  # whose pipeline loads no LoRA
+@pytest.mark.parametrize("name", sorted({*OF_PICTURES} - {"pixart"}))  # whose pipeline loads no LoRA
 def test_a_lora_gives_our_engines_picture_in_diffusers(name: str, tmp_path: Path) -> None:
     tiny, pipeline, registry = FAMILIES[name], tiny_families.pipeline(name), MemoryRegistry()
     pipeline.save_pretrained(tmp_path / "teacher")
@@ -30,7 +30,7 @@ def test_a_lora_gives_our_engines_picture_in_diffusers(name: str, tmp_path: Path
     guidance = Guidance(mode="embedded", default=1.0, maximum=10.0) if "w" in tiny.inputs else Guidance()
     version = import_diffusers(
         tmp_path / "teacher", registry, name="tiny", schedules=(STEPS,), guidance=guidance, resolution=(size, size),
-        inputs=tiny.inputs, golden_prompts=PROMPTS[:1],  # type: ignore[arg-type]
+        inputs=tiny.inputs, golden_prompts=PROMPTS[:1], num_frames=tiny.frames,  # type: ignore[arg-type]
     )  # fmt: skip
     teacher = diffusers.load(registry, version)
     network = adapted(teacher.denoiser, LORA)

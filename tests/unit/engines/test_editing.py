@@ -17,7 +17,7 @@ from engines.loader import load_student
 from engines.registry.memory import MemoryRegistry
 from engines.student import LoadedStudent, sample
 from tests import tiny_families
-from tests.tiny_families import FAMILIES, STEPS, Shipped
+from tests.tiny_families import FAMILIES, OF_PICTURES, STEPS, Shipped
 
 PROMPT, SEED = "a red circle", 11
 IMG2IMG = {
@@ -132,7 +132,7 @@ def test_fresh_noise_goes_on_where_the_start_left_the_seed(tmp_path: Path) -> No
         assert (by_us(own, strength) - expected).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", OF_PICTURES)
 @pytest.mark.filterwarnings("ignore")
 def test_every_family_s_vae_sees_what_its_own_encoder_does(name: str) -> None:
     """Scaled as latents are in its pipeline, which the decoder undoes."""
@@ -148,6 +148,12 @@ def test_every_family_s_vae_sees_what_its_own_encoder_does(name: str) -> None:
     shown = (back[:, :, 0] if video else back) * 127.5 + 127.5
     assert (student.family.levels(latents) - shown.clamp(0, 255)).abs().max() <= 0.02
     assert (deviation is None) != hasattr(coded, "latent_dist")
+
+
+def test_a_student_of_videos_sees_no_picture() -> None:
+    own = tiny_families.shipped("wan")
+    with pytest.raises(InvalidRequest, match="makes videos"):
+        load_student(own.registry, own.manifest).family.look(picture(own.tiny.pixels)[None])
 
 
 def test_a_position_may_change_if_any_of_its_pixels_may() -> None:

@@ -70,7 +70,7 @@ class OnTheHost(TorchDispatchMode):
 
 
 # Their encoders and one denoiser read values of their inputs, which a device without memory has not.
-NEED_VALUES = {("pixart", "encoder"), ("qwen_image", "encoder"), ("wan", "encoder"), ("z_image", "encoder")} | {
+NEED_VALUES = {(name, "encoder") for name in ("pixart", "qwen_image", "wan", "wan-picture", "z_image")} | {
     ("z_image", "denoiser")
 }
 

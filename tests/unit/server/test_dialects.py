@@ -1,3 +1,5 @@
+from typing import Any
+
 import msgspec
 import pytest
 
@@ -12,6 +14,7 @@ from server.dialects._native_request import (
     intent_of,
     preference,
 )
+from server.media import Media, OutputFormat
 
 
 @pytest.mark.parametrize(
@@ -25,6 +28,8 @@ from server.dialects._native_request import (
         ("application/json, image/png;q=0.5", None),
         ("image/*", "png"),
         ("IMAGE/JPEG", "jpeg"),
+        ("video/mp4", "mp4"),
+        ("video/*, image/*;q=0.5", "mp4"),
         ("image/png;q=0", None),
         ("image/png;q=x", None),
         ("text/html", None),
@@ -55,10 +60,13 @@ def test_a_request_becomes_an_intent_without_a_loss() -> None:
     assert (intent.wanted.size, intent.n, intent.seed, intent.traceparent) == ((64, 48), 2, 3, "00-trace")
 
 
-def test_the_format_is_the_body_s_or_the_accepted_or_png() -> None:
-    assert intent_of(GenerationRequest(prompt="x", output_format="webp"), None, None).output_format == "webp"
-    assert intent_of(GenerationRequest(prompt="x"), "jpeg", None).output_format == "jpeg"
-    assert intent_of(GenerationRequest(prompt="x"), None, None).output_format == "png"
+def test_the_format_is_the_body_s_or_the_accepted_or_left_to_the_student() -> None:
+    def media(accepted: OutputFormat | None = None, **body: Any) -> Media:
+        return intent_of(GenerationRequest(prompt="x", **body), accepted, None).wanted.media
+
+    assert media(output_format="webp", num_frames=9, fps=8) == Media("webp", 9, 8)
+    assert media("jpeg").output_format == "jpeg"
+    assert media() == Media()
 
 
 def test_bytes_are_of_one_picture_in_the_accepted_format() -> None:
