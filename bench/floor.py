@@ -30,9 +30,9 @@ def app(redis_url: str) -> FastAPI:
         asked = json.loads(await request.body())
         message = _request(asked["prompt"], asked["seed"], broker.identity)
         await broker.publish(message)
-        result = await broker.wait(message.id, 10)
-        assert result is not None
-        [image] = await broker.images(message.id, 1)
+        answered = await broker.answer(message.id, 10)
+        assert answered is not None
+        [image] = answered.images
         assert image is not None
         return Response(image, media_type="image/png")
 

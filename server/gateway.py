@@ -113,13 +113,12 @@ class Gateway:
         Raises:
             FewstepError: what it ended with, in its own class; `Gone` when the pictures have expired.
         """
-        result = await self.broker.wait(ticket.id, ticket.budget_s + _ANSWER_GRACE_S)
-        if result is None:
-            result = await self._give_up(ticket)
+        answered = await self.broker.answer(ticket.id, ticket.budget_s + _ANSWER_GRACE_S)
+        result = await self._give_up(ticket) if answered is None else answered.result
         self.count(ticket, result)
         if result.error is not None:
             raise result.error.exception()
-        found = await self.broker.images(ticket.id, result.num_images)
+        found = answered.images if answered else await self.broker.images(ticket.id, result.num_images)
         images = [image for image in found if image is not None]
         if len(images) < len(found):
             raise Gone(f"the pictures of {ticket.id} have expired: generate them again with their seeds")

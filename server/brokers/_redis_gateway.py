@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from engines.errors import DeadlineExceeded, FewstepError, RequestCanceled, Unavailable
 from server.brokers._redis_link import BROKEN, Command, Link
 from server.brokers._redis_replies import Replies, answer_of
-from server.brokers.base import OWNERS, Emitted, Entry, QueueState, Remembered, StaleVersion, Status
+from server.brokers.base import OWNERS, Answered, Emitted, Entry, QueueState, Remembered, StaleVersion, Status
 from server.messages import (
     CLASSES,
     ENDINGS,
@@ -60,7 +60,15 @@ class GatewaySide:
     async def wait(self, request_id: str, timeout_s: float | None) -> GenerateResult | None:
         if timeout_s == 0:
             return await self.result(request_id)
-        return await self._replies.wait(request_id, timeout_s)
+        reply = await self._replies.wait(request_id, timeout_s)
+        return None if reply is None else reply.result
+
+    async def answer(self, request_id: str, timeout_s: float | None) -> Answered | None:
+        reply = await self._replies.wait(request_id, timeout_s)
+        if reply is None:
+            return None
+        images = reply.images or await self.images(request_id, reply.result.num_images)
+        return Answered(reply.result, images)
 
     async def result(self, request_id: str) -> GenerateResult | None:
         data = await self._link.call("HGET", self._link.key("req", request_id), "result")

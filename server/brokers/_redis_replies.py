@@ -8,7 +8,7 @@ server lost in a crash is published again under its id by the gateway that still
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -31,9 +31,17 @@ def answer_of(request_id: str, data: bytes) -> GenerateResult:
         return ended_by(request_id, "failed", error)
 
 
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """`images` are all of the result's, or none: larger ones are fetched by whoever wants them."""
+
+    result: GenerateResult
+    images: Sequence[bytes] = ()
+
+
 @dataclass(slots=True)
 class _Wait:
-    future: asyncio.Future[GenerateResult | None]
+    future: asyncio.Future[Reply | None]
     request: GenerateRequest | None  # what this gateway published
     source: bytes | None = None  # and the picture beside it
     looked_s: float = field(default_factory=time.monotonic)
@@ -62,7 +70,7 @@ class Replies:
         if wait is not None:
             wait.future.cancel()
 
-    async def wait(self, request_id: str, timeout_s: float | None) -> GenerateResult | None:
+    async def wait(self, request_id: str, timeout_s: float | None) -> Reply | None:
         wait = self._waits.get(request_id)
         if wait is None:
             wait = self._register(request_id, None)
@@ -98,12 +106,12 @@ class Replies:
         if answer is None:
             self._resolve(request_id, None)
         elif answer:
-            self._resolve(request_id, answer_of(request_id, answer))
+            self._resolve(request_id, Reply(answer_of(request_id, answer)))
 
-    def _resolve(self, request_id: str, result: GenerateResult | None) -> None:
+    def _resolve(self, request_id: str, reply: Reply | None) -> None:
         wait = self._waits.pop(request_id, None)
         if wait is not None and not wait.future.done():
-            wait.future.set_result(result)
+            wait.future.set_result(reply)
 
     async def _read(self) -> None:
         stream = self._link.key("replies", self._identity)
@@ -115,10 +123,12 @@ class Replies:
                 )
                 for entry, fields in found[0][1] if found else ():
                     self._last = entry
-                    self._resolve(fields[1].decode(), answer_of(fields[1].decode(), fields[3]))
+                    request_id = fields[1].decode()
+                    self._resolve(request_id, Reply(answer_of(request_id, fields[3]), fields[5::2]))
                 if time.monotonic() - looked_s >= _LOOK_AFTER_S:
                     looked_s = time.monotonic()
                     await self._look()
+                    await self._link.call("XTRIM", stream, "MINID", self._last)  # what was read keeps pictures there
             except (*BROKEN, Unavailable) as error:
                 logger.warning("replies_interrupted", extra={"error": str(error)})
                 await asyncio.sleep(_PAUSE_S)
@@ -133,7 +143,7 @@ class Replies:
         for (request_id, wait), (status, result) in zip(old.items(), found, strict=True):
             wait.looked_s = time.monotonic()
             if result is not None:
-                self._resolve(request_id, answer_of(request_id, result))
+                self._resolve(request_id, Reply(answer_of(request_id, result)))
             elif status is None:
                 await self._lost(request_id, wait.request, wait.source)
 
@@ -146,4 +156,4 @@ class Replies:
             await self._publish(request, source)
         except StaleVersion:
             error = Unavailable("the broker lost this request and its version has retired; send it again")
-            self._resolve(request_id, ended_by(request_id, "failed", error, request))
+            self._resolve(request_id, Reply(ended_by(request_id, "failed", error, request)))

@@ -153,6 +153,14 @@ class Finished:
     images: Sequence[bytes] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """An end and its pictures, None for each that has expired."""
+
+    result: GenerateResult
+    images: Sequence[bytes | None]
+
+
 class Broker(Protocol):
     """One process's view of the queues. All coroutines belong to one event loop."""
 
@@ -192,6 +200,9 @@ class Broker(Protocol):
         Works for requests of other gateways and of earlier lives of this one. A request that this
         gateway published and that the server lost in a crash is published again under its id.
         """
+
+    async def answer(self, request_id: str, timeout_s: float | None) -> Answered | None:
+        """`wait`, and the pictures with it: small ones take no round trip of their own."""
 
     def events(self, request_id: str, *, after: int = 0) -> AsyncIterator[Emitted]:
         """Progress from the first event on (or after the first `after` ones), until and with `ended`.

@@ -7,6 +7,7 @@
 -- Returns 1 to the one that made the transition, 0 to everybody else.
 local prefix, id, status, result, attempt, ttl_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local tell, group = ARGV[9], 'workers'
+local small = 16384  -- bytes: pictures that are no more together go with the reply, which saves fetching them
 local req = prefix .. 'req:' .. id
 
 local function leave(stream, entry)
@@ -27,9 +28,19 @@ local now_ms = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000)
 redis.call('HSET', req, 'status', status, 'result', result, 'attempt', attempt, 'ended_ms', now_ms)
 redis.call('PEXPIRE', req, ttl_ms)
 redis.call('UNLINK', prefix .. 'source:' .. id)
+local names, bytes = {}, 0
 for i = 0, tonumber(ARGV[7]) - 1 do
-  local name = prefix .. 'res:' .. id .. ':' .. i
-  redis.pcall('RENAME', name .. ':' .. attempt, name)
+  names[i + 1] = prefix .. 'res:' .. id .. ':' .. i
+  redis.pcall('RENAME', names[i + 1] .. ':' .. attempt, names[i + 1])
+  local size = redis.call('STRLEN', names[i + 1])
+  bytes = size > 0 and bytes + size or math.huge
+end
+local reply = {'id', id, 'r', result}
+if bytes <= small then
+  for _, name in ipairs(names) do
+    table.insert(reply, 'p')
+    table.insert(reply, redis.call('GET', name))
+  end
 end
 
 local pins = prefix .. 'pins:' .. deployment
@@ -52,7 +63,7 @@ order_leave(prefix, deployment .. ':' .. class, f[10], entry)
 
 for gateway in string.gmatch(f[7], '[^,]+') do
   local replies = prefix .. 'replies:' .. gateway
-  redis.call('XADD', replies, 'MAXLEN', '~', 4096, '*', 'id', id, 'r', result)
+  redis.call('XADD', replies, 'MAXLEN', '~', 4096, '*', unpack(reply))
   redis.call('PEXPIRE', replies, 3600000)
 end
 if f[9] == '1' then

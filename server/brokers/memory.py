@@ -9,7 +9,7 @@ from engines.errors import DeadlineExceeded, RequestCanceled
 from server.brokers._memory_state import MemoryServer, Ticket
 from server.brokers._memory_swaps import MemorySwapSide
 from server.brokers._memory_worker import MemoryWorkerSide
-from server.brokers.base import OWNERS, Emitted, Entry, QueueState, Remembered, StaleVersion, Status
+from server.brokers.base import OWNERS, Answered, Emitted, Entry, QueueState, Remembered, StaleVersion, Status
 from server.messages import CLASSES, GenerateRequest, GenerateResult, StepEvent, ended_by
 
 __all__ = ["MemoryBroker", "MemoryServer"]
@@ -75,6 +75,10 @@ class MemoryBroker(MemoryWorkerSide, MemorySwapSide):
 
         await self._server.until(ended, timeout_s)
         return await self.result(request_id)
+
+    async def answer(self, request_id: str, timeout_s: float | None) -> Answered | None:
+        result = await self.wait(request_id, timeout_s)
+        return None if result is None else Answered(result, await self.images(request_id, result.num_images))
 
     async def events(self, request_id: str, *, after: int = 0) -> AsyncIterator[Emitted]:
         ticket = self._known(request_id)

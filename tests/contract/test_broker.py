@@ -73,6 +73,25 @@ class TestOneAnswer:
         assert await gateway.image("r1", 1) == b"\x89PNG 1"
         assert await claim_all(worker) == []
 
+    @pytest.mark.parametrize("sizes", [(100, 200), (10_000, 10_000), (16_384,), (16_385,), ()])
+    async def test_an_answer_brings_its_pictures_small_or_large(self, hub: Hub, sizes: tuple[int, ...]) -> None:
+        gateway, other, worker = await hub("gateway"), await hub("other"), await hub("w1")
+        await gateway.publish(request_of("r1", n=max(1, len(sizes))))
+        waiting = [asyncio.create_task(each.answer("r1", 10)) for each in (gateway, other)]
+        [claim] = await claim_all(worker)
+        pictures = [bytes([i]) * size for i, size in enumerate(sizes)]
+        result = done(claim, num_images=len(sizes))
+        assert await worker.finish(claim, result, pictures)
+        for task in waiting:
+            answered = await asyncio.wait_for(task, 5)
+            assert answered is not None
+            assert (answered.result, list(answered.images)) == (result, pictures)
+        assert await gateway.images("r1", len(sizes)) == pictures
+        late = await gateway.answer("r1", 5)
+        assert late is not None
+        assert list(late.images) == pictures
+        assert await gateway.answer("nobody", 5) is None
+
     async def test_the_picture_that_a_request_changes_is_there_until_it_ends(self, hub: Hub) -> None:
         gateway, worker, other = await hub("gateway"), await hub("w1"), await hub("w2")
         await gateway.publish(request_of("r1", edits_from=2), b"\x00 pixels")

@@ -101,6 +101,35 @@ async def test_a_reply_goes_to_each_gateway_that_waits_once(
         assert [client.xlen(f"{namespace}:v1:replies:{each}") for each in ("gateway", "other")] == [1, 1]
 
 
+async def test_small_pictures_come_with_the_reply_and_leave_the_stream_when_they_were_read(
+    hub: Hub, redis_server: RedisServer, namespace: str
+) -> None:
+    gateway, worker = await hub("gateway"), await hub("w1")
+    replies = f"{namespace}:v1:replies:gateway"
+    with redis_server.client() as client:
+        client.config_resetstat()
+    for name in ("large", "small", "last"):
+        await gateway.publish(request_of(name, n=2))
+    large, small, last = await claim_all(worker)
+    waiting = asyncio.create_task(gateway.answer("small", 10))
+    await worker.finish(large, done(large, num_images=2), [b"p" * 16_384, b"q"])
+    await worker.finish(small, done(small, num_images=2), [b"p" * 16_383, b"q"])
+    await worker.finish(last, done(last))
+    answered = await waiting
+    assert answered is not None
+    assert list(answered.images) == [b"p" * 16_383, b"q"]
+    with redis_server.client() as client:
+        assert "cmdstat_mget" not in client.info("commandstats")  # nothing was fetched
+        carried = [[len(value) for value in entry.values()][2:] for _, entry in client.xrange(replies)]
+        assert carried == [[], [1], []]  # fields of one name: the client keeps the last
+
+    async def read() -> bool:
+        with redis_server.client() as client:
+            return bool(client.xlen(replies) == 1)
+
+    await aeventually(read)
+
+
 async def test_nothing_is_left_of_a_finished_request_but_its_answer(
     hub: Hub, redis_server: RedisServer, namespace: str
 ) -> None:
