@@ -25,31 +25,38 @@ class CostModel:
     """A moving mean per key and batch size. One thread observes a key at a time; others may read, inherit, forget.
 
     What makes calls of one size slower, such as other calls beside them, makes all sizes slower. So the others follow
-    in proportion: a size that was last measured on an idle machine would look cheaper than the one in use.
+    in proportion: a size that was last measured on an idle machine would look cheaper than the one in use. Lone calls,
+    which have all threads, are known apart: batches are chosen by what calls take beside others.
     """
 
     def __init__(self) -> None:
         self._seconds: dict[CostKey, dict[int, float]] = {}
+        self._lone: dict[CostKey, dict[int, float]] = {}
 
-    def observe(self, key: CostKey, size: int, seconds: float) -> None:
+    def observe(self, key: CostKey, size: int, seconds: float, *, lone: bool = False) -> None:
         """A call with a batch of `size` (as the engine saw it, padding included) took this long."""
-        known = self._seconds.setdefault(key, {})
+        known = (self._lone if lone else self._seconds).setdefault(key, {})
         before = known.get(size)
         if before is None:
             known[size] = seconds
             return
         change = _SHARE * (seconds / before - 1)
-        for other in known:
+        for other in list(known):
             known[other] *= 1 + (change if other == size else _FOLLOW * change)
 
     def inherit(self, key: CostKey, other: CostKey) -> None:
         """Other weights of the same graph take as long, until measured."""
-        if key not in self._seconds and other in self._seconds:
-            self._seconds[key] = dict(self._seconds[other])
+        for table in (self._seconds, self._lone):
+            if key not in table and other in table:
+                table[key] = dict(table[other])
 
     def seconds(self, key: CostKey, size: int) -> float | None:
         """One call of exactly this batch size."""
         return self._seconds.get(key, {}).get(size)
+
+    def lone_s(self, key: CostKey, size: int) -> float | None:
+        """The same of a lone call; where none was measured, of any."""
+        return self._lone.get(key, {}).get(size) or self.seconds(key, size)
 
     def predict(self, key: CostKey, rows: int) -> float | None:
         """Seconds for `rows` rows in as few calls as possible; None if nothing of this lane was measured."""
@@ -63,11 +70,12 @@ class CostModel:
     def forget(self, blobs: Iterable[str]) -> None:
         """Drops what is known of blobs that are no longer here."""
         gone = frozenset(blobs)
-        for key in [key for key in list(self._seconds) if key.blob in gone]:
-            self._seconds.pop(key, None)
+        for table in (self._seconds, self._lone):
+            for key in [key for key in list(table) if key.blob in gone]:
+                table.pop(key, None)
 
     def snapshot(self) -> str:
-        """JSON, for `restore` and for what a worker tells about itself."""
+        """JSON for `restore`, without lone calls."""
         rows = [[key.stage, key.blob, key.shape, sorted(sizes.items())] for key, sizes in list(self._seconds.items())]
         return json.dumps(sorted(rows))
 

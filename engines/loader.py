@@ -235,8 +235,13 @@ class Loader:
         return self._engines[self._held[manifest.version].keys[role]]
 
     def weight_bytes(self, manifest: StudentManifest, *, specialised: bool = False) -> dict[EngineKey, int]:
-        """What the weights of each engine of a student take in memory, loaded or not, or once it is specialised."""
+        """What the weights of each engine of a student take in memory, loaded or not, or once it is specialised.
+
+        Constants are held once per stream: a profile that is not settled is settled first, which takes a build or two.
+        """
         parts = self._parts(manifest)
+        if not self.settled and "denoiser" in parts.graphs:
+            self.tune(parts.graphs["denoiser"])
         sizes = {key: self._engine_bytes(key, parts.graphs[role], specialised) for role, key in parts.keys.items()}
         with self._lock:  # having looked at a student that nobody holds leaves nothing here
             held = {key.graph for each in self._held.values() for key in each.keys.values()}

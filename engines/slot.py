@@ -9,6 +9,7 @@ its calls cheaper.
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
@@ -156,7 +157,7 @@ class EngineSlot:
     def retire(self, version: str) -> frozenset[str]:
         """Closes the engines that only this version uses; returns the blobs that no engine holds now.
 
-        Call it in the engine's thread, or when none of them runs.
+        Call it when no call of its engines runs, nor can begin.
 
         Raises:
             Conflict: it is being served.
@@ -201,8 +202,7 @@ class EngineSlot:
         for manifest in held:
             yield Piece("building", partial(self._fill, manifest, fresh), False)
         for manifest, role, graph in {self.cost_key(fresh[each[0].version], each[1]): each for each in new}.values():
-            for size in self.loader.profile.batches:
-                yield Piece("warming", partial(self._warm, fresh[manifest.version], role, graph.example(size)), True)
+            yield from self._warming(fresh[manifest.version], role, graph)
         for student in fresh.values():
             self._inherit_costs(student)
         for student in list(fresh.values()):
@@ -222,9 +222,7 @@ class EngineSlot:
             yield from self._verifying(self.loader.beside(manifest, made))
             yield Piece("specialising", partial(self._replace, manifest, made), True)
         for role in roles:
-            for size in self.loader.profile.batches:
-                inputs = self.loader.graphs(manifest)[role].example(size)
-                yield Piece("warming", partial(self._warm, student, role, inputs), True)
+            yield from self._warming(student, role, self.loader.graphs(manifest)[role])
 
     def _compile_in(self, manifest: StudentManifest, role: str, made: dict[str, Engine]) -> None:
         loader, largest = self.loader, None
@@ -262,16 +260,26 @@ class EngineSlot:
             raise GoldenMismatch(f"{shown(version)} has no golden samples: make it again with them")
         return manifest
 
-    def _warm(self, student: LoadedStudent, role: str, inputs: dict[str, Tensor]) -> None:
+    def _warming(self, student: LoadedStudent, role: str, graph: ComponentGraph) -> Iterator[Piece]:
+        """Calls of every size, once per stream, since the first of each allocates, and once more to be measured."""
+        streams = self.loader.profile.streams
+        for size in self.loader.profile.batches:
+            call = partial(self._warm, student, role, graph.example(size))
+            for left in range(streams, -1, -1):
+                yield Piece("warming", partial(call, measured=not left), True)
+            for measured in (False, True) if streams > 1 and size <= ALONE_ROWS else ():
+                yield Piece("warming", partial(call, measured=measured, lone=True), True)
+
+    def _warm(
+        self, student: LoadedStudent, role: str, inputs: dict[str, Tensor], *, measured: bool, lone: bool = False
+    ) -> None:
         engine, size = self.loader.engine(student.manifest, role), len(next(iter(inputs.values())))
-        for _ in range(2):  # the first call of a size allocates
-            begun = time.perf_counter()
+        begun = time.perf_counter()
+        with alone() if lone else nullcontext():
             engine.run(**inputs)
+        if measured:
             seconds = time.perf_counter() - begun
-        if size <= ALONE_ROWS:
-            with alone():
-                engine.run(**inputs)
-        self.cost.observe(self.cost_key(student, role), size, seconds)
+            self.cost.observe(self.cost_key(student, role), size, seconds, lone=lone)
 
     def _inherit_costs(self, student: LoadedStudent) -> None:
         """Other weights of a known graph cost what those cost that are here."""

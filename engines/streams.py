@@ -23,12 +23,15 @@ import torch
 from engines.backends.base import Backend, Engine, Graph, Profile, fitting, machine
 
 GAIN = 1.2
-"""How much more calls at once must get done than one call after the other, each on all threads."""
+"""How much more must get done by more streams."""
+MOST = 4
+"""Streams at most: each may have compiled models, and constants, of its own. Many cores are for several workers."""
 ALONE_ROWS = 2
 """Up to so many rows (one that is guided is two) a lone call gains by all threads where streams gain at all."""
 _FILE = "streams.json"
 _ROWS = 8
 _ROUNDS, _CALLS = 3, 4
+_REVISION = "2"  # of this measurement and of what backends do with streams
 
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
 
@@ -60,19 +63,19 @@ def tuned(backend: Backend, graph: Graph, profile: Profile, now_s: Callable[[], 
     def measure(folder: Path) -> None:
         (folder / _FILE).write_text(json.dumps(_streams(backend, graph, profile, now_s)))
 
-    what = ("streams", str(profile), backend.name, machine(profile.device), str(GAIN))
+    what = ("streams", _REVISION, str(profile), backend.name, machine(profile.device))
     streams = int(json.loads((graph.kept(what, measure) / _FILE).read_text()))
     return _cut(profile, profile.threads, streams)
 
 
 def _streams(backend: Backend, graph: Graph, profile: Profile, now_s: Callable[[], float]) -> int:
-    """Twice as many, as long as the halves get more done than the whole did."""
+    """The next number that shares the threads evenly, as long as it gets more done."""
     streams, call_s = 1, _call_s(backend, graph, profile, now_s)
-    while streams < profile.threads:
-        halves_s = _call_s(backend, graph, _cut(profile, profile.threads, 2 * streams), now_s)
-        if GAIN * halves_s > call_s:
+    for more in (n for n in range(2, MOST + 1) if profile.threads % n == 0):
+        more_s = _call_s(backend, graph, _cut(profile, profile.threads, more), now_s)
+        if GAIN * more_s > call_s:
             break
-        streams, call_s = 2 * streams, halves_s
+        streams, call_s = more, more_s
     return streams
 
 
@@ -85,9 +88,12 @@ def _call_s(backend: Backend, graph: Graph, profile: Profile, now_s: Callable[[]
     rows = fitting(_ROWS, profile.batches)
     weights = {name: torch.zeros(shape) for name, shape in graph.shapes.items()}
     engine = backend.load(backend.build(graph, replace(profile, batches=(rows,))), weights)
-    with ThreadPoolExecutor(profile.streams) as pool:
-        rounds = [_round_s(pool, partial(_calls, engine, graph, rows), profile.streams, now_s) for _ in range(_ROUNDS)]
-    engine.close()
+    calls = partial(_calls, engine, graph, rows)
+    try:
+        with ThreadPoolExecutor(profile.streams) as pool:
+            rounds = [_round_s(pool, calls, profile.streams, now_s) for _ in range(_ROUNDS)]
+    finally:
+        engine.close()
     return min(rounds) / (_CALLS * profile.streams)
 
 

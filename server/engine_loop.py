@@ -135,8 +135,7 @@ class EngineLoop:
                 posted()
 
     def _fly(self, batch: list[Any], number: int, lone: bool) -> None:
-        with alone() if lone else contextlib.nullcontext():
-            self._live(batch, lone)
+        self._live(batch, lone)
         with self._lock:
             self._flights.end(number)
 
@@ -144,7 +143,8 @@ class EngineLoop:
         lane: LaneKey = batch[0].lane
         begun = time.perf_counter()
         try:
-            settle = self._call(lane, batch)
+            with alone() if lone else contextlib.nullcontext():
+                settle = self._call(lane, batch)
         except FewstepError as error:
             self._isolate(batch, error)
         except (MemoryError, torch.OutOfMemoryError) as error:

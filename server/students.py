@@ -197,13 +197,13 @@ class Students:
 
     # --- costs -----------------------------------------------------------------------------------
 
-    def observe(self, rows: Sequence[Any], seconds: float) -> None:
-        """A live call took this long."""
+    def observe(self, rows: Sequence[Any], seconds: float, lone: bool) -> None:
+        """A live call took this long; a `lone` one had the threads of all streams."""
         lane: LaneKey = rows[0].lane
         prompts = lane.stage == "encode" and not lane.shape  # pictures to change have one
         weight = len({row.prompt for row in rows}) if prompts else sum(row.network_rows for row in rows)
         if weight <= self._batches[-1]:
-            self.cost.observe(_key(lane), fitting(weight, self._batches), seconds)
+            self.cost.observe(_key(lane), fitting(weight, self._batches), seconds, lone=lone and self.streams > 1)
 
     def call_s(self, lane: LaneKey, size: int) -> float | None:
         """What one call of a lane takes at a warmed size, measured."""
@@ -243,7 +243,7 @@ class Students:
         )
 
     def _stage_cost(self, key: CostKey) -> StageCost:
-        alone, full = self.cost.seconds(key, self._batches[0]), self.cost.seconds(key, self._batches[-1])
+        alone, full = self.cost.lone_s(key, self._batches[0]), self.cost.seconds(key, self._batches[-1])
         return StageCost(alone_s=alone or 0.0, row_s=(full or 0.0) / (self._batches[-1] * self.streams))
 
 

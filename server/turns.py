@@ -33,7 +33,7 @@ class Turns(Generic[R]):
     @property
     def lone(self) -> bool:
         """Whether a call that begins now has nothing beside it and nothing that waits: it has all threads."""
-        return not len(self.flights) and not self.behind.running and not len(self.batcher)
+        return not len(self.flights) and not self.behind.running and not self.waiting
 
     def next(self) -> list[R] | Piece | None:
         """Removes and returns what to call now: rows, of which `flights` has to be told, or a piece that has begun."""

@@ -8,6 +8,7 @@ foresaw ends `run` with its error: the process ends, its lease goes, and its cla
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -118,8 +119,9 @@ class Worker:
             finally:
                 await self._end([stopping, *tasks])
                 self.engine.stop()
+                until_s = time.monotonic() + _JOIN_S
                 for thread in threads:
-                    await asyncio.to_thread(thread.join, _JOIN_S)
+                    await asyncio.to_thread(thread.join, max(0.0, until_s - time.monotonic()))
                 self._answers.close()
                 self.engine.meter.flush()
 
@@ -335,8 +337,7 @@ class Worker:
         self._metrics.embedding_cache.labels("hit" if known else "miss").inc()
 
     def ran(self, rows: Sequence[Any], seconds: float, lone: bool) -> None:
-        if not lone or self._students.streams == 1:  # batches are chosen by what calls beside others take
-            self._students.observe(rows, seconds)
+        self._students.observe(rows, seconds, lone)
         count_call(self._metrics, rows, seconds, self._students.backend)
         if rows[0].lane.stage == "denoise":
             self.moved()  # a full worker looks at every step boundary for what is more urgent

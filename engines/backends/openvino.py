@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU, fp32 or bf16: one compiled graph per batch size, weights set from outside.
+"""OpenVINO on the CPU, fp32 or bf16: compiled graphs per batch size and stream, weights set from outside.
 
 Weights are Parameters of the graph, so other weights are new infer requests of the same compiled model: nothing is
 compiled and the engine that serves is not touched. The alternative is weights as constants, compiled in.
@@ -6,7 +6,7 @@ Milliseconds of processor time for one call, one thread, EPYC Zen 4 (avx512_bf16
 (4.0 M-parameter UNet at 4×4×16, VAE to 64×64 pixels), weights set / constant:
     denoiser  fp32 batch 1 5.1 / 2.4, batch 8 12.6 / 9.6 · bf16 5.3 / 1.2, 14.1 / 8.6 · eager 7.7, 20.5
     decoder   fp32 batch 1 3.4 / 1.8, batch 8 17.0 / 14.5 · bf16 3.5 / 1.0, 13.7 / 8.1 · eager 8.8, 21.8
-Other weights cost 2–3.5 ms a batch size when set, 260–440 ms (denoiser) or 110–270 ms (decoder) when compiled in. So
+Other weights cost 2–3.5 ms a graph when set, 260–440 ms (denoiser) or 110–270 ms (decoder) when compiled in. So
 a denoiser's weights are set, since every student brings its own; encoders and decoders, which students share with
 their teacher, hold constants (`engines.loader` decides). Set weights in bf16 are converted at each call, so without
 AMX bf16 does not pay for the denoiser: `auto` is fp32 there.

@@ -57,3 +57,17 @@ def test_a_blob_that_is_gone_is_forgotten() -> None:
     made = model()
     made.forget([KEY.blob])
     assert made.predict(KEY, 1) is None
+
+
+def test_lone_calls_are_known_apart_and_any_call_stands_in_for_them() -> None:
+    made = model()
+    assert made.lone_s(KEY, 1) == pytest.approx(0.01)
+    made.observe(KEY, 1, 0.006, lone=True)
+    for _ in range(200):
+        made.observe(KEY, 1, 0.03)
+    assert made.lone_s(KEY, 1) == pytest.approx(0.006)
+    assert made.seconds(KEY, 1) == pytest.approx(0.03)
+    made.inherit(OTHER, KEY)
+    assert made.lone_s(OTHER, 1) == pytest.approx(0.006)
+    made.forget([KEY.blob])
+    assert (made.lone_s(KEY, 1), made.lone_s(OTHER, 1)) == (None, pytest.approx(0.006))

@@ -15,7 +15,7 @@ import torch
 from engines.backends.base import Choice, Profile
 from engines.loader import Loader
 from engines.slot import EngineSlot
-from engines.streams import GAIN, alone, is_alone, tuned, whole
+from engines.streams import GAIN, MOST, alone, is_alone, tuned, whole
 from tests import tiny_sd
 
 
@@ -74,7 +74,7 @@ def cut(machine: Machine, threads: int, folder: Path) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("call_s", "expected"),
     [
-        (lambda threads: 1.0, (8, 1)),  # gains nothing from threads
+        (lambda threads: 1.0, (MOST, 2)),  # gains nothing from threads
         (lambda threads: 1 / threads, (1, 8)),  # gains all
         (lambda threads: 1.0 if threads >= 4 else 4 / threads, (2, 4)),  # gains up to four of them
     ],
@@ -83,6 +83,11 @@ def test_threads_are_cut_as_long_as_more_gets_done(
     tmp_path: Path, call_s: Callable[[int], float], expected: tuple[int, int]
 ) -> None:
     assert cut(Machine(call_s), 8, tmp_path) == expected
+
+
+@pytest.mark.parametrize(("threads", "expected"), [(2, (2, 1)), (3, (3, 1)), (5, (1, 5)), (6, (3, 2))])
+def test_streams_share_the_threads_evenly(tmp_path: Path, threads: int, expected: tuple[int, int]) -> None:
+    assert cut(Machine(lambda _: 1.0), threads, tmp_path) == expected
 
 
 @pytest.mark.parametrize(("gain", "streams"), [(GAIN - 0.01, 1), (GAIN + 0.01, 2)])

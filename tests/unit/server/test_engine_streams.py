@@ -170,3 +170,13 @@ def test_a_call_is_not_alone_while_others_wait_for_the_only_stream() -> None:
         eventually(lambda: len(bench.sink.pictures) == 40)
     assert not family.seen[0][2]
     assert family.seen[-1][2]
+
+
+def test_the_parts_of_a_lone_batch_that_was_refused_are_not_alone() -> None:
+    bench, family = Bench(streams=2, threads=2), Company()
+    family.faults["denoise"] = [InvalidRequest("no")]
+    with bench.running():
+        bench.loop.submit([bench.ticket(toy.student(family), name) for name in ("a", "b")])
+        eventually(lambda: len(bench.sink.pictures) == 2)
+    asked = [(rows, lone) for stage, rows, lone in family.seen if stage == "denoise"]
+    assert asked == [(2, True), (1, False), (1, False)]
