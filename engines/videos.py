@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from engines.errors import InvalidRequest, NotBuilt
+from engines.errors import InternalError, InvalidRequest, NotBuilt
 
+_H264 = "libx264"
 _BT709 = 1  # matrix, primaries and curve alike, by the numbers of ITU-T H.273
 _LIMITED = 1  # levels 16..235
 _CRF = 18  # x264's scale of 0 (lossless) to 51; from 18 on a difference is hard to see
@@ -35,6 +36,7 @@ def encode(frames: Any, format: str, *, fps: int, compression: int | None = None
     Raises:
         InvalidRequest: an unknown format, or a size that it cannot hold.
         NotBuilt: as `check`.
+        InternalError: the encoder of MP4 failed.
     """
     if compression is not None and not 0 <= compression <= 100:
         raise InvalidRequest(f"output_compression={compression} is outside 0..100", param="output_compression")
@@ -58,16 +60,30 @@ def _webp(pixels: Any, fps: int, compression: int | None) -> bytes:
 
 
 def _mp4(pixels: Any, fps: int, compression: int | None) -> bytes:
-    """H.264 with 4:2:0 chroma, which is what every player knows. One thread: another encodes beside it."""
+    """H.264 with 4:2:0 chroma, which is what every player knows."""
     av = _av()
     height, width = pixels.shape[1:3]
     if height % 2 or width % 2:
         raise InvalidRequest(f"an MP4 has even sides, not {width}x{height}: ask for webp", param="output_format")
     # At 0, x264 is lossless in a profile that players do not know.
     crf = _CRF if compression is None else max(1, round(_WORST_CRF * (100 - compression) / 100))
+    try:
+        return _h264(av, pixels, fps, crf)
+    except av.FFmpegError as error:
+        raise InternalError(f"the encoder of mp4 failed: {error}") from error
+
+
+def _h264(av: Any, pixels: Any, fps: int, crf: int) -> bytes:
+    """One thread: another encodes beside it. What a player needs first comes first, so that it begins at once."""
+    height, width = pixels.shape[1:3]
     out = io.BytesIO()
-    with av.open(out, "w", format="mp4") as file:
-        stream = file.add_stream("libx264", rate=fps, options={"crf": str(crf), "preset": "veryfast"})
+
+    def again(*_: object) -> io.BytesIO:
+        """Frames are read once more, to be moved behind their index."""
+        return io.BytesIO(out.getvalue())
+
+    with av.open(out, "w", format="mp4", options={"movflags": "faststart"}, io_open=again) as file:
+        stream = file.add_stream(_H264, rate=fps, options={"crf": str(crf), "preset": "veryfast"})
         stream.width, stream.height, stream.pix_fmt, stream.thread_count = width, height, "yuv420p", 1
         coded = stream.codec_context
         coded.colorspace = coded.color_primaries = coded.color_trc = _BT709
@@ -80,11 +96,15 @@ def _mp4(pixels: Any, fps: int, compression: int | None) -> bytes:
 
 
 def _av() -> Any:
+    """PyAV, once it is known to write H.264: builds of other hands may lack x264."""
     try:
         import av
     except ImportError:
+        av = None
+    if av is None or _H264 not in av.codecs_available:
         raise NotBuilt(
-            "this worker writes no mp4, which needs PyAV: install fewstep[video] there, or ask for output_format=webp",
+            "this worker writes no mp4, which needs PyAV with x264: install fewstep[video] there, or ask for "
+            "output_format=webp",
             param="output_format",
-        ) from None
+        )
     return av

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from engines import images, videos
-from engines.errors import FewstepError
+from engines.errors import FewstepError, InternalError
 from server.brokers.base import Broker, Emitted, Finished
 from server.messages import StepEvent
-from server.tickets import LatentRow, PictureRow
+from server.tickets import LatentRow, PictureRow, Ticket
 
 log = logging.getLogger(__name__)
 _RETRY_S = 0.2
@@ -42,10 +42,11 @@ class Answers:
         *,
         threads: int,
         ready: Callable[[Sequence[Picture]], None],
-        died: Callable[[BaseException], None],
+        failed: Callable[[Ticket, FewstepError], None],
     ) -> None:
-        """In the event loop, `ready` hears of each batch of encoded pictures, `died` of what nobody foresaw."""
-        self._broker, self._ready, self._died = broker, ready, died
+        """`ready` hears of each batch of encoded pictures in the event loop, `failed` in any thread of what an encoder
+        did not take."""
+        self._broker, self._ready, self._failed = broker, ready, failed
         self._loop = asyncio.get_running_loop()
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="image")
@@ -54,11 +55,17 @@ class Answers:
         self._answered, self._evented, self._told = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._sending = 0
         self._noted = self._emitted = 0  # events
+        self._given = self._taken = 0  # rows to encode, and those of them that are done with
 
     @property
     def pending(self) -> int:
         """Answers that the broker has not taken yet."""
         return len(self._answers) + self._sending
+
+    @property
+    def encoding(self) -> int:
+        """Rows whose pixels wait here to be encoded."""
+        return self._given - self._taken
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -66,19 +73,30 @@ class Answers:
     # --- pictures --------------------------------------------------------------------------------
 
     def encode(self, rows: Sequence[LatentRow], pixels: Any) -> None:
-        """pixels uint8 [B, 3, H, W], of videos [B, T, 3, H, W], kept until they are encoded."""
+        """pixels uint8 [B, 3, H, W], of videos [B, T, 3, H, W], kept until they are encoded. One thread at a time."""
+        self._given += len(rows)
         share = _MIN_SHARE if pixels.ndim == 4 else 1
         parts = min(self._threads, max(1, len(rows) // share))
         for part in range(parts):
             self._pool.submit(self._encode, rows[part::parts], pixels[part::parts])
 
     def _encode(self, rows: Sequence[LatentRow], pixels: Any) -> None:
-        try:
-            made = [_picture(row, pixels[i]) for i, row in enumerate(rows)]
-        except BaseException as error:
-            self._loop.call_soon_threadsafe(self._died, error)
-        else:
-            self._loop.call_soon_threadsafe(self._ready, made)
+        made = []
+        for row, picture in zip(rows, pixels, strict=True):
+            if row.ticket.over:  # nobody waits for it any more
+                continue
+            try:
+                made.append(_picture(row, picture))
+            except FewstepError as error:
+                self._failed(row.ticket, error)
+            except Exception as error:  # an encoder's own: it would meet the same request at every worker
+                log.exception("cannot encode", extra={"request_id": row.request_id})
+                self._failed(row.ticket, InternalError(f"{type(error).__name__} of the encoder: {error}"))
+        self._loop.call_soon_threadsafe(self._encoded, made, len(rows))
+
+    def _encoded(self, made: Sequence[Picture], rows: int) -> None:
+        self._taken += rows
+        self._ready(made)
 
     # --- answers ---------------------------------------------------------------------------------
 

@@ -66,15 +66,17 @@ class EngineLoop:
     def submit(self, tickets: Sequence[Ticket]) -> None:
         self._inbox.put(lambda: self._admit(tickets))
 
-    def drop(self, request_ids: Iterable[str]) -> None:
+    def drop(self, tickets: Sequence[Ticket]) -> None:
         """Forgets these requests at the next step boundary; whoever drops them has answered them."""
-        gone = frozenset(request_ids)
 
         def drop() -> None:
-            flying = [row for row in self._flights.rows() if row.request_id in gone]
-            self._forget([*self._batcher.remove(gone), *flying])
+            self._forget(tickets)
 
         self._inbox.put(drop)
+
+    def fail(self, ticket: Ticket, error: FewstepError) -> None:
+        """Ends a request that failed after its last call."""
+        self._inbox.put(lambda: self._fail(ticket, error))
 
     def background(self, work: Callable[[], T]) -> "Future[T]":
         """Runs `work` in an engine thread when no live row waits. Keep it as short as a step."""
@@ -219,7 +221,7 @@ class EngineLoop:
         now_s = self._now_s()
         late = self._batcher.expire(now_s)
         if late:
-            for ticket in self._forget(late):
+            for ticket in self._forget({row.ticket: None for row in late}):
                 self._sink.expired(ticket)
         work = self._turns.next()
         if work is None:
@@ -305,15 +307,15 @@ class EngineLoop:
             self._forget_ticket(ticket)
             self._sink.failed(ticket, error)
 
-    def _forget(self, rows: Iterable[Any]) -> list[Ticket]:
-        """Gives up the tickets of these rows and returns them."""
-        tickets = [ticket for ticket in {row.ticket: None for row in rows} if not ticket.over]
-        self._batcher.remove(ticket.id for ticket in tickets)
-        for ticket in tickets:
+    def _forget(self, tickets: Iterable[Ticket]) -> list[Ticket]:
+        """Gives up those of these tickets that are not over, and returns them."""
+        given_up = [ticket for ticket in tickets if not ticket.over]
+        self._batcher.remove(ticket.id for ticket in given_up)
+        for ticket in given_up:
             self._forget_ticket(ticket)
         if not len(self._batcher):
             self.meter.idle()
-        return tickets
+        return given_up
 
     def _forget_ticket(self, ticket: Ticket) -> None:
         ticket.over, ticket.rows_left = True, 0

@@ -1,6 +1,5 @@
 """The engine calls that run at this moment, and who waits for them to end."""
 
-from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -15,10 +14,6 @@ class Flights:
 
     def __len__(self) -> int:
         return len(self._calls)
-
-    def rows(self) -> Iterator[Any]:
-        for batch in self._calls.values():
-            yield from batch
 
     def begin(self, batch: list[Any]) -> int:
         """The number of a call that begins."""

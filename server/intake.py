@@ -35,6 +35,11 @@ def held_at_most(streams: int, largest_batch: int) -> int:
     return (1 + streams) * largest_batch
 
 
+def unencoded(waiting: int, streams: int, largest_batch: int) -> int:
+    """Of the rows whose pixels wait for an encoder those that are held still: what has just left the calls is not."""
+    return max(0, waiting - streams * largest_batch)
+
+
 def room(limit: int, held_high: int, held_below: int, slack_below_ms: int | None = None) -> Room:
     """A quarter of `limit` is kept for class high and for what would overtake something that is here.
 

@@ -23,7 +23,7 @@ from server.answers import Answers, Picture, collect, event
 from server.batcher import Batcher
 from server.brokers.base import Broker, Claim, Finished
 from server.engine_loop import EngineLoop
-from server.intake import Intake, Room, held_at_most, room
+from server.intake import Intake, Room, held_at_most, room, unencoded
 from server.messages import ErrorBody, ended_by
 from server.metrics import Metrics
 from server.prompt_cache import PromptCache
@@ -80,7 +80,6 @@ class Worker:
         self._side: set[asyncio.Task[None]] = set()
         self._plans = Plans()
         self._moving = False
-        self._answers = Answers(broker, threads=settings.image_threads, ready=self._pictures, died=self._die)
         self._intake = Intake(
             broker,
             deployments=students.serving,
@@ -98,6 +97,7 @@ class Worker:
             streams=lambda: students.streams,
             threads=students.most_streams,
         )
+        self._answers = Answers(broker, threads=settings.image_threads, ready=self._pictures, failed=self.engine.fail)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serves until `stop` is set, then finishes what is claimed, for at most `drain_s`.
@@ -171,7 +171,9 @@ class Worker:
                 held[ticket.claim.request.request_class == "high"] += ticket.rows_left
         latest_s = max((ticket.due_s for ticket in self._tickets.values()), default=None)
         slack_ms = None if latest_s is None else int(1000 * (latest_s - self._now_s())) - 1
-        limit = held_at_most(self.engine.streams(), max(self._settings.batch_sizes))
+        streams, largest = self.engine.streams(), max(self._settings.batch_sizes)
+        limit = held_at_most(streams, largest)
+        held[False] += unencoded(self._answers.encoding, streams, largest)
         if sum(parked.claim.request.n for parked in self._parked.values()) >= _MOST_PARKED * limit:
             return Room(0, 0)
         # Rows that waited for their version come all at once; the others are not kept out for as long as those take.
@@ -259,15 +261,15 @@ class Worker:
 
     def _forget(self, request_ids: Sequence[str]) -> None:
         """Somebody else has ended these requests."""
-        known = [request_id for request_id in request_ids if request_id in self._tickets]
+        known = [self._tickets[request_id] for request_id in request_ids if request_id in self._tickets]
         for request_id in request_ids:
             if parked := self._parked.pop(request_id, None):
                 parked.task.cancel()
                 self._metrics.cancelled.labels("worker").inc()
         if known:
             self.engine.drop(known)
-            for request_id in known:
-                self._release(request_id)
+            for ticket in known:
+                self._release(ticket.id)
                 self._metrics.cancelled.labels("worker").inc()
 
     def _release(self, request_id: str) -> None:

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 import torch
 from prometheus_client import start_http_server
 
-from engines import memory
+from engines import memory, videos
 from engines.backends.base import SCALED, Profile, choose, device_of, is_gpu, load_backend
 from engines.cache import DiskCache
-from engines.errors import InvalidRequest
+from engines.errors import InvalidRequest, NotBuilt
 from engines.graph import GraphStore
 from engines.loader import Loader
 from engines.registry.base import Registry, open_registry
@@ -38,6 +38,8 @@ async def serve(settings: WorkerSettings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    with contextlib.suppress(NotBuilt):
+        videos.check("mp4")  # what that imports would hold up requests later
     registry = open_registry(settings.registry_url)
     measured = metrics.make()
     broker = open_broker(

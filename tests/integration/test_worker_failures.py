@@ -1,10 +1,12 @@
 """What a worker's death leaves behind is taken over by others, once, and never for ever."""
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
 
+from engines import images
 from server.brokers.memory import MemoryBroker, MemoryServer
 from tests.eventually import aeventually
 from tests.integration.worker_stack import MODEL, Running, running
@@ -53,6 +55,46 @@ async def test_a_request_that_kills_its_workers_is_given_up_and_the_others_are_n
         assert result.error.code == "request_poisoned"
         assert (await last.answer(last.request("fine"))).status == "succeeded"
     assert [request.id for request in await gateway.dead_letters(MODEL)] == ["killer"]
+
+
+async def test_a_picture_that_cannot_be_encoded_fails_and_its_worker_serves_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = images.encode
+
+    def fails(pixels: Any, kind: str, compression: int | None = None) -> bytes:
+        if kind == "webp":
+            raise OSError("encoding error 6")
+        return encode(pixels, kind, compression)
+
+    monkeypatch.setattr(images, "encode", fails)
+    server = MemoryServer()
+    gateway = MemoryBroker(server, "gateway")
+    async with running(MemoryBroker(server, "w1"), gateway) as up:
+        bad = await up.answer(up.request("bad", output_format="webp", n=2))
+        assert bad.error is not None
+        assert (bad.error.code, "encoding error 6" in bad.error.message) == ("internal_error", True)
+        assert (await up.answer(up.request("fine"))).status == "succeeded"
+        assert not up.task.done()
+
+
+async def test_a_worker_claims_no_more_than_its_encoders_can_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, gate = images.encode, threading.Event()
+
+    def slow(*given: Any) -> bytes:
+        gate.wait(20)
+        return encode(*given)
+
+    monkeypatch.setattr(images, "encode", slow)
+    server = MemoryServer()
+    gateway = MemoryBroker(server, "gateway")
+    names = [f"r{i}" for i in range(12)]
+    async with running(MemoryBroker(server, "w1"), gateway, batch_sizes=(1,)) as up:
+        for name in names:
+            await gateway.publish(up.request(name))
+        assert await gateway.wait(names[-1], 1.0) is None
+        assert sum(server.tickets[name].claimed_by is not None for name in names) <= 4
+        gate.set()
+        results = [await gateway.wait(name, 20) for name in names]
+    assert [result and result.status for result in results] == ["succeeded"] * 12
 
 
 async def test_a_request_that_a_death_returned_runs_alone() -> None:

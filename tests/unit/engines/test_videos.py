@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from engines.backends.base import psnr
-from engines.errors import InvalidRequest, NotBuilt
+from engines.errors import InternalError, InvalidRequest, NotBuilt
 from engines.videos import check, encode
 
 NOISE = np.random.default_rng(0).integers(0, 256, (5, 3, 16, 24), dtype=np.uint8)
@@ -54,6 +54,12 @@ def test_an_mp4_is_h264_of_the_asked_rate_in_the_colours_of_its_frames() -> None
     assert psnr(torch.from_numpy(frames), torch.from_numpy(MOVING)) > 35
 
 
+def test_an_mp4_begins_with_what_a_player_reads_first() -> None:
+    pytest.importorskip("av", reason="pip install 'fewstep[video]'")
+    data = encode(MOVING, "mp4", fps=12)
+    assert data.index(b"moov") < data.index(b"mdat")
+
+
 def test_less_quality_is_fewer_bytes() -> None:
     whole, good, bad = (len(encode(MOVING, "webp", fps=8, compression=quality)) for quality in (None, 95, 10))
     assert whole > good > bad
@@ -78,3 +84,27 @@ def test_without_pyav_an_mp4_is_refused_and_a_webp_is_not(monkeypatch: pytest.Mo
     with pytest.raises(NotBuilt, match=r"fewstep\[video\]") as raised:
         check("mp4")
     assert raised.value.param == "output_format"
+
+
+class Broken:
+    """PyAV of which a part is missing or fails."""
+
+    class FFmpegError(Exception): ...
+
+    def __init__(self, *codecs: str) -> None:
+        self.codecs_available = set(codecs)
+
+    def open(self, *_: object, **__: object) -> None:
+        raise self.FFmpegError("no memory")
+
+
+def test_a_pyav_without_x264_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", Broken("h264", "libopenh264"))
+    with pytest.raises(NotBuilt, match="x264"):
+        check("mp4")
+
+
+def test_an_encoder_that_fails_says_so_as_one_of_our_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", Broken("libx264"))
+    with pytest.raises(InternalError, match="mp4 failed: no memory"):
+        encode(MOVING, "mp4", fps=12)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from engines.errors import Unavailable
+from engines.errors import FewstepError, InvalidRequest, Unavailable
 from server.answers import Answers, Picture, collect
 from server.brokers.base import Finished
 from server.brokers.memory import MemoryBroker, MemoryServer
 from server.messages import StepEvent, ended_by
 from server.stages import Plans
-from server.tickets import Ticket, latent_row, rows_of
+from server.tickets import LatentRow, Ticket, latent_row, rows_of
 from tests.eventually import aeventually
 from tests.unit.server import toy
 
@@ -43,14 +43,26 @@ class Desk:
         self.broker = Flaky(MemoryServer(), "worker")
         self.broker.batches = []
         self.pictures: list[Picture] = []
-        self.deaths: list[BaseException] = []
+        self.failed: list[tuple[str, FewstepError]] = []
         self.sent: list[tuple[str, bool]] = []
-        self.answers = Answers(self.broker, threads=2, ready=self.pictures.extend, died=self.deaths.append)
+        self.answers = Answers(self.broker, threads=2, ready=self.pictures.extend, failed=self.fail)
 
     def ticket(self, name: str, **given: Any) -> Ticket:
         student = toy.student()
         solver = Plans().solver(student, 1, None)
         return Ticket(toy.claim(student, name, **given), student, solver.plan, solver, due_s=0, deadline_s=60)
+
+    def fail(self, ticket: Ticket, error: FewstepError) -> None:
+        self.failed.append((ticket.id, error))
+
+    def rows(self, name: str, **given: Any) -> list[LatentRow]:
+        return [latent_row(row, torch.zeros(3, 4, 4)) for row in rows_of(self.ticket(name, **given))]
+
+    async def encoded(self) -> None:
+        async def done() -> bool:
+            return self.answers.encoding == 0
+
+        await aeventually(done)
 
     def said(self, answer: Finished, mine: bool) -> None:
         self.sent.append((answer.claim.request.id, mine))
@@ -94,14 +106,28 @@ async def test_a_request_is_whole_with_its_last_picture(desk: Desk) -> None:
     assert ticket.image_s > 0
 
 
-async def test_pixels_that_cannot_be_encoded_end_the_worker(desk: Desk) -> None:
-    rows = [latent_row(row, torch.zeros(3, 4, 4)) for row in rows_of(desk.ticket("r"))]
-    desk.answers.encode(rows, np.zeros((1, 7, 4, 4), np.uint8))
+async def test_what_cannot_be_encoded_fails_its_own_request_alone(desk: Desk) -> None:
+    rows = desk.rows("a") + desk.rows("bad", output_format="jpeg", compression=101) + desk.rows("b")
+    desk.answers.encode(rows, np.zeros((3, 3, 4, 4), np.uint8))
+    await desk.encoded()
+    assert sorted(picture.row.request_id for picture in desk.pictures) == ["a", "b"]
+    assert [(name, type(error)) for name, error in desk.failed] == [("bad", InvalidRequest)]
 
-    async def died() -> bool:
-        return len(desk.deaths) == 1
 
-    await aeventually(died)
+async def test_an_encoder_s_own_error_is_an_answer_too(desk: Desk) -> None:
+    desk.answers.encode(desk.rows("r", output_format="webp"), np.zeros((1, 3, 1, 16384), np.uint8))  # a WebP has 16383
+    await desk.encoded()
+    assert [(name, error.code) for name, error in desk.failed] == [("r", "internal_error")]
+    assert desk.pictures == []
+
+
+async def test_pictures_of_a_request_that_is_over_are_not_encoded(desk: Desk) -> None:
+    gone, kept = desk.rows("gone", n=2), desk.rows("kept")
+    gone[0].ticket.over = True
+    desk.answers.encode(gone + kept, np.zeros((3, 3, 4, 4), np.uint8))
+    assert desk.answers.encoding == 3
+    await desk.encoded()
+    assert [picture.row.request_id for picture in desk.pictures] == ["kept"]
 
 
 async def answer(desk: Desk, name: str) -> Finished:

@@ -166,12 +166,25 @@ def test_rows_of_different_experts_share_no_call_and_each_step_asks_its_own(benc
 
 def test_a_canceled_request_takes_no_further_step(bench: Bench) -> None:
     student = toy.student()
-    bench.sink.on_step = lambda: bench.loop.drop(["gone"])
+    gone = bench.ticket(student, "gone", steps=4, n=2)
+    bench.sink.on_step = lambda: bench.loop.drop([gone])
     with bench.running():
-        bench.loop.submit([bench.ticket(student, "gone", steps=4, n=2), bench.ticket(student, "kept", steps=4)])
+        bench.loop.submit([gone, bench.ticket(student, "kept", steps=4)])
         eventually(lambda: len(bench.sink.pictures) == 1)
     assert [step for name, step in bench.sink.steps if name == "gone"] == [1, 1]
     assert list(bench.sink.pictures) == [("kept", 0)]
+
+
+def test_a_request_is_over_too_when_all_of_it_has_left_the_engines(bench: Bench) -> None:
+    dropped, failing = (bench.ticket(toy.student(), name) for name in ("dropped", "failing"))
+    with bench.running():
+        bench.loop.submit([dropped, failing])
+        eventually(lambda: len(bench.sink.pictures) == 2)
+        bench.loop.drop([dropped])
+        for _ in range(2):  # one of its pictures after the other
+            bench.loop.fail(failing, InternalError("the encoder of mp4 failed"))
+        eventually(lambda: dropped.over and failing.over)
+    assert {name: error.code for name, error in bench.sink.errors.items()} == {"failing": "internal_error"}
 
 
 def test_a_request_past_its_deadline_leaves_between_two_steps(bench: Bench) -> None:

@@ -76,7 +76,7 @@ def test_a_request_that_is_dropped_while_its_call_runs_takes_no_further_step() -
     with bench.running():
         bench.loop.submit([gone])
         eventually(lambda: family.running == 1)
-        bench.loop.drop(["gone"])
+        bench.loop.drop([gone])
         eventually(lambda: gone.over)  # the other thread hears it meanwhile
         family.gate.set()
         bench.loop.submit([bench.ticket(toy.student(family), "kept", steps=4)])

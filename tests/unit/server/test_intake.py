@@ -10,7 +10,7 @@ import pytest
 from engines.errors import Unavailable
 from server.brokers.base import Claim
 from server.brokers.memory import MemoryBroker, MemoryServer
-from server.intake import Intake, Room, room
+from server.intake import Intake, Room, room, unencoded
 from tests.eventually import aeventually
 from tests.unit.server import toy
 
@@ -21,6 +21,10 @@ from tests.unit.server import toy
 )
 def test_a_quarter_of_the_room_is_kept_for_high(held_high: int, held_below: int, expected: Room) -> None:
     assert room(16, held_high, held_below) == expected
+
+
+def test_pixels_that_wait_for_an_encoder_are_held_once_there_are_more_than_calls_make_at_once() -> None:
+    assert [unencoded(waiting, 2, 4) for waiting in (0, 8, 9, 20)] == [0, 0, 1, 12]
 
 
 @dataclass
