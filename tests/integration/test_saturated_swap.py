@@ -33,8 +33,6 @@ from tests.unit.server.test_engine_loop import Recorder
 
 SIZES = (1, 2, 4)
 UNDER_WAY = 4 * SIZES[-1]
-PIECE_CALLS = 2
-"""Engine calls of the largest piece of a swap: a size is warmed by two."""
 
 
 class Heard(EagerEngine):
@@ -121,6 +119,6 @@ async def test_a_swap_puts_one_piece_between_two_steps_of_a_worker_that_never_pa
     assert slot.versions == {serving, version}
     assert sink.errors == {}
     behind = [len(part.split()) - 1 for part in " ".join(during).split("live")[1:-1]]  # beside the live call itself
-    assert max(behind) == PIECE_CALLS
+    assert max(behind) == 1
     assert sum(behind) >= 15  # 6 calls warm three sizes and 18 draw golden samples; a few fall to the ends cut off
-    assert during.count("live") >= sum(behind) / PIECE_CALLS
+    assert during.count("live") >= sum(behind)
