@@ -1,10 +1,11 @@
 """What each backend takes for the networks of the embedded teacher: the figures behind `auto`.
 
-`python -m bench.backends` measures every backend that runs here in a fresh process each, in every precision and with
-weights set and as constants: milliseconds per call at each batch size, of other weights on the known graph, and seconds
-of the first build (the graph's export left out, which all share and which is measured once). `reload_share` is what
-other weights take of all that a new graph would: its export, where the backend reads one, its build and its first load.
-It writes `bench/backends.json` and prints a table.
+`python -m bench.backends` measures every backend that runs here in a fresh process each, in every precision that needs
+no scales of a student's own (`bench.tensorrt` has the others), with weights set and as constants: milliseconds per call
+at each batch size, of other weights on the known graph, and seconds of the first build (the graph's export left out,
+which all share and which is measured once). `reload_share` is what other weights take of all that a new graph would:
+its export, where the backend reads one, its build and its first load. It writes `bench/backends.json` and prints a
+table.
 The processor's own time stands beside the wall's, because it hardly notices what else the machine does.
 """
 
@@ -28,10 +29,11 @@ from distill_jobs.tasks.shapes import TASK
 from distill_jobs.teachers import publish
 from engines import plugins
 from engines.artefact import import_diffusers
-from engines.backends.base import BATCHES, Choice, Profile, load_backend
+from engines.backends.base import BATCHES, SCALED, Choice, Profile, load_backend
 from engines.cache import DiskCache
 from engines.graph import ComponentGraph, GraphStore, export
-from engines.loader import Loader, load_weights
+from engines.loader import Loader
+from engines.parts import load_weights
 from engines.registry.memory import MemoryRegistry
 
 OUT = Path(__file__).with_name("backends.json")
@@ -49,7 +51,7 @@ def cells() -> list[dict[str, str]]:
         backend = load_backend(name)
         if name not in _NO_ENGINE and backend.available():
             kinds = ("set", "constant") if backend.constants_pay else ("set",)
-            precisions = plugins.load("engines.backends", name, "TOLERANCE")
+            precisions = [p for p in plugins.load("engines.backends", name, "TOLERANCE") if p not in SCALED]
             found += [{"backend": name, "precision": p, "weights": w} for p in precisions for w in kinds]
     return found
 
