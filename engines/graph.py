@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from engines import elsewhere, plugins
 from engines.cache import DiskCache
@@ -28,6 +29,8 @@ from engines.onnx_repairs import repaired
 
 OPSET = 21
 WEIGHT = "weight:"
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""What multiplies something with a weight."""
 _GRAPH = "graph.onnx"
 _EXAMPLE_ROWS = 2
 _REVISION = 4  # counts up when the same network would be exported otherwise
@@ -99,6 +102,13 @@ class ComponentGraph:
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: tuple(value.shape) for name, value in self._empty.state_dict().items()}
+
+    @cached_property
+    def products(self) -> frozenset[str]:
+        """The weights of linear layers and of convolutions that are not in groups."""
+        layers = {path: one for path, one in self._empty.named_modules() if isinstance(one, LAYERS)}
+        own = {f"{path}.weight" for path, one in layers.items() if getattr(one, "groups", 1) == 1}
+        return frozenset(name for name, inner in self.graph_names.items() if inner in own)
 
     @property
     def inputs(self) -> frozenset[str]:

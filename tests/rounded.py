@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from engines.backends._tensorrt_fp8 import exponent
+from engines.backends._tensorrt_scale import exponent
 from engines.backends.base import Engine, Graph, Profile
 from engines.backends.eager import Compiled as Plain
 from engines.backends.eager import Eager, EagerEngine

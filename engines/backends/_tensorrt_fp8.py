@@ -16,16 +16,11 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.backends._tensorrt_graph import WEIGHT, is_weight
+from engines.backends._tensorrt_scale import exponent
 
 _BF16, _FP8 = int(TensorProto.BFLOAT16), int(TensorProto.FLOAT8E4M3FN)
-_LARGEST = 448.0  # of e4m3
 _PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
 Weights = dict[str, np.ndarray[Any, Any]]
-
-
-def exponent(largest: float) -> int:
-    """That of the least power of two that brings all of up to `largest` into the range of fp8."""
-    return math.ceil(math.log2(largest / _LARGEST))
 
 
 def in_fp8(model: onnx.ModelProto, weights: Weights, given: Mapping[str, int]) -> Weights:

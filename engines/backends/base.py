@@ -72,6 +72,10 @@ class Graph(Protocol):
         """Weight name -> shape: exactly what `load` must be given."""
 
     @property
+    def products(self) -> frozenset[str]:
+        """The weights of linear layers and of convolutions that are not in groups."""
+
+    @property
     def key(self) -> str:
         """Hash of the configs: like `id`, but known without an export."""
 

@@ -26,6 +26,7 @@ from engines.backends import _tensorrt_library as libraries
 from engines.backends._tensorrt_build import FACTS, PLAN, Form, Order, build_elsewhere
 from engines.backends._tensorrt_engine import TensorRtEngine
 from engines.backends._tensorrt_library import Gpu, Library
+from engines.backends._tensorrt_scale import exponent
 from engines.backends.base import SCALED, Graph, Precision, Profile, Tolerance, check_weights, num_weights
 from engines.errors import BackendUnavailable, InvalidRequest
 
@@ -36,7 +37,7 @@ TOLERANCE: dict[Precision, Tolerance] = {
 }
 """Those of OpenVINO, until they are measured on a GPU. fp32 is fp32: TF32 is switched off. fp8: what passes for the
 same picture; whether a student passes is found out when it is specialised."""
-_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp8": 1}
+_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
 _HEADROOM = 2.0  # of what other rows may make of an activation than the golden ones; of e4m3 it costs no digit
 _PLANS = 1  # counts up when the same order would be built otherwise
 
@@ -99,7 +100,7 @@ class TensorRt:
         )
 
     def weight_bytes(self, graph: Graph, profile: Profile) -> int:
-        """On the GPU; a strongly typed plan holds nearly all of them in its precision."""
+        """On the GPU; a strongly typed plan holds nearly all of them in its precision, in fp8 those of products."""
         return profile.weight_room if streamed(graph, profile) else _weight_bytes(graph, profile)
 
 
@@ -167,14 +168,15 @@ def check_target(targets: tuple[str, ...], here: Gpu) -> None:
 
 def exponents(largest: Mapping[str, float]) -> tuple[tuple[str, int], ...]:
     """Each weight that anything is multiplied with, and the exponent of the scale for that; in order of their names."""
-    from engines.backends._tensorrt_fp8 import exponent
-
     usable = {name: _HEADROOM * value for name, value in largest.items() if 0 < value < math.inf}
     return tuple((name, exponent(value)) for name, value in sorted(usable.items()))
 
 
 def _weight_bytes(graph: Graph, profile: Profile) -> int:
-    return _BYTES[profile.precision] * num_weights(graph)
+    wide = _BYTES[SCALED.get(profile.precision, profile.precision)] * num_weights(graph)
+    if profile.precision not in SCALED:
+        return wide
+    return wide - sum(math.prod(graph.shapes[name]) for name in graph.products)
 
 
 def _hash(weights: Mapping[str, Tensor]) -> str:

@@ -162,14 +162,22 @@ def test_the_room_for_weights_is_set_and_a_library_that_keeps_more_is_refused() 
 
 
 class Small:
-    """128 bytes of weights in bf16."""
+    """144 bytes of weights in bf16, 80 in fp8."""
 
-    shapes: ClassVar[dict[str, tuple[int, ...]]] = {"w": (8, 8)}
+    shapes: ClassVar[dict[str, tuple[int, ...]]] = {"w": (8, 8), "bias": (8,)}
+    products = frozenset({"w"})
 
 
 @pytest.mark.parametrize(
     ("room", "precision", "streams"),
-    [(0, "bf16", False), (128, "bf16", False), (127, "bf16", True), (64, "fp8", False), (255, "fp32", True)],
+    [
+        (0, "bf16", False),
+        (144, "bf16", False),
+        (143, "bf16", True),
+        (80, "fp8", False),
+        (79, "fp8", True),
+        (287, "fp32", True),
+    ],
 )
 def test_only_what_does_not_fit_is_streamed_and_its_weights_are_constants(
     room: int, precision: Precision, streams: bool
@@ -178,7 +186,7 @@ def test_only_what_does_not_fit_is_streamed_and_its_weights_are_constants(
     assert tensorrt.streamed(graph, profile) is streams
     assert tensorrt.form(graph, profile) == ("constant" if streams or precision == "fp8" else "refit")
     assert tensorrt.TensorRt().weight_bytes(graph, profile) == (
-        room if streams else 64 * {"fp32": 4, "bf16": 2, "fp8": 1}[precision]
+        room if streams else {"fp32": 288, "bf16": 144, "fp8": 80}[precision]
     )
 
 

@@ -1,5 +1,6 @@
 """Which products of a graph become fp8, and that they stay the same products, on graphs small enough to read."""
 
+import sys
 from typing import Any
 
 import ml_dtypes
@@ -9,8 +10,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from engines.backends._tensorrt_fp8 import exponent, in_fp8
+from engines.backends import tensorrt
+from engines.backends._tensorrt_fp8 import in_fp8
 from engines.backends._tensorrt_graph import in_bf16, weight_types, write
+from engines.backends._tensorrt_scale import exponent
 from tests.unit.engines.test_tensorrt_graph import graph, node
 
 DRAW = np.random.default_rng(0)
@@ -31,6 +34,12 @@ def ops(model: onnx.ModelProto) -> list[str]:
 def test_a_scale_is_the_least_power_of_two_that_holds_all(largest: float, expected: int) -> None:
     assert exponent(largest) == expected
     assert largest / 2.0**expected <= 448 < largest / 2.0 ** (expected - 1) + 1e-9 * largest or largest == 448.0
+
+
+def test_who_serves_takes_scales_without_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "engines.backends._tensorrt_fp8")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert tensorrt.exponents({"w": 1.0}) == (("w", exponent(2.0)),)
 
 
 def test_a_product_reads_its_weight_and_what_it_multiplies_in_fp8() -> None:
