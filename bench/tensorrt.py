@@ -30,7 +30,7 @@ from engines.backends._tensorrt_build import FACTS, PLAN
 from engines.backends.base import Engine, Precision, Profile, num_weights
 from engines.cache import DiskCache
 from engines.graph import ComponentGraph, GraphStore, spec
-from engines.loader import load_weights, reader
+from engines.parts import load_weights, reader
 from engines.registry.memory import MemoryRegistry
 
 console = Console(stderr=True)

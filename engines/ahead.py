@@ -10,7 +10,8 @@ from engines import scales
 from engines.backends import tensorrt
 from engines.backends.base import SCALED, Profile
 from engines.graph import GraphStore, spec
-from engines.loader import load_weights, profile_of, reader
+from engines.loader import profile_of
+from engines.parts import load_weights, reader
 from engines.registry.base import Registry
 
 

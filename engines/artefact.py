@@ -19,8 +19,9 @@ from engines.errors import InvalidManifest, InvalidRequest, NotBuilt
 from engines.families.base import FamilyClass
 from engines.graph import ComponentGraph, spec
 from engines.grid import SCALES, Grid
-from engines.loader import load_student, load_weights, reader
+from engines.loader import load_student
 from engines.manifest import Component, Guidance, Kind, ProcessSpec, Schedule, StudentManifest, shown
+from engines.parts import load_weights, reader
 from engines.registry.base import Registry
 
 GOLDEN_PROMPTS = ("a red circle", "a small blue square on the left", "two shapes on white", "")

@@ -21,8 +21,8 @@ from engines.contract import Contract, Sampling, contract
 from engines.directory import family_of, read_json, read_tensors, weight_files
 from engines.errors import InvalidManifest, InvalidRequest, NotBuilt
 from engines.graph import spec
-from engines.loader import load_weights, reader
 from engines.manifest import Guidance, Schedule, StudentManifest, shown
+from engines.parts import load_weights, reader
 from engines.registry.base import Registry
 
 _OWN_GUIDANCE = ("time_cond_proj_dim", "guidance_embeds")  # of a network's config: it reads the weight itself

@@ -8,73 +8,26 @@ chooses one; engines themselves are only run by whoever was given the student.
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from torch import Tensor
-
 from engines import memory, plugins, process
 from engines.backends.base import SCALED, Choice, Engine, Padded, Precision, Profile, device_of, load_backend
 from engines.cache import DiskCache
-from engines.errors import CorruptBlob, GraphMismatch, InvalidRequest
+from engines.errors import GraphMismatch, InvalidRequest
 from engines.families.base import PICTURES
 from engines.graph import ComponentGraph, GraphStore, spec
 from engines.manifest import Component, StudentManifest, shown
+from engines.parts import EngineKey, Parts, load_weights, reader
 from engines.registry.base import Registry
 from engines.streams import tuned
 from engines.student import LoadedStudent
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class EngineKey:
-    graph: str
-    weights: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    """By component: its graph, and which engine holds its weights, whether or not that is there yet.
-
-    `pictures` is the engine that makes latents of pictures, once somebody wants one.
-    """
-
-    graphs: Mapping[str, ComponentGraph]
-    keys: Mapping[str, EngineKey]
-    pictures: EngineKey | None = None
-
-    @property
-    def all(self) -> frozenset[EngineKey]:
-        return frozenset(self.keys.values()) | ({self.pictures} if self.pictures else frozenset())
-
-
-def load_weights(registry: Registry, component: Component) -> dict[str, Tensor]:
-    """All tensors of a component's blob, as they are stored.
-
-    Raises:
-        CorruptBlob: the bytes are not those of their name, or no safetensors.
-    """
-    try:
-        tensors: dict[str, Tensor] = load_safetensors(registry.read_blob(component.weights))
-    except SafetensorError as error:
-        raise CorruptBlob(f"blob {component.weights[:12]} is no safetensors file: {error}") from error
-    return tensors
-
-
-def reader(registry: Registry, manifest: StudentManifest) -> Callable[[str], bytes]:
-    """Reads `<component>/<file>` of a student."""
-
-    def read(name: str) -> bytes:
-        role, _, file = name.partition("/")
-        return registry.read_blob(manifest.components[role].files[file])
-
-    return read
 
 
 class Loader:
@@ -97,13 +50,13 @@ class Loader:
         """
         self.registry, self.choice, self.profile = registry, choice, profile
         self._tune, self._room_bytes = tune, room_bytes
-        self._levels: dict[str, int] = {}  # by graph: bytes of the weights that may be on the device
+        self._levels: dict[EngineKey, int] = {}  # bytes of weights on the device, of engines that stream the rest
         self._backend = load_backend(choice.backend)
         self._graphs = graphs
-        self._compiled: dict[str, Any] = {}
+        self._compiled: dict[tuple[str, int], Any] = {}  # by graph and level
         self._engines: dict[EngineKey, Padded] = {}
         self._specialised: set[EngineKey] = set()
-        self._held: dict[str, _Parts] = {}  # by version
+        self._held: dict[str, Parts] = {}  # by version
         self._holders: Counter[str] = Counter()
         self._lock = threading.Lock()  # of who holds what
         self._building = threading.Lock()  # one graph and one engine at a time, whoever asks
@@ -131,9 +84,10 @@ class Loader:
         return self._parts(manifest).graphs
 
     def is_known(self, manifest: StudentManifest, role: str, graph: ComponentGraph) -> bool:
-        """Whether this component needs no more than weights set, if that."""
+        """Whether this component of a held student needs no more than weights set, if that: streamed ones are built."""
         key = EngineKey(graph.key, manifest.components[role].weights)
-        return key in self._engines or (graph.key in self._compiled and self._profile(graph).weights == "set")
+        settable = self._profile(key, graph).weights == "set" and key not in self._levels
+        return key in self._engines or (settable and (graph.key, 0) in self._compiled)
 
     def tune(self, graph: ComponentGraph) -> None:
         """Settles the profile by this denoiser, unless it is settled; takes a build or two, the first time."""
@@ -143,18 +97,17 @@ class Loader:
                 log.info("streams", extra={"streams": self.profile.streams, "threads_each": self.profile.threads})
             self._tune = False
 
-    def compile(self, graph: ComponentGraph) -> Any:
-        """The graph, compiled; the heavy part, once per graph."""
-        with self._building:
-            compiled = self._compiled.get(graph.key)
-            if compiled is None:
-                compiled = self._compiled[graph.key] = self._backend.build(graph, self._profile(graph))
-            return compiled
+    def compile(self, manifest: StudentManifest, role: str) -> None:
+        """Compiles the graph of a held student's component; the heavy part, once per graph."""
+        parts = self._held[manifest.version]
+        self._compile(parts.keys[role], parts.graphs[role])
 
     def hold(self, manifest: StudentManifest) -> None:
         """What is compiled and loaded for this student, now or later, stays until `let_go`. Nothing is built by it."""
         with self._lock:
-            self._held[manifest.version] = self._parts(manifest)
+            parts = self._parts(manifest)
+            self._levels |= self._fit(parts)
+            self._held[manifest.version] = parts
             self._holders[manifest.version] += 1
 
     def let_go(self, manifest: StudentManifest) -> frozenset[str]:
@@ -166,14 +119,15 @@ class Loader:
                 return frozenset()
             del self._holders[version]
             gone = self._held.pop(version).all
-            held = {key for parts in self._held.values() for key in parts.all}
+            held = self._held_keys()
             for key in gone - held:
                 self._specialised.discard(key)
+                self._levels.pop(key, None)
                 if engine := self._engines.pop(key, None):
                     engine.close()
+            for build in list(self._compiled.keys() - {self._build(key) for key in held}):
+                del self._compiled[build]
             for graph in {key.graph for key in gone} - {key.graph for key in held}:
-                self._compiled.pop(graph, None)
-                self._levels.pop(graph, None)
                 self._graphs.forget(graph)
             return frozenset({key.weights for key in gone} - {key.weights for key in held})
 
@@ -186,7 +140,11 @@ class Loader:
         parts = self._held[manifest.version]
         for role, key in parts.keys.items():
             self._ensure(key, parts.graphs[role], manifest.components[role])
-        return self._student(manifest, {role: self._engines[key] for role, key in parts.keys.items()})
+        with self._lock:  # what is replaced is so before this, or after it and then only having tried this student
+            scaled = not self._specialised.isdisjoint(parts.keys.values())
+            engines = self._own(parts)
+        live = SCALED.get(self.choice.precision, self.choice.precision)
+        return self._student(manifest, engines, self.choice.precision if scaled else live)
 
     def load(self, manifest: StudentManifest) -> LoadedStudent:
         """Holds and fills a student; give it back with `release`. Raises as `fill` does."""
@@ -242,18 +200,27 @@ class Loader:
         parts = self._parts(manifest)
         if not self.settled and "denoiser" in parts.graphs:
             self.tune(parts.graphs["denoiser"])
-        sizes = {key: self._engine_bytes(key, parts.graphs[role], specialised) for role, key in parts.keys.items()}
-        with self._lock:  # having looked at a student that nobody holds leaves nothing here
-            held = {key.graph for each in self._held.values() for key in each.keys.values()}
-            for graph in {key.graph for key in sizes} - held:
-                self._graphs.forget(graph)
+        with self._lock:
+            levels = self._levels | self._fit(parts)
+            sizes = {
+                key: self._engine_bytes(key, parts.graphs[role], levels.get(key, 0), specialised)
+                for role, key in parts.keys.items()
+            }
+            for graph in {key.graph for key in sizes} - {key.graph for key in self._held_keys()}:
+                self._graphs.forget(graph)  # having looked at a student that nobody holds leaves nothing here
         return sizes
+
+    def made_bytes(self, manifest: StudentManifest) -> dict[EngineKey, int]:
+        """What the engines take by themselves that specialising a loaded student makes."""
+        sizes, keys = self.weight_bytes(manifest, specialised=True), self._held[manifest.version].keys
+        return {keys[role]: sizes[keys[role]] for role in self.unspecialised(manifest)}
 
     def loaded_bytes(self) -> int:
         """What the weights of all engines here take."""
         with self._lock:
             graphs = {key: parts.graphs[role] for parts in self._held.values() for role, key in parts.keys.items()}
-        return sum(self._engine_bytes(key, graph) for key, graph in graphs.items() if key in self._engines)
+            here = {key: graph for key, graph in graphs.items() if key in self._engines}
+            return sum(self._engine_bytes(key, graph, self._levels.get(key, 0)) for key, graph in here.items())
 
     def blobs(self, graph: ComponentGraph) -> frozenset[str]:
         """The weights that students have for this graph who are held."""
@@ -266,8 +233,8 @@ class Loader:
         if not self._backend.constants_pay and not self.scaled:
             return []
         parts = self._held[manifest.version]
-        new = [role for role, key in parts.keys.items() if key not in self._specialised]
-        return [role for role in new if self._profile(parts.graphs[role]).weights == "set"]
+        new = {role: key for role, key in parts.keys.items() if key not in self._specialised}
+        return [role for role, key in new.items() if self._profile(key, parts.graphs[role]).weights == "set"]
 
     @property
     def scaled(self) -> bool:
@@ -279,66 +246,103 @@ class Loader:
 
         `largest` is what `scaled` precisions take: see `engines.scales`.
         """
-        graph = self.graphs(manifest)[role]
-        compiled = self._backend.build(graph, self._specialised_profile(graph))
+        parts = self._parts(manifest)
+        graph = parts.graphs[role]
+        compiled = self._backend.build(graph, self._profile(parts.keys[role], graph, specialised=True))
         if self.scaled:
             compiled = replace(compiled, largest=largest)
         return self._backend.load(compiled, graph.select(load_weights(self.registry, manifest.components[role])))
 
-    def beside(self, manifest: StudentManifest, engines: Mapping[str, Engine]) -> LoadedStudent:
-        """A loaded student with these engines instead of its own ones, to try them; it is not to be released."""
-        own = {role: self._engines[key] for role, key in self._held[manifest.version].keys.items()}
-        engines = own | {role: Padded(one, self.profile.batches) for role, one in engines.items()}
-        return self._student(manifest, engines, self.choice.precision)
+    def beside(self, manifest: StudentManifest, engines: Mapping[str, Engine]) -> list[LoadedStudent]:
+        """All loaded students whose components `replace` would give these engines, with them instead of their own.
 
-    def replace(self, manifest: StudentManifest, role: str, engine: Engine) -> None:
-        """From the next call on `engine` answers for all who use this component.
-
-        A call of the one before that still runs holds it until it ends.
+        To try them; they are not to be released.
         """
-        key = self._held[manifest.version].keys[role]
-        self._engines[key].engine = engine
-        self._specialised.add(key)
+        with self._lock:
+            made = {self._held[manifest.version].keys[role]: engine for role, engine in engines.items()}
+            new = {key: Padded(engine, self.profile.batches) for key, engine in made.items()}
+            using = [(parts.manifest, self._own(parts, new)) for parts in self._using(made.keys())]
+        return [self._student(one, its, self.choice.precision) for one, its in using]
 
-    def _engine_bytes(self, key: EngineKey, graph: ComponentGraph, specialised: bool = False) -> int:
-        profile = self._profile(graph)
-        if profile.weights == "set" and (specialised or key in self._specialised):
-            profile = self._specialised_profile(graph)
-        return self._backend.weight_bytes(graph, profile)
+    def replace(self, manifest: StudentManifest, engines: Mapping[str, Engine], tried: AbstractSet[str]) -> bool:
+        """From the next call on these answer for all who use their components; a call that runs holds the one before.
 
-    def _profile(self, graph: ComponentGraph) -> Profile:
-        """In which a graph goes live."""
-        return replace(profile_of(self.profile, graph), weight_room=self._levels.get(graph.key, 0))
+        Nothing is replaced, and False returned, where one of those is no version that was `tried`.
+        """
+        with self._lock:
+            made = {self._held[manifest.version].keys[role]: engine for role, engine in engines.items()}
+            if {parts.manifest.version for parts in self._using(made.keys())} - tried:
+                return False
+            for key, engine in made.items():
+                self._engines[key].engine = engine
+            self._specialised |= made.keys()
+            return True
 
-    def _specialised_profile(self, graph: ComponentGraph) -> Profile:
-        return replace(self.profile, weights="constant", weight_room=self._levels.get(graph.key, 0))
+    def _own(self, parts: Parts, others: dict[EngineKey, Padded] | None = None) -> dict[str, Padded]:
+        """A student's engines by component, but for these others."""
+        engines = self._engines | (others or {})
+        return {role: engines[key] for role, key in parts.keys.items()}
+
+    def _using(self, keys: AbstractSet[EngineKey]) -> list[Parts]:
+        """Of the students all of whose engines are here, those that have one of these."""
+        here = [parts for parts in self._held.values() if self._engines.keys() >= set(parts.keys.values())]
+        return [parts for parts in here if not keys.isdisjoint(parts.keys.values())]
+
+    def _held_keys(self) -> set[EngineKey]:
+        return {key for parts in self._held.values() for key in parts.all}
+
+    def _engine_bytes(self, key: EngineKey, graph: ComponentGraph, level: int, specialised: bool = False) -> int:
+        own = specialised or key in self._specialised
+        return self._backend.weight_bytes(graph, replace(self._profile(key, graph, specialised=own), weight_room=level))
+
+    def _profile(self, key: EngineKey, graph: ComponentGraph, *, specialised: bool = False) -> Profile:
+        """In which an engine goes live, or is specialised if there is anything to it."""
+        live = profile_of(self.profile, graph)
+        own = replace(self.profile, weights="constant") if specialised and live.weights == "set" else live
+        return replace(own, weight_room=self._levels.get(key, 0))
+
+    def _build(self, key: EngineKey) -> tuple[str, int]:
+        return key.graph, self._levels.get(key, 0)
+
+    def _compile(self, key: EngineKey, graph: ComponentGraph) -> Any:
+        with self._building:
+            build = self._build(key)
+            if build not in self._compiled:
+                self._compiled[build] = self._backend.build(graph, self._profile(key, graph))
+            return self._compiled[build]
 
     def _ensure(self, key: EngineKey, graph: ComponentGraph, component: Component) -> None:
-        compiled = self.compile(graph)
+        compiled = self._compile(key, graph)
         with self._building:
             if key not in self._engines:
                 weights = graph.select(load_weights(self.registry, component))
                 self._engines[key] = Padded(self._backend.load(compiled, weights), self.profile.batches)
 
-    def _parts(self, manifest: StudentManifest) -> _Parts:
+    def _parts(self, manifest: StudentManifest) -> Parts:
         if held := self._held.get(manifest.version):
             return held
         read = reader(self.registry, manifest)
         graphs = {role: self._graphs.graph(spec(manifest, role, read)) for role in manifest.components}
-        if self._room_bytes:
-            self._fit(graphs.values())
-        return _Parts(graphs, {role: EngineKey(graphs[role].key, manifest.components[role].weights) for role in graphs})
+        keys = {role: EngineKey(graphs[role].key, manifest.components[role].weights) for role in graphs}
+        return Parts(manifest, graphs, keys)
 
-    def _fit(self, graphs: Iterable[ComponentGraph]) -> None:
-        """Says to the largest of a student's engines how little they may keep on their device, if not all fit."""
-        sizes = {graph.key: self._backend.weight_bytes(graph, profile_of(self.profile, graph)) for graph in graphs}
-        most = memory.level(sizes.values(), self._room_bytes)
-        if most is not None:
-            self._levels |= {key: most for key, size in sizes.items() if size > most}
+    def _fit(self, parts: Parts) -> dict[EngineKey, int]:
+        """How little a student's largest engines may keep on their device so that all fit, where the backend can.
 
-    def _student(
-        self, manifest: StudentManifest, engines: Mapping[str, Engine], precision: Precision | None = None
-    ) -> LoadedStudent:
+        An engine that somebody holds stays as it is.
+        """
+        graphs = {key: parts.graphs[role] for role, key in parts.keys.items()}
+        held = graphs.keys() & self._held_keys()
+        if not self._room_bytes or held == graphs.keys():
+            return {}
+        sizes = {key: self._engine_bytes(key, graphs[key], 0) for key in graphs.keys() - held}
+        taken = sum(self._engine_bytes(key, graphs[key], self._levels.get(key, 0)) for key in held)
+        most = memory.level(sizes.values(), self._room_bytes - taken)
+        if most is None or most <= 0:  # where nothing is left, `Residency` refuses it with its whole size
+            return {}
+        return {key: most for key, size in sizes.items() if self._engine_bytes(key, graphs[key], most) < size}
+
+    def _student(self, manifest: StudentManifest, engines: Mapping[str, Engine], precision: Precision) -> LoadedStudent:
         make = plugins.load("engines.families", manifest.family, "FAMILY")
         family = make(
             engines["encoder"],
@@ -349,8 +353,7 @@ class Loader:
             pictures=partial(self.pictures, manifest),
         )
         made = process.make(manifest.process)
-        live = SCALED.get(self.choice.precision, self.choice.precision)
-        return LoadedStudent(manifest, family, made, self.choice.backend, precision or live)
+        return LoadedStudent(manifest, family, made, self.choice.backend, precision)
 
 
 def profile_of(profile: Profile, graph: ComponentGraph) -> Profile:

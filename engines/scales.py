@@ -11,15 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engines.backends.base import Choice, Profile
+from engines.backends.base import Choice, Profile, load_backend
 from engines.errors import GoldenMismatch
 from engines.golden import Golden, verification
-from engines.graph import GraphStore
+from engines.graph import LAYERS, ComponentGraph, GraphStore
 from engines.loader import Loader
 from engines.manifest import StudentManifest, shown
 from engines.registry.base import Registry
-
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def largest(registry: Registry, manifest: StudentManifest, role: str, device: str) -> dict[str, float]:
@@ -44,6 +42,13 @@ def largest(registry: Registry, manifest: StudentManifest, role: str, device: st
         return {name: float(value) for name, value in found.items()}
     finally:
         loader.release(student)
+        torch.cuda.empty_cache()  # torch keeps what it has freed, and no other library can have it
+
+
+def student_bytes(graphs: Mapping[str, ComponentGraph]) -> int:
+    """What `largest` takes on its device."""
+    eager, profile = load_backend("eager"), Profile()
+    return sum(eager.weight_bytes(graph, profile) for graph in graphs.values())
 
 
 def watched(
@@ -54,7 +59,7 @@ def watched(
     names = {inner: name for name, inner in graph_names.items()}
     for path, layer in module.named_modules():
         name = names.get(f"{path}.weight")
-        if name is not None and isinstance(layer, _LAYERS):
+        if name is not None and isinstance(layer, LAYERS):
             keep(layer.register_forward_pre_hook(partial(_look, found, name)))
     return found
 

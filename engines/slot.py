@@ -12,18 +12,19 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from engines import scales
-from engines.backends.base import Engine
+from engines.backends.base import Engine, is_gpu
 from engines.cost import CostKey, CostModel
 from engines.errors import Conflict, FewstepError, GoldenMismatch, StudentNotFound
 from engines.golden import Golden, verification
 from engines.graph import ComponentGraph
-from engines.loader import EngineKey, Loader
+from engines.loader import Loader
 from engines.manifest import StudentManifest, shown
+from engines.parts import EngineKey
 from engines.streams import ALONE_ROWS, alone
 from engines.student import LoadedStudent
 
@@ -136,10 +137,11 @@ class EngineSlot:
         self.draining = (self.draining | self.serving) - wanted
         self.serving = wanted
 
-    def specialise(self, version: str) -> Staging:
+    def specialise(self, version: str, measure_on: str | None = None) -> Staging:
         """Compiles the weights of a loaded version in and switches its engines, if they reproduce the golden samples.
 
-        It serves as it is meanwhile, and where this is rejected it goes on so.
+        So do all that share them. It serves as it is meanwhile, and where this is rejected it goes on so. `measure_on`:
+        the device for scales, where any are needed; the engines' own if none is named.
         """
         made: dict[str, Engine] = {}
 
@@ -147,7 +149,8 @@ class EngineSlot:
             for engine in made.values():
                 engine.close()
 
-        return Staging((version,), self._specialising(self.family(version), made), undo)
+        device = measure_on or self.loader.profile.device
+        return Staging((version,), self._specialising(self.family(version), device, made), undo)
 
     def drain(self, version: str) -> None:
         """Takes one version out of what is served; it still answers what it is pinned to."""
@@ -184,7 +187,19 @@ class EngineSlot:
         Raises:
             StudentNotFound, CorruptBlob, NotFound: it cannot be read.
         """
-        return self.loader.weight_bytes(self.loader.registry.student(version), specialised=specialised)
+        return self.loader.weight_bytes(self._manifest(version), specialised=specialised)
+
+    def specialising_bytes(self, version: str) -> dict[str, dict[Any, int]]:
+        """What `specialise` takes beside a loaded version until it has ended: by the device for scales, fastest first.
+
+        By itself each of what it makes, since what it replaces is there as well, and then the student in fp32.
+        """
+        manifest, device = self.family(version).manifest, self.loader.profile.device
+        made: dict[Any, int] = {**self.loader.made_bytes(manifest)}
+        if not self.loader.scaled or not made:
+            return {device: made}
+        measured = made | {"measured": scales.student_bytes(self.loader.graphs(manifest))}
+        return {device: measured, "cpu": made} if is_gpu(device) else {device: measured}
 
     def cost_key(self, student: LoadedStudent, role: str) -> CostKey:
         blob = student.manifest.components[role].weights
@@ -197,8 +212,8 @@ class EngineSlot:
         new = [(m, role, graph) for m in held for role, graph in self._new(m)]
         for _, _, graph in [each for each in new if each[1] == "denoiser" and not self.loader.settled][:1]:
             yield Piece("building", partial(self.loader.tune, graph), False)
-        for graph in {graph.key: graph for _, _, graph in new}.values():
-            yield Piece("building", partial(self.loader.compile, graph), False)
+        for manifest, role in {graph.key: (manifest, role) for manifest, role, graph in new}.values():
+            yield Piece("building", partial(self.loader.compile, manifest, role), False)
         for manifest in held:
             yield Piece("building", partial(self._fill, manifest, fresh), False)
         for manifest, role, graph in {self.cost_key(fresh[each[0].version], each[1]): each for each in new}.values():
@@ -213,26 +228,30 @@ class EngineSlot:
             if self._loaded.setdefault(manifest.version, student) is not student:  # another staging came first
                 self._let_go(manifest)
 
-    def _specialising(self, student: LoadedStudent, made: dict[str, Engine]) -> Iterator[Piece]:
+    def _specialising(self, student: LoadedStudent, device: str, made: dict[str, Engine]) -> Iterator[Piece]:
         manifest = student.manifest
         roles = self.loader.unspecialised(manifest)
         for role in roles:
-            yield Piece("specialising", partial(self._compile_in, manifest, role, made), False)
-        if roles:
-            yield from self._verifying(self.loader.beside(manifest, made))
-            yield Piece("specialising", partial(self._replace, manifest, made), True)
+            yield Piece("specialising", partial(self._compile_in, manifest, role, device, made), False)
+        tried: set[str] = set()
+        while made:  # once more where another that shares them was loaded meanwhile
+            for other in self.loader.beside(manifest, made):
+                if other.version not in tried:
+                    yield from self._verifying(other)
+                    tried.add(other.version)
+            yield Piece("specialising", partial(self._replace, manifest, made, tried), True)
         for role in roles:
             yield from self._warming(student, role, self.loader.graphs(manifest)[role])
 
-    def _compile_in(self, manifest: StudentManifest, role: str, made: dict[str, Engine]) -> None:
+    def _compile_in(self, manifest: StudentManifest, role: str, device: str, made: dict[str, Engine]) -> None:
         loader, largest = self.loader, None
         if loader.scaled:
-            largest = scales.largest(loader.registry, manifest, role, loader.profile.device)
+            largest = scales.largest(loader.registry, manifest, role, device)
         made[role] = loader.specialised(manifest, role, largest)
 
-    def _replace(self, manifest: StudentManifest, made: dict[str, Engine]) -> None:
-        while made:
-            self.loader.replace(manifest, *made.popitem())
+    def _replace(self, manifest: StudentManifest, made: dict[str, Engine], tried: set[str]) -> None:
+        if self.loader.replace(manifest, made, tried):
+            made.clear()
 
     def _new(self, manifest: StudentManifest) -> list[tuple[str, ComponentGraph]]:
         """The components that have to be compiled, and so are warmed at every batch size."""
@@ -252,6 +271,10 @@ class EngineSlot:
         gone = self.loader.let_go(manifest)
         self.cost.forget(gone)
         return gone
+
+    def _manifest(self, version: str) -> StudentManifest:
+        student = self._loaded.get(version)
+        return student.manifest if student else self.loader.registry.student(version)
 
     def _checked(self, version: str) -> StudentManifest:
         manifest = self.loader.registry.student(version)

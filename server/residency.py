@@ -147,11 +147,12 @@ class Residency:
             self.residents[tenant].used_s = now_s
 
     def resize(self, tenant: Tenant, parts: Parts) -> bool:
-        """Its parts take other memory from now on; False where there is no room for that, and nothing has changed."""
+        """Its parts take other memory from now on, whoever shares them; False, and no change, without room for that."""
         one = self.residents.get(tenant)
         if one is None or self._room({tenant: parts}, ()) < 0:
             return False
-        one.parts = parts
+        for each in self.residents.values():
+            each.parts = {part: parts.get(part, size) for part, size in each.parts.items()}
         return True
 
     def stop(self, tenants: Iterable[Tenant]) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 
 from engines import aside
 from engines.errors import StudentNotFound
-from engines.loader import EngineKey
 from engines.manifest import shown
+from engines.parts import EngineKey
 from engines.slot import EngineSlot, Piece, Staging
 from engines.student import LoadedStudent
 from server.engine_loop import EngineLoop
@@ -166,22 +166,26 @@ class Residents:
         """Has loaded versions answer faster where their backend can, beside live traffic; gives way to every load."""
         for version in sorted(set(versions) - self._settled):
             async with self._lock:
-                if self._wanted or version not in self._slot.versions:
+                if self._others_first or version not in self._slot.versions:
                     continue
-                tenant = self._tenant(version)
-                larger = await asyncio.to_thread(partial(self._slot.weight_bytes, version, specialised=True))
-                if not self._room.residency.resize(tenant, larger):
+                beside = self._tenant(f"{version} specialised")
+                device = self._room_beside(beside, await asyncio.to_thread(self._slot.specialising_bytes, version))
+                if self._others_first:
+                    self._room.gone(beside)
+                    continue
+                if device is None:
                     log.info("no room to specialise", extra={"version": shown(version)})
                     self._settled.add(version)
                     continue
                 try:
-                    await self._bring(self._slot.specialise(version), None, beside=True, gives_way=True)
+                    await self._bring(self._slot.specialise(version, device), None, beside=True, gives_way=True)
                 except _GaveWay:
                     continue
                 except Exception as error:  # libraries raise what they like, and the version serves on as it was
                     log.warning("serves with weights set", extra={"version": shown(version), "error": str(error)})
-                finally:
-                    self._room.residency.resize(tenant, await asyncio.to_thread(self._slot.weight_bytes, version))
+                finally:  # at once, so that nobody takes what it has grown by
+                    self._room.gone(beside)
+                    self._room.residency.resize(self._tenant(version), self._slot.weight_bytes(version))
                 self._settled.add(version)
 
     async def unload(self, version: str) -> bool:
@@ -230,6 +234,18 @@ class Residents:
         self._room.ready(tenant)
         self._slot.switch(self._serving & self._slot.versions)
 
+    @property
+    def _others_first(self) -> bool:
+        """Whether a load waits, here or for room, which what is specialised would give way to."""
+        return self._wanted > 0 or self._room.asked
+
+    def _room_beside(self, tenant: Tenant, choices: Mapping[str, Mapping[Any, int]]) -> str | None:
+        """Takes room for something beside what is loaded: the first of `choices` that there is room for, by name."""
+        for name, parts in choices.items():
+            if self._room.take_free(tenant, {(tenant, part): size for part, size in parts.items()}):
+                return name
+        return None
+
     async def _loaded_by_another(self) -> None:
         """Waits for whoever took room for a version; whether it is there then is looked at again."""
         async with self._lock:
@@ -277,7 +293,7 @@ class Residents:
                     await phase(said)
                 running = self._begun(piece, beside=beside)
                 await _result(running)
-                if gives_way and self._wanted:
+                if gives_way and self._others_first:
                     raise _GaveWay
                 running = aside.run(lambda: next(pieces, None), "slot-next")
         except asyncio.CancelledError as error:

@@ -44,6 +44,11 @@ class Room:
     def __post_init__(self) -> None:
         self.metrics.resident_limit_bytes.set(self.residency.limit_bytes)
 
+    @property
+    def asked(self) -> bool:
+        """Whether anybody waits for room."""
+        return bool(self._waiting)
+
     def take_free(self, tenant: Tenant, parts: Parts) -> bool:
         """Room for a load that begins now, if nobody has to go or wait for it and nobody else loads it."""
         if self._waiting or tenant in self.residency.residents or not self._verdict({tenant: parts}).fits:

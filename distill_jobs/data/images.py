@@ -29,7 +29,7 @@ from distill_jobs.tasks.base import Task
 from distill_jobs.teachers.diffusers import Teacher
 from engines import plugins
 from engines.errors import InvalidRequest, NotBuilt
-from engines.loader import load_weights, reader
+from engines.parts import load_weights, reader
 from engines.registry.base import Registry
 
 COUNT = 8192

@@ -22,8 +22,8 @@ from engines.denoiser import AtWeight, BaseDenoiser, Denoiser, Guided
 from engines.errors import NotBuilt
 from engines.families.base import ComponentNetwork, Family
 from engines.graph import ComponentGraph, ComponentSpec, spec
-from engines.loader import load_weights, reader
 from engines.manifest import Guidance, Schedule, StudentManifest, shown
+from engines.parts import load_weights, reader
 from engines.registry.base import Registry
 from engines.slimming import Slimmed, slimmed
 from engines.student import LoadedStudent

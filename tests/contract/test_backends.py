@@ -11,8 +11,9 @@ import torch
 from engines import plugins, streams
 from engines.backends.base import Choice, Profile, Tolerance, load_backend, tolerance
 from engines.errors import GraphMismatch, InvalidRequest
-from engines.loader import Loader, load_student, load_weights
+from engines.loader import Loader, load_student
 from engines.noise import noise
+from engines.parts import load_weights
 from engines.student import LoadedStudent, sample
 from tests import tiny_sd
 from tests.contract.parts import COMPILERS, PROFILE, RELATIVE, Part, assert_close, counting, output, perturbed

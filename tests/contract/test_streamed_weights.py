@@ -5,7 +5,9 @@ import pytest
 from engines.backends.base import Choice, Precision, Profile
 from engines.graph import GraphStore
 from engines.loader import Loader
+from engines.manifest import StudentManifest
 from tests import tiny_sd
+from tests.unit.engines.test_slot import experts
 
 
 def loader(backend: str, room_bytes: int) -> Loader:
@@ -34,3 +36,58 @@ def test_they_fit_then(share: float) -> None:
 
 def test_another_backend_takes_what_it_takes() -> None:
     assert sizes("eager", 1000) == sizes("eager")
+
+
+def pair() -> StudentManifest:
+    """A student of two networks on the teacher's graph."""
+    registry = tiny_sd.teacher().registry
+    return registry.student(experts(registry))
+
+
+def test_two_networks_on_one_graph_are_two_engines() -> None:
+    room_bytes = int(0.7 * sum(loader("tensorrt", 0).weight_bytes(pair()).values()))
+    made = loader("tensorrt", room_bytes).weight_bytes(pair())
+    assert len(made) == 4
+    assert room_bytes - 4 <= sum(made.values()) <= room_bytes
+
+
+def test_an_engine_that_somebody_holds_stays_as_it_is_and_the_others_give_way() -> None:
+    own, other = tiny_sd.teacher().manifest, pair()
+    made = loader("tensorrt", sum(sizes("tensorrt")))
+    made.hold(own)
+    before = made.weight_bytes(own)
+    assert sorted(before.values()) == sizes("tensorrt")
+    made.hold(other)
+    after = made.weight_bytes(other)
+    assert {key: after[key] for key in before.keys() & after.keys()} == {
+        key: before[key] for key in before.keys() & after.keys()
+    }
+    assert len(before.keys() & after.keys()) == 2  # encoder and decoder
+    assert sum(after.values()) <= sum(sizes("tensorrt"))
+    assert made.weight_bytes(own) == before
+
+
+def test_having_asked_for_the_size_of_a_student_changes_no_other_s() -> None:
+    made = loader("tensorrt", sum(sizes("tensorrt")))
+    made.weight_bytes(pair())
+    assert sorted(made.weight_bytes(tiny_sd.teacher().manifest).values()) == sizes("tensorrt")
+
+
+def test_a_level_goes_with_the_last_who_holds_its_engine() -> None:
+    made, own = loader("tensorrt", 3 * sizes("tensorrt")[-1] // 4), tiny_sd.teacher().manifest
+    made.hold(own)
+    assert made._levels
+    made.let_go(own)
+    assert not made._levels
+
+
+def test_other_weights_of_what_is_streamed_are_a_build() -> None:
+    own = tiny_sd.teacher().manifest
+    made = loader("tensorrt", sum(sizes("tensorrt")) - 1000)
+    made.hold(own)
+    made.compile(own, "denoiser")
+    assert not made.is_known(own, "denoiser", made.graphs(own)["denoiser"])
+    made = loader("eager", 1000)
+    made.hold(own)
+    made.compile(own, "denoiser")
+    assert made.is_known(own, "denoiser", made.graphs(own)["denoiser"])

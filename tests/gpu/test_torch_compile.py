@@ -7,7 +7,8 @@ import torch
 
 from engines.backends.base import Choice, Profile, load_backend, tolerance
 from engines.graph import ComponentGraph
-from engines.loader import Loader, load_weights
+from engines.loader import Loader
+from engines.parts import load_weights
 from engines.student import sample
 from tests import tiny_sd
 

@@ -12,7 +12,7 @@ from distill_jobs.small_evaluation import baked
 from distill_jobs.tasks.shapes import TASK
 from distill_jobs.teachers import publish
 from engines import artefact
-from engines.loader import load_weights
+from engines.parts import load_weights
 from engines.registry.base import Registry
 from tests.distilling import Workshop, plant, workshop
 from tests.redis_server import RedisServer

@@ -15,9 +15,10 @@ from distill_jobs.teachers import diffusers
 from distill_jobs.teachers.publish import uniform
 from engines import solvers
 from engines.grid import SCALES, Grid
-from engines.loader import load_student, load_weights
+from engines.loader import load_student
 from engines.manifest import Guidance, shown
 from engines.noise import noise
+from engines.parts import load_weights
 from engines.student import sample
 from tests.distilling import DEPLOYMENT, LENIENT, SEARCH, Workshop, plant, workshop
 from tests.eventually import eventually

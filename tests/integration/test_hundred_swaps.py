@@ -16,8 +16,9 @@ import torch
 from engines.artefact import import_diffusers, make_student
 from engines.backends.base import Choice, Profile, tolerance
 from engines.graph import GraphStore
-from engines.loader import Loader, load_student, load_weights
+from engines.loader import Loader, load_student
 from engines.manifest import Guidance, Schedule
+from engines.parts import load_weights
 from engines.registry.base import Registry
 from engines.registry.memory import MemoryRegistry
 from engines.slot import EngineSlot

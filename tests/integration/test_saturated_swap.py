@@ -11,8 +11,9 @@ from engines.artefact import make_student
 from engines.backends.base import Choice, Profile
 from engines.backends.eager import Compiled, Eager, EagerEngine
 from engines.graph import GraphStore
-from engines.loader import Loader, load_weights
+from engines.loader import Loader
 from engines.manifest import Guidance
+from engines.parts import load_weights
 from engines.registry.base import Registry
 from engines.slot import EngineSlot
 from engines.student import LoadedStudent

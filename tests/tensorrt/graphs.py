@@ -12,7 +12,7 @@ from torch import Tensor
 from engines.cache import DiskCache
 from engines.families.base import PICTURES
 from engines.graph import ComponentGraph, GraphStore, spec
-from engines.loader import load_weights, reader
+from engines.parts import load_weights, reader
 from tests import tiny_families
 from tests.exported import graphs
 

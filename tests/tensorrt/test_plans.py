@@ -22,7 +22,8 @@ from engines.cache import DiskCache
 from engines.errors import GraphMismatch
 from engines.families.base import PICTURES
 from engines.graph import export
-from engines.loader import load_student, reader
+from engines.loader import load_student
+from engines.parts import reader
 from tests import tiny_families
 from tests.tensorrt.graphs import GRAPHS, NO_GRAPH, ROLES, Case, case, each
 

@@ -22,8 +22,9 @@ from engines import artefact
 from engines.denoiser import Denoiser
 from engines.errors import InvalidRequest
 from engines.grid import SCALES, Bits, Grid, rounded, scales_of
-from engines.loader import load_student, load_weights
+from engines.loader import load_student
 from engines.manifest import Schedule
+from engines.parts import load_weights
 from engines.process import RF
 from engines.student import sample
 from tests import tiny_sd

@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 
 from engines.artefact import ADAPTER, export_diffusers, export_lora, import_diffusers, make_student, prompts_of
 from engines.errors import GraphMismatch, InvalidManifest, InvalidRequest, NotBuilt
-from engines.loader import load_student, load_weights
+from engines.loader import load_student
 from engines.manifest import Component, Guidance, Schedule
+from engines.parts import load_weights
 from engines.registry.memory import MemoryRegistry
 from engines.student import sample
 from tests import tiny_sd

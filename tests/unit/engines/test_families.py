@@ -4,7 +4,8 @@ import torch
 from engines.errors import GraphMismatch, InvalidManifest
 from engines.families.sd import DenoiserNet, StableDiffusion
 from engines.graph import spec
-from engines.loader import load_student, load_weights, reader
+from engines.loader import load_student
+from engines.parts import load_weights, reader
 from engines.student import LoadedStudent
 from tests import tiny_sd
 

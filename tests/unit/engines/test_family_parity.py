@@ -16,9 +16,10 @@ from engines.artefact import export_diffusers, import_diffusers
 from engines.errors import InvalidManifest, NotBuilt
 from engines.families._text import Packing
 from engines.graph import GraphStore, spec
-from engines.loader import load_student, load_weights, reader
+from engines.loader import load_student
 from engines.manifest import ProcessSpec
 from engines.noise import noise
+from engines.parts import load_weights, reader
 from engines.registry.memory import MemoryRegistry
 from engines.student import sample
 from tests import tiny_families

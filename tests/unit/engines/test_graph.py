@@ -6,7 +6,7 @@ import torch
 from engines.cache import DiskCache
 from engines.errors import InternalError
 from engines.graph import WEIGHT, ComponentGraph, ComponentSpec, GraphStore, export, graph_id, spec
-from engines.loader import reader
+from engines.parts import reader
 from tests import tiny_families, tiny_sd
 
 

@@ -250,7 +250,7 @@ def test_a_lora_of_another_family_is_imported_over_its_base(name: str, tmp_path:
 
 
 def stored(registry: MemoryRegistry, manifest: StudentManifest) -> dict[str, Tensor]:
-    from engines.loader import load_weights
+    from engines.parts import load_weights
 
     return load_weights(registry, manifest.components["denoiser"])
 

@@ -4,7 +4,7 @@ from engines.backends.base import Profile
 from engines.backends.onnxruntime import OnnxRuntime, providers
 from engines.errors import BackendUnavailable, UnknownPlugin
 from engines.graph import GraphStore, spec
-from engines.loader import reader
+from engines.parts import reader
 from tests import tiny_sd
 
 BOTH = ["CUDAExecutionProvider", "CPUExecutionProvider"]

@@ -11,6 +11,7 @@ from engines.backends.base import Choice, Profile
 from engines.errors import Conflict, CorruptBlob, GoldenMismatch, GraphMismatch, StudentNotFound
 from engines.loader import Loader
 from engines.manifest import Component, Guidance, Schedule, StudentManifest
+from engines.registry.base import Registry
 from engines.registry.files import FilesRegistry
 from engines.slot import EngineSlot, Staging
 from engines.student import sample
@@ -47,7 +48,7 @@ def student(registry: FilesRegistry, scale: float = 1.02) -> str:
     return make_student(registry, base.version, "student", denoiser_weights=scaled, schedules=schedules)
 
 
-def experts(registry: FilesRegistry) -> str:
+def experts(registry: Registry) -> str:
     """A student of two networks."""
     base = tiny_sd.teacher().manifest
     weights = load(registry.read_blob(base.components["denoiser"].weights))

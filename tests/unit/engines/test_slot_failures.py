@@ -14,8 +14,9 @@ from engines.backends.base import Choice, Profile
 from engines.backends.eager import Compiled, Eager, EagerEngine
 from engines.errors import CorruptBlob, GoldenMismatch, GraphMismatch
 from engines.graph import GraphStore
-from engines.loader import Loader, load_weights
+from engines.loader import Loader
 from engines.manifest import Guidance, Schedule, StudentManifest
+from engines.parts import load_weights
 from engines.registry.base import Registry
 from engines.registry.memory import MemoryRegistry
 from engines.slot import EngineSlot, Staging

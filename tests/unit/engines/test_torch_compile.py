@@ -10,7 +10,7 @@ from engines.backends.torch_compile import TorchCompile, TorchCompileEngine
 from engines.cache import DiskCache
 from engines.errors import BackendUnavailable, InternalError, UnknownPlugin
 from engines.graph import ComponentGraph, GraphStore, spec
-from engines.loader import load_weights, reader
+from engines.parts import load_weights, reader
 from tests import tiny_families, tiny_sd
 
 

@@ -11,8 +11,8 @@ from engines.artefact import import_diffusers, make_student
 from engines.backends.base import Choice
 from engines.errors import InvalidManifest, NotBuilt
 from engines.export import SAMPLING, export_pipeline
-from engines.loader import load_weights
 from engines.manifest import Guidance, ProcessSpec, Schedule
+from engines.parts import load_weights
 from engines.registry.memory import MemoryRegistry
 from engines.scheduler import sampling, samplings
 from engines.verify import Verification, verify

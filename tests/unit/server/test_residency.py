@@ -115,6 +115,14 @@ def test_parts_may_grow_where_there_is_room() -> None:
     assert not here.resize(B, {"b": 0})
 
 
+def test_a_part_that_shrinks_does_so_for_all_who_share_it() -> None:
+    here = books(10)
+    for tenant in (A, B):
+        here.reserve({tenant: {"shared": 4, tenant.version: 1}}, 0.0)
+    assert here.resize(A, {"shared": 2, A.version: 1})
+    assert here.used_bytes == 4
+
+
 STATES = st.sampled_from(["loading", "resident", "leaving"])
 TENANTS = st.integers(0, 5).map(lambda i: Tenant("toys", str(i)))
 PARTS = st.dictionaries(st.integers(0, 8), st.integers(1, 4), min_size=1, max_size=3)

@@ -44,6 +44,7 @@ class Slot:
         self.staged: list[Staging] = []
         self.asked: list[list[str]] = []
         self.sizes: dict[str, int] = {}
+        self.measured_on: list[str] = []
 
     def stage(self, versions: list[str]) -> Staging:
         self.asked.append(versions)
@@ -68,10 +69,14 @@ class Slot:
     def switch(self, versions: frozenset[str]) -> None:
         self.serving = versions
 
-    def weight_bytes(self, version: str, *, specialised: bool = False) -> dict[str, int]:
-        return {f"blob of {version}": 2 if specialised else self.sizes.get(version, 1)}
+    def weight_bytes(self, version: str) -> dict[str, int]:
+        return {f"blob of {version}": self.sizes.get(version, 1)}
 
-    def specialise(self, version: str) -> Staging:
+    def specialising_bytes(self, version: str) -> dict[str, dict[str, int]]:
+        return {"cuda": {"made": 2, "measured": 4}, "cpu": {"made": 2}}
+
+    def specialise(self, version: str, measure_on: str) -> Staging:
+        self.measured_on.append(measure_on)
         self.staged.append(Staging((version,), self._pieces(), _none))
         return self.staged[-1]
 
@@ -215,6 +220,68 @@ async def test_a_version_that_would_not_fit_specialised_is_left_as_it_is(caplog:
             await made.specialise([V1])
     assert slot.staged == []
     assert [record.message for record in caplog.records] == ["no room to specialise"]
+
+
+@pytest.mark.parametrize(("limit", "device", "most_bytes"), [(7, "cuda", 7), (6, "cpu", 3), (3, "cpu", 3)])
+async def test_what_is_made_and_measured_has_room_of_its_own_while_it_is_specialised(
+    limit: int, device: str, most_bytes: int
+) -> None:
+    seen: list[int] = []
+    slot = Slot(lambda: seen.append(made._room.residency.used_bytes))
+    made = residents(slot, limit=limit)
+    await made.specialise([V1])
+    assert (slot.measured_on, seen) == ([device], [most_bytes])
+    assert made._room.residency.used_bytes == 1
+
+
+async def test_after_a_rejection_the_books_are_as_before_though_specialised_it_would_be_smaller() -> None:
+    taken: list[bool] = []
+
+    def rejects() -> None:
+        taken.append(made._room.take_free(Tenant("others", V2), {"other": 1}))
+        raise GoldenMismatch("does not reproduce sample 0")
+
+    slot = Slot(rejects)
+    slot.sizes[V1] = 4
+    made = residents(slot, limit=10)
+    await made.specialise([V1])
+    assert taken == [False]
+    assert made._room.residency.used_bytes == 4
+
+
+async def test_what_has_become_smaller_is_booked_so_and_what_has_become_larger_too() -> None:
+    slot = Slot(lambda: slot.sizes.update({V1: 2}))
+    slot.sizes[V1] = 4
+    made = residents(slot, limit=10)
+    await made.specialise([V1])
+    assert made._room.residency.used_bytes == 2
+    slot = Slot(lambda: slot.sizes.update({V1: 3}))
+    made = residents(slot, limit=3)
+    await made.specialise([V1])
+    assert made._room.residency.used_bytes == 3
+
+
+async def test_specialising_gives_way_to_who_waits_for_room_elsewhere_and_is_no_reason_to_refuse_it() -> None:
+    loop = asyncio.get_running_loop()
+    taken: list[asyncio.Future[frozenset[Tenant]]] = []
+    other = Tenant("others", V2)
+
+    def asks() -> None:
+        if not taken:
+            asked = asyncio.run_coroutine_threadsafe(made._room.take({other: {"other": 4}}), loop)
+            taken.append(asyncio.wrap_future(asked, loop=loop))
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(10)
+
+    slot = Slot(asks)
+    made = residents(slot, limit=7, pinned=["toys"])
+    await made.preload([V1])
+    made.serve([V1])
+    await made.specialise([V1])
+    assert [one.phase for one in slot.staged] == ["rejected"]
+    assert await taken[0] == {other}
+    made._room.gone(other)
+    await made.specialise([V1])
+    assert [one.phase for one in slot.staged] == ["rejected", "ready"]
 
 
 async def test_room_is_given_back_by_a_load_that_fails() -> None:

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from engines import refine
 from engines.artefact import import_diffusers, make_student
 from engines.errors import InvalidRequest
-from engines.loader import load_weights
+from engines.parts import load_weights
 from engines.refine import REDO
 from engines.registry.files import FilesRegistry
 from server.cli import app

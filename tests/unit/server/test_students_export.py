@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from engines.artefact import ADAPTER, import_diffusers, make_student
-from engines.loader import load_weights
+from engines.parts import load_weights
 from engines.registry.files import FilesRegistry
 from server.commands.students import app
 from tests import tiny_sd
