@@ -10,7 +10,7 @@ requests a key is served is left to the due time. Nobody is refused here: admiss
 """
 
 from bisect import insort
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import nsmallest
 from typing import Generic, TypeVar
@@ -74,13 +74,20 @@ class FairQueue(Generic[K]):
             self._passes[one.owner] = max(least, self._passes.get(one.owner, 0.0))
         insort(self._flows.setdefault(one.owner, []), one, key=lambda each: each.due_s)
 
-    def peek(self, slack_below_s: float = float("inf")) -> Waiting[K] | None:
-        """The request that is next; with less slack than this, of the first keys and of none that is far ahead."""
+    def peek(
+        self, slack_below_s: float = float("inf"), left: Callable[[Waiting[K]], bool] | None = None
+    ) -> Waiting[K] | None:
+        """The request that is next; with less slack than this, of the first keys and of none that is far ahead.
+
+        `left` says which are left to other workers; with it as many of each key are looked at as keys.
+        """
         first = nsmallest(LOOKED_AT, self._flows, key=lambda name: (self._passes[name], name))
         for owner in first:
-            one = self._flows[owner][0]
-            if self._passes[owner] <= self._passes[first[0]] + LEAD_S + _ROUNDING_S and one.slack_s < slack_below_s:
-                return one
+            if self._passes[owner] > self._passes[first[0]] + LEAD_S + _ROUNDING_S:
+                continue
+            for one in self._flows[owner][: LOOKED_AT if left else 1]:
+                if one.slack_s < slack_below_s and not (left and left(one)):
+                    return one
         return None
 
     def pop(self, one: Waiting[K]) -> None:
@@ -134,20 +141,24 @@ def in_turn(turn: int, deployments: Sequence[str]) -> list[tuple[str, RequestCla
 
 
 def take(
-    sources: Iterable[Source[K]], max_rows: int, max_rows_below: int, slack_below_s: float = float("-inf")
+    sources: Iterable[Source[K]],
+    max_rows: int,
+    max_rows_below: int,
+    slack_below_s: float = float("-inf"),
+    left: Callable[[Waiting[K]], bool] | None = None,
 ) -> list[Waiting[K]]:
     """Removes and returns the next requests of some queues, in their order, up to a number of rows.
 
     `max_rows_below` caps rows of classes below high, but for those with less slack than `slack_below_s`. A request with
-    more rows than there is room is taken if nothing else has been.
+    more rows than there is room is taken if nothing else has been. What `left` says is left to other workers.
     """
     taken: list[Waiting[K]] = []
     for source in sources:
         while True:
             room = min(max_rows, max_rows_below) if source.below else max_rows
-            one = _fitting(source.queue.peek(), room, first=not taken)
+            one = _fitting(source.queue.peek(left=left), room, first=not taken)
             if one is None and source.below:
-                one = _fitting(source.queue.peek(slack_below_s), max_rows, first=not taken)
+                one = _fitting(source.queue.peek(slack_below_s, left), max_rows, first=not taken)
             if one is None:
                 break
             source.queue.pop(one)

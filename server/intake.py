@@ -7,11 +7,11 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from engines.errors import FewstepError
-from server.brokers.base import Broker, Claim
+from server.brokers.base import NOWHERE, Broker, Claim
 
 log = logging.getLogger(__name__)
 _BLOCK_S = 0.25  # a request that others left behind just as this worker began to wait is found after this
@@ -63,10 +63,12 @@ class Intake:
         admit: Callable[[Sequence[Claim]], None],
         forget: Callable[[Sequence[str]], None],
         poll_s: float,
+        elsewhere_ms: Callable[[], Mapping[str, int]] = lambda: NOWHERE,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._broker, self._deployments, self._room = broker, deployments, room
         self._admit, self._forget, self._poll_s, self._now_s = admit, forget, poll_s, now_s
+        self._elsewhere_ms = elsewhere_ms
         self._moved = asyncio.Event()
         self._stopped = False
         self._vain_s = float("-inf")  # when the last look for urgent requests found none
@@ -101,7 +103,12 @@ class Intake:
             if now.below_high <= 0 and self._now_s() < self._vain_s + _VAIN_S:
                 return
         claims = await self._broker.claim(
-            names, now.rows, block_s, max_rows_below_high=max(0, now.below_high), slack_below_ms=now.slack_below_ms
+            names,
+            now.rows,
+            block_s,
+            max_rows_below_high=max(0, now.below_high),
+            slack_below_ms=now.slack_below_ms,
+            elsewhere_ms=self._elsewhere_ms(),
         )
         if not claims and now.below_high <= 0:
             self._vain_s = self._now_s()

@@ -66,6 +66,26 @@ class WorkerLease(msgspec.Struct, frozen=True, kw_only=True):
     resident_limit_bytes: int = 0
 
 
+_LEAST_LEFT_S, _MOST_LEFT_S = 0.1, 2.0
+
+
+def elsewhere_ms(mine: WorkerLease, others: Iterable[WorkerLease]) -> dict[str, int]:
+    """Versions that this worker would have to load and another has in memory, or is loading, and for how many
+    milliseconds after they came it leaves their requests to that one.
+
+    As long as it would take here: so where the other one is too busy, a request waits at most twice as long as if this
+    worker had begun to load at once.
+    """
+    states = [each for lease in others for each in lease.versions.values()]
+    held = {version for each in states for version, state in each.items() if state.state != "on_demand"}
+    return {
+        version: round(1000 * min(_MOST_LEFT_S, max(_LEAST_LEFT_S, state.ready_in_s)))
+        for each in mine.versions.values()
+        for version, state in each.items()
+        if state.state == "on_demand" and version in held
+    }
+
+
 _WANTED = "wanted"
 
 

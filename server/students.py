@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from engines.slot import EngineSlot
 from engines.student import LoadedStudent
 from server import leases
 from server.batcher import LaneKey
-from server.brokers.base import Broker
+from server.brokers.base import NOWHERE, Broker
 from server.engine_loop import EngineLoop
 from server.follower import Follower
 from server.leases import StageCost, VersionCost, WorkerLease, write
@@ -55,6 +55,7 @@ class Students:
         self._demands: dict[Demand, asyncio.Task[None]] = {}
         self.room = Room(Residency(settings.resident_bytes or memory.share(loader.profile.device)), metrics)
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self.elsewhere_ms: Mapping[str, int] = NOWHERE  # as `Broker.claim` takes it
 
     @property
     def backend(self) -> str:
@@ -150,6 +151,7 @@ class Students:
                 for task in (*self._tasks.values(), listening):
                     if task.done():
                         task.result()
+                self.elsewhere_ms = await self._look_elsewhere()
                 await asyncio.sleep(self._settings.poll_s)
         finally:
             tasks = [listening, *self._tasks.values(), *self._demands.values()]
@@ -159,6 +161,18 @@ class Students:
 
     async def _names(self) -> Sequence[str]:
         return self._settings.deployments or await asyncio.to_thread(self._registry.deployments)
+
+    async def _look_elsewhere(self) -> Mapping[str, int]:
+        """Only a worker that lacks a version asks what others have."""
+        mine = self.lease()
+        if all(state.state != "on_demand" for states in mine.versions.values() for state in states.values()):
+            return NOWHERE
+        with contextlib.suppress(FewstepError):
+            workers = await self._broker.workers()
+            return leases.elsewhere_ms(
+                mine, (leases.read(one.info) for one in workers if one.id != self._broker.identity)
+            )
+        return NOWHERE
 
     def _follow(self, name: str, engine: EngineLoop, gone: OnGone) -> None:
         slot = EngineSlot(self._loader, self.cost)

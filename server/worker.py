@@ -87,6 +87,7 @@ class Worker:
             admit=self._admit,
             forget=self._forget,
             poll_s=settings.poll_s,
+            elsewhere_ms=lambda: students.elsewhere_ms,
         )
         self.engine = EngineLoop(
             Stages(PromptCache(settings.prompt_cache_bytes), students.device),

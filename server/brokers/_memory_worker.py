@@ -7,8 +7,8 @@ from typing import Any
 
 from engines.errors import RequestPoisoned
 from server.brokers._memory_state import MemoryServer, Ticket
-from server.brokers.base import POISONED_AT, Claim, Emitted, Finished, WorkerInfo
-from server.fair_queue import Source, in_turn, take
+from server.brokers.base import NOWHERE, POISONED_AT, Claim, Emitted, Finished, WorkerInfo
+from server.fair_queue import Source, Waiting, in_turn, take
 from server.messages import GenerateRequest, GenerateResult, StepEvent, ended_by
 
 
@@ -33,6 +33,7 @@ class MemoryWorkerSide:
         *,
         max_rows_below_high: int | None = None,
         slack_below_ms: int | None = None,
+        elsewhere_ms: Mapping[str, int] = NOWHERE,
     ) -> list[Claim]:
         if max_rows <= 0 or not deployments:
             return []
@@ -44,8 +45,13 @@ class MemoryWorkerSide:
         queues = in_turn(self._turn, deployments)
         sources = [Source(self._server.queues[name, each], each != "high") for name, each in queues]
 
+        def left(one: Waiting[str]) -> bool:
+            version = self._server.tickets[one.key].request.version
+            return self._server.clock_ms() - 1000 * one.came_s < elsewhere_ms.get(version, 0)
+
         def handed_out() -> list[Claim]:
-            return [self._hand_out(self._server.tickets[one.key]) for one in take(sources, max_rows, below, slack_s)]
+            taken = take(sources, max_rows, below, slack_s, left if elsewhere_ms else None)
+            return [self._hand_out(self._server.tickets[one.key]) for one in taken]
 
         claims: list[Claim] = await self._server.until(handed_out, block_s)
         self._turn += bool(claims and below)

@@ -13,13 +13,14 @@ import msgspec
 from engines.errors import RequestPoisoned, UnsupportedMessage
 from server.brokers._redis_lease import LeaseKeeper, lease_commands
 from server.brokers._redis_link import BROKEN, LONGEST_BLOCK_S, Command, Link
-from server.brokers.base import POISONED_AT, Claim, Finished, WorkerInfo
+from server.brokers.base import NOWHERE, POISONED_AT, Claim, Finished, WorkerInfo
 from server.fair_queue import in_turn
 from server.messages import CLASSES, GenerateRequest, GenerateResult, StepEvent, decode, encode, ended_by
 
 _LOST_AFTER_MS = 1000  # an own entry that is not held after this was lost on its way
 _EVENTS_KEPT = 256
 _PAUSE_S = 0.1
+_LOOK_AGAIN_S = 0.05  # what came just before a wait began, or was left to others long enough, is found after this
 logger = logging.getLogger(__name__)
 _Raw = tuple[str, str, list[bytes], int]  # stream, entry, fields, deliveries
 
@@ -49,6 +50,7 @@ class WorkerSide:
         *,
         max_rows_below_high: int | None = None,
         slack_below_ms: int | None = None,
+        elsewhere_ms: Mapping[str, int] = NOWHERE,
     ) -> list[Claim]:
         below = max_rows if max_rows_below_high is None else min(max_rows, max_rows_below_high)
         if max_rows <= 0 or not deployments:
@@ -59,13 +61,15 @@ class WorkerSide:
         until_s = None if block_s is None else time.monotonic() + block_s
         streams = self._streams(deployments)
         while True:
-            claims = await self._take(streams, max_rows, below, slack_below_ms)
+            claims = await self._take(streams, max_rows, below, slack_below_ms, elsewhere_ms)
             self._turn += bool(claims and below)
             left_s = LONGEST_BLOCK_S if until_s is None else min(LONGEST_BLOCK_S, until_s - time.monotonic())
             if claims or left_s <= 0:
                 return claims
-            claims = await self._await_one([name for name, low in streams if below or not low], left_s)
-            if claims:
+            open_to_us = [name for name, low in streams if below or not low]
+            if elsewhere_ms:  # a blocking read of the group would take what is to be left
+                await self._await_any(open_to_us, min(left_s, _LOOK_AGAIN_S))
+            elif claims := await self._await_one(open_to_us, left_s):
                 return claims
 
     def _streams(self, deployments: Sequence[str]) -> list[tuple[str, bool]]:
@@ -74,12 +78,27 @@ class WorkerSide:
         return [(self._link.key("queue", name, each), each != "high") for name, each in queues]
 
     async def _take(
-        self, streams: list[tuple[str, bool]], max_rows: int, below: int, slack_below_ms: int | None
+        self,
+        streams: list[tuple[str, bool]],
+        max_rows: int,
+        below: int,
+        slack_below_ms: int | None,
+        elsewhere_ms: Mapping[str, int],
     ) -> list[Claim]:
         flat = [part for name, low in streams for part in (name, "1" if low else "0")]
         slack = "" if slack_below_ms is None else slack_below_ms
-        found = await self._link.script("claim", self.identity, max_rows, below, slack, *flat)
+        others = " ".join(f"{version} {self._link.now_ms() - ms}" for version, ms in elsewhere_ms.items())
+        found = await self._link.script("claim", self.identity, max_rows, below, slack, others, *flat)
         return await self._claims(_delivered(found))
+
+    async def _await_any(self, streams: Sequence[str], block_s: float) -> None:
+        """Until something arrives in one of the streams, which is not taken."""
+        command = ("XREAD", "COUNT", 1, "BLOCK", max(1, int(block_s * 1000)), "STREAMS", *streams)
+        try:
+            await self._link.blocking(*command, *("$" for _ in streams))
+        except BROKEN as error:
+            logger.warning("claim_interrupted", extra={"error": str(error)})
+            await asyncio.sleep(_PAUSE_S)
 
     async def _await_one(self, streams: Sequence[str], block_s: float) -> list[Claim]:
         """The first request that arrives in one of the streams."""

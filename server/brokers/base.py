@@ -17,10 +17,12 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from server.messages import GenerateRequest, GenerateResult, RequestClass, State, StepEvent
 
+NOWHERE: Mapping[str, int] = MappingProxyType({})
 POISONED_AT = 3  # the delivery at which a request is given up, because two workers died with it
 
 
@@ -244,14 +246,16 @@ class Broker(Protocol):
         *,
         max_rows_below_high: int | None = None,
         slack_below_ms: int | None = None,
+        elsewhere_ms: Mapping[str, int] = NOWHERE,
     ) -> list[Claim]:
         """Takes requests of at most `max_rows` rows in all, high before normal before low; waits for the first.
 
         Within a class, owners take turns by the engine time they were handed out, and of an owner's requests the
         most due goes first (`server.fair_queue`). Now and then normal or low goes first, so that neither starves.
         `max_rows_below_high` caps the rows of class normal and low, but for those whose `due_after_s` is below
-        `slack_below_ms`. A request with more rows than `max_rows` is handed out alone. Messages that cannot be
-        read are answered `unsupported_message` here. A lapsed lease is renewed first.
+        `slack_below_ms`. A request with more rows than `max_rows` is handed out alone. Requests of the versions in
+        `elsewhere_ms` are left to other workers until so long after they came; what is behind them is not. Messages
+        that cannot be read are answered `unsupported_message` here. A lapsed lease is renewed first.
         """
 
     async def source(self, request_id: str) -> bytes | None:

@@ -28,21 +28,24 @@ local function order_leave(prefix, place, owner, entry)
 end
 
 -- The next entry and its owner; with slack_ms of the first 8 owners whose next is due sooner than that after it came,
--- and whose pass is at most a second ahead of the first.
-local function order_peek(prefix, place, slack_ms)
-  local owners = redis.call('ZRANGE', prefix .. 'flows:' .. place, 0, slack_ms and 7 or 0, 'WITHSCORES')
+-- and whose pass is at most a second ahead of the first. `left`: entries that are left to others; with it the first 8 of
+-- each of these owners are looked at.
+local function order_peek(prefix, place, slack_ms, left)
+  local owners = redis.call('ZRANGE', prefix .. 'flows:' .. place, 0, (slack_ms or left) and 7 or 0, 'WITHSCORES')
   local lost = false
   for i = 1, #owners, 2 do
     if tonumber(owners[i + 1]) > tonumber(owners[2]) + 1000000 then break end
     local owner = owners[i]
-    local head = redis.call('ZRANGE', prefix .. 'flow:' .. place .. ':' .. owner, 0, 0, 'WITHSCORES')
+    local head = redis.call('ZRANGE', prefix .. 'flow:' .. place .. ':' .. owner, 0, left and 7 or 0, 'WITHSCORES')
     if not head[1] then  -- its entries were lost, as by an eviction: that must not stop the claims of others
       lost = redis.call('ZREM', prefix .. 'flows:' .. place, owner) == 1
-    elseif not slack_ms or tonumber(head[2]) - tonumber(string.match(head[1], '^%d+')) < slack_ms then
-      return head[1], owner
+    end
+    for j = 1, #head, 2 do
+      local soon = not slack_ms or tonumber(head[j + 1]) - tonumber(string.match(head[j], '^%d+')) < slack_ms
+      if soon and not (left and left[head[j]]) then return head[j], owner end
     end
   end
-  if lost then return order_peek(prefix, place, slack_ms) end
+  if lost then return order_peek(prefix, place, slack_ms, left) end
 end
 
 local function order_charge(prefix, place, owner, cost_us, rows)

@@ -184,6 +184,42 @@ class TestOneAnswer:
         await aeventually(gone)
 
 
+class TestElsewhere:
+    async def test_what_is_elsewhere_is_left_to_others_and_what_is_behind_it_is_not(self, hub: Hub) -> None:
+        gateway, worker, other = await hub("gateway"), await hub("w1"), await hub("w2")
+        for i, version in enumerate(["here", "away", "here", "away"]):
+            await gateway.publish(request_of(f"r{i}", version=version))
+        assert ids(await claim_all(worker, elsewhere_ms={"away": 60_000})) == ["r0", "r2"]
+        assert ids(await claim_all(other, elsewhere_ms={"here": 60_000})) == ["r1", "r3"]
+
+    async def test_it_is_not_left_for_longer_than_said(self, hub: Hub) -> None:
+        gateway, worker = await hub("gateway"), await hub("w1")
+        await gateway.publish(request_of("r1", version="away"))
+        assert ids(await claim_all(worker, elsewhere_ms={"away": 60_000})) == []
+
+        async def claimed() -> list[str]:
+            return ids(await claim_all(worker, elsewhere_ms={"away": 20}))
+
+        assert await aeventually(claimed) == ["r1"]
+
+    async def test_who_waits_leaves_it_too(self, hub: Hub) -> None:
+        gateway, worker = await hub("gateway"), await hub("w1")
+        await claim_all(worker)
+        waiting = asyncio.create_task(worker.claim(["shapes"], 8, 10.0, elsewhere_ms={"away": 60_000}))
+        for name, version in (("r1", "away"), ("r2", "here")):
+            await asyncio.wait([waiting], timeout=0.02)
+            await gateway.publish(request_of(name, version=version))
+        assert ids(await asyncio.wait_for(waiting, 5)) == ["r2"]
+
+    async def test_other_keys_are_served_meanwhile_but_not_far_ahead(self, hub: Hub) -> None:
+        """As in a place that is kept: a key may be a second of engine time ahead of the one whose turn it is."""
+        gateway, worker = await hub("gateway"), await hub("w1")
+        await gateway.publish(request_of("r0", version="away", owner="a"))
+        for i in range(4):
+            await gateway.publish(request_of(f"b{i}", version="here", owner="b", cost_s=0.6))
+        assert ids(await claim_all(worker, elsewhere_ms={"away": 60_000})) == ["b0", "b1"]
+
+
 class TestEndings:
     async def test_a_canceled_request_is_never_claimed(self, hub: Hub) -> None:
         gateway, worker = await hub("gateway"), await hub("w1")

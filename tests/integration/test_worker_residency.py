@@ -5,6 +5,7 @@ import contextlib
 import secrets
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -124,6 +125,36 @@ async def test_what_does_not_fit_is_loaded_for_who_asks_and_every_request_is_ans
         assert up.metrics.registry.get_sample_value("fewstep_resident_bytes") == trio.two_bytes
     await worker.close()
     await gateway.close()
+
+
+async def test_requests_go_to_the_worker_that_has_their_version_as_long_as_it_lives(
+    trio: Trio, redis_server: RedisServer
+) -> None:
+    namespace = secrets.token_hex(4)
+    names = ("one", "two", "gateway")
+    one, two, gateway = (RedisBroker(redis_server.url, name, namespace=namespace) for name in names)
+    for broker in (one, two, gateway):
+        await broker.start()
+    given: dict[str, Any] = {"registry": trio.registry, "resident_bytes": trio.two_bytes}
+    async with running(one, gateway, **given) as up:
+        await up.answer(up.request("first", version=trio.high, steps=1))  # medium has to go for it
+        async with running(two, gateway, **given) as other:
+            assert states(other)[trio.medium] == "resident"
+
+            async def loads() -> list[bool]:
+                """Whether each version, of which both workers have two, was loaded for who asked for it."""
+                asked = [up.request(secrets.token_hex(4), version=v, steps=1) for v in trio.versions]
+                return [(await up.answer(request)).timing.load_ms > 0 for request in asked]
+
+            async def settled() -> bool:  # a worker that waits for requests already takes one more of any version
+                return not any(await loads())
+
+            await aeventually(settled)
+            assert [await loads() for _ in range(6)] == [[False] * 3] * 6
+        asked = [up.request(secrets.token_hex(4), version=v, steps=1) for v in trio.versions]
+        assert {(await up.answer(request)).worker for request in asked} == {"one"}  # whatever it has to load
+    for broker in (one, two, gateway):
+        await broker.close()
 
 
 async def test_rows_that_wait_for_a_load_keep_no_other_version_waiting(trio: Trio) -> None:
