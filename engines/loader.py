@@ -260,7 +260,7 @@ class Loader:
         """
         with self._lock:
             made = {self._held[manifest.version].keys[role]: engine for role, engine in engines.items()}
-            new = {key: Padded(engine, self.profile.batches) for key, engine in made.items()}
+            new = {key: Padded(engine, self._engines[key].batches) for key, engine in made.items()}
             using = [(parts.manifest, self._own(parts, new)) for parts in self._using(made.keys())]
         return [self._student(one, its, self.choice.precision) for one, its in using]
 
@@ -298,8 +298,9 @@ class Loader:
     def _profile(self, key: EngineKey, graph: ComponentGraph, *, specialised: bool = False) -> Profile:
         """In which an engine goes live, or is specialised if there is anything to it."""
         live = profile_of(self.profile, graph)
-        own = replace(self.profile, weights="constant") if specialised and live.weights == "set" else live
-        return replace(own, weight_room=self._levels.get(key, 0))
+        if specialised and live.weights == "set":
+            live = replace(live, precision=self.profile.precision, weights="constant")
+        return replace(live, weight_room=self._levels.get(key, 0))
 
     def _build(self, key: EngineKey) -> tuple[str, int]:
         return key.graph, self._levels.get(key, 0)
@@ -316,7 +317,7 @@ class Loader:
         with self._building:
             if key not in self._engines:
                 weights = graph.select(load_weights(self.registry, component))
-                self._engines[key] = Padded(self._backend.load(compiled, weights), self.profile.batches)
+                self._engines[key] = Padded(self._backend.load(compiled, weights), compiled.profile.batches)
 
     def _parts(self, manifest: StudentManifest) -> Parts:
         if held := self._held.get(manifest.version):
@@ -361,8 +362,15 @@ def profile_of(profile: Profile, graph: ComponentGraph) -> Profile:
 
     What takes scales of a student's own is for specialised engines.
     """
-    live = replace(profile, precision=SCALED.get(profile.precision, profile.precision))
+    precision = SCALED.get(profile.precision, profile.precision)
+    live = replace(profile, batches=batches_of(profile, graph), precision=precision)
     return live if graph.spec.role == "denoiser" else replace(live, weights="constant")
+
+
+def batches_of(profile: Profile, graph: ComponentGraph) -> tuple[int, ...]:
+    """The batch sizes of a graph. Of videos, whose decoder holds all frames of a row at once, the smallest."""
+    of_videos = graph.spec.role == "decoder" and len(graph.spec.latent) > 3
+    return (min(profile.batches),) if of_videos else profile.batches
 
 
 def load_student(

@@ -22,7 +22,7 @@ from engines.cost import CostKey, CostModel
 from engines.errors import Conflict, FewstepError, GoldenMismatch, StudentNotFound
 from engines.golden import Golden, verification
 from engines.graph import ComponentGraph
-from engines.loader import Loader
+from engines.loader import Loader, batches_of
 from engines.manifest import StudentManifest, shown
 from engines.parts import EngineKey
 from engines.streams import ALONE_ROWS, alone
@@ -286,7 +286,7 @@ class EngineSlot:
     def _warming(self, student: LoadedStudent, role: str, graph: ComponentGraph) -> Iterator[Piece]:
         """Calls of every size, once per stream, since the first of each allocates, and once more to be measured."""
         streams = self.loader.profile.streams
-        for size in self.loader.profile.batches:
+        for size in batches_of(self.loader.profile, graph):
             call = partial(self._warm, student, role, graph.example(size))
             for left in range(streams, -1, -1):
                 yield Piece("warming", partial(call, measured=not left), True)

@@ -8,6 +8,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ EXPORTED = Tolerance(levels=2, share=0.99, psnr_db=45.0)
 """For diffusers: at most 1 level where all times are whole thousandths, as most are; else see `engines.scheduler`. A
 step at t = .4666 of the embedded teacher moved .4 % of the values by more than 2 levels, 57 dB."""
 _FIRST_SEED = 2000
+_BATCH = 8  # pictures; a video is as long as many of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +83,11 @@ def verify(
     if not prompts:
         raise InvalidRequest(f"{shown(version)} can read none of the prompts: give others")
     seeds = range(_FIRST_SEED, _FIRST_SEED + len(prompts))
-    expected = {k: sample(eager, prompts, seeds, k) for k in sorted(manifest.schedules)}
+    draw = partial(sample, prompts=prompts, seeds=seeds, batch=1 if manifest.frames else _BATCH)
+    expected = {k: draw(eager, steps=k) for k in sorted(manifest.schedules)}
     compiled = load_student(registry, manifest, choice=choice, cache=cache)
     form, allowed = f"{choice.backend} {compiled.precision}", tolerance(choice.backend, compiled.precision)
-    found = [compare(form, k, sample(compiled, prompts, seeds, k), expected[k], allowed) for k in expected]
+    found = [compare(form, k, draw(compiled, steps=k), expected[k], allowed) for k in expected]
     with tempfile.TemporaryDirectory() as folder:
         try:
             if directory is None:
@@ -98,7 +101,7 @@ def verify(
 
 
 def compare(form: str, steps: int, pixels: Tensor, expected: Tensor, allowed: Tolerance) -> Comparison:
-    """Of pictures uint8 [N, 3, H, W]."""
+    """Of pictures uint8 [N, 3, H, W] or videos [N, T, 3, H, W]."""
     error = (pixels.to(torch.int16) - expected.to(torch.int16)).abs()
     worst, mean = int(error.max()), float(error.float().mean())
     return Comparison(form, steps, worst, mean, psnr(pixels, expected), allowed.fault(pixels, expected))

@@ -257,7 +257,7 @@ class Students:
         )
 
     def _stage_cost(self, key: CostKey) -> StageCost:
-        alone, full = self.cost.lone_s(key, self._batches[0]), self.cost.seconds(key, self._batches[-1])
+        alone, full = self.cost.lone_s(key, self._batches[0]), self.cost.predict(key, self._batches[-1])
         return StageCost(alone_s=alone or 0.0, row_s=(full or 0.0) / (self._batches[-1] * self.streams))
 
 

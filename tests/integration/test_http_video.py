@@ -76,6 +76,9 @@ async def test_a_prompt_becomes_a_video_whose_frames_are_the_student_s(monkeypat
         assert one.headers["content-type"] == "image/webp"
         assert webp(one.content)[0].tobytes() == frames.tobytes()
 
+        cost = up.worker.students.lease().costs[up.worker.student().version]
+        assert cost.decode.row_s > 0  # of calls with one video, though batches have two rows
+
         for body, param in (({"num_frames": 5}, "num_frames"), ({"output_format": "png"}, "output_format")):
             refused = await up.make(**body)
             assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)

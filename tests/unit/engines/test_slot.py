@@ -8,14 +8,16 @@ from safetensors.torch import load, save
 from engines import aside
 from engines.artefact import make_student
 from engines.backends.base import Choice, Profile
+from engines.backends.eager import EagerEngine
 from engines.errors import Conflict, CorruptBlob, GoldenMismatch, GraphMismatch, StudentNotFound
+from engines.graph import GraphStore
 from engines.loader import Loader
 from engines.manifest import Component, Guidance, Schedule, StudentManifest
 from engines.registry.base import Registry
 from engines.registry.files import FilesRegistry
 from engines.slot import EngineSlot, Staging
 from engines.student import sample
-from tests import tiny_sd
+from tests import tiny_families, tiny_sd
 
 PHASES = ["staged", "building", "warming", "verifying", "ready"]
 
@@ -89,6 +91,26 @@ def test_a_new_graph_goes_through_every_phase_and_is_warmed_at_every_size(slot: 
     assert slot.cost.seconds(key, 1)
     assert slot.cost.seconds(key, 4)
     assert set(staging.seconds) == set(PHASES) - {"ready"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_decoder_of_videos_takes_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, graphs = tiny_families.shipped("wan"), GraphStore(None)
+    slot, rows = EngineSlot(Loader(own.registry, Choice("eager", "fp32"), Profile((1, 4)), graphs)), list[int]()
+    run = EagerEngine.run
+
+    def counted(engine: EagerEngine, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        if "latents" in inputs:
+            rows.append(len(inputs["latents"]))
+        return run(engine, **inputs)
+
+    monkeypatch.setattr(EagerEngine, "run", counted)
+    slot.stage([own.version]).run()
+    made = sample(slot.family(own.version), ["a red circle"] * 3, range(3), tiny_families.STEPS)
+    assert made.shape == (3, 9, 3, 16, 16)
+    assert set(rows) == {1}
+    known = [slot.cost_key(slot.family(own.version), role) for role in ("decoder", "denoiser")]
+    assert [slot.cost.seconds(key, 4) is not None for key in known] == [False, True]
 
 
 def test_of_a_known_graph_only_weights_are_set(slot: EngineSlot, registry: FilesRegistry, teacher: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from engines import verify as verify_file
 from engines.artefact import import_diffusers, make_student
 from engines.backends.base import Choice
 from engines.errors import InvalidManifest, NotBuilt
@@ -15,8 +16,9 @@ from engines.manifest import Guidance, ProcessSpec, Schedule
 from engines.parts import load_weights
 from engines.registry.memory import MemoryRegistry
 from engines.scheduler import sampling, samplings
+from engines.student import sample
 from engines.verify import Verification, verify
-from tests import tiny_sd
+from tests import tiny_families, tiny_sd
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
 EAGER = Choice("eager", "fp32")
@@ -99,6 +101,18 @@ def test_a_student_that_diffusers_cannot_sample_is_checked_on_the_engine_alone(t
     assert [one.form for one in found.comparisons] == ["eager fp32"]
     assert found.missing is not None
     assert "reads ['s']" in found.missing
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("family", "batch"), [("wan", 1), ("sd", 8)])
+def test_videos_are_compared_one_by_one(
+    family: str, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, batches = tiny_families.shipped(family), set[int]()
+    monkeypatch.setattr(verify_file, "sample", lambda *a, **k: batches.add(k["batch"]) or sample(*a, **k))
+    found = verify(own.registry, own.version, choice=EAGER, cache=tmp_path / "cache", prompts=["a red circle"])
+    assert [one.fault for one in found.comparisons if one.form == "eager fp32"] == [None]
+    assert batches == {batch}
 
 
 @pytest.mark.parametrize(
