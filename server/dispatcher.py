@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from engines.errors import Overloaded, Unavailable
+from engines.errors import InvalidRequest, Overloaded, Unavailable
 from engines.refine import teacher_of
 from engines.registry.base import TierTarget
 from server import admission, leases
@@ -55,6 +55,12 @@ class Dispatcher:
             intent = replace(intent, wanted=replace(intent.wanted, model=self._catalog.default_model()))
         try:
             ladder = self._catalog.choices(intent.wanted, partial(self._expect, intent, owner))
+            if intent.partial_images and ladder[0].form.fps is not None:
+                raise InvalidRequest(
+                    f"partial_images={intent.partial_images}: {ladder[0].deployment} makes videos, which are shown "
+                    "when they are whole: leave it out",
+                    param="partial_images",
+                )
             return self._admit(intent, self._rungs(intent, ladder), budget_s, owner)
         except (Overloaded, Unavailable) as error:
             self._metrics.shed.labels(error.code).inc()

@@ -45,14 +45,14 @@ async def remember(broker: Broker, idempotency: Idempotency, new_id: str, ttl_s:
     """The id that this key stands for already; None if from now on it stands for `new_id`.
 
     Raises:
-        IdempotencyConflict: the key came before with another body.
+        IdempotencyConflict: the key came before with another body or format.
     """
     earlier = await broker.remember(idempotency.key, idempotency.body_hash, new_id, ttl_s, owner=owner)
     if earlier is None:
         return None
     if earlier.body_hash != idempotency.body_hash:
         raise IdempotencyConflict(
-            "this Idempotency-Key came before with another body: use a new key for a new request",
+            "this Idempotency-Key came before with another body or format: use a new key for a new request",
             param="Idempotency-Key",
         )
     return earlier.request_id

@@ -13,11 +13,17 @@ OF_VIDEOS: tuple[OutputFormat, ...] = ("webp", "mp4")  # the first is what a wor
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """What a request says of it; `AS_IT_IS` says nothing. None is the student's own."""
+    """What a request says of it; `AS_IT_IS` says nothing. None is the student's own.
+
+    `accepted`: where no format is named, the first of these that the student has. `sayable` are those that could be
+    named at all.
+    """
 
     output_format: OutputFormat | None = None
     num_frames: int | None = None
     fps: int | None = None
+    accepted: tuple[OutputFormat, ...] = ()
+    sayable: tuple[OutputFormat, ...] = (*OF_PICTURES, "mp4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +49,13 @@ def form(media: Media, manifest: StudentManifest) -> Form:
     """
     name, frames, asked = shown(manifest.version), manifest.frames, media.num_frames
     known = formats(manifest)
-    if media.output_format not in (None, *known):
+    named = (media.output_format,) if media.output_format else media.accepted or known
+    chosen = next((one for one in named if one in known), None)
+    if chosen is None:
         kind = "videos" if frames else "single pictures"
+        offered = " or ".join(one for one in known if one in media.sayable)
         raise InvalidRequest(
-            f"output_format={media.output_format}: {name} makes {kind}, ask for {' or '.join(known)}",
+            f"output_format={' or '.join(named)}: {name} makes {kind}, ask for {offered}",
             param="output_format",
         )
     if asked not in (None, frames.number if frames else 1):
@@ -54,4 +63,4 @@ def form(media: Media, manifest: StudentManifest) -> Form:
         raise InvalidRequest(f"num_frames={asked}: {name} makes {made} or leave it out", param="num_frames")
     if frames is None and media.fps is not None:
         raise InvalidRequest(f"fps={media.fps} is of videos: {name} makes single pictures, leave it out", param="fps")
-    return Form(media.output_format or known[0], (media.fps or frames.fps) if frames else None)
+    return Form(chosen, (media.fps or frames.fps) if frames else None)

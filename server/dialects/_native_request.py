@@ -1,5 +1,6 @@
 """Reading a request of the native dialect: its body, what its headers prefer, and the intent these make."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Annotated, Literal
 
@@ -12,12 +13,11 @@ from engines.refine import Refine, asked
 from server.dialects._uploads import Changed, Strength
 from server.dialects.base import MIME
 from server.intent import Intent
-from server.media import Media, OutputFormat
+from server.media import PNG, Media, OutputFormat
 from server.menu import Wanted
 
 Pixels = Annotated[int, Meta(ge=1, le=16384)]
 MAX_PROMPT_CHARS = 8192
-_USUAL: dict[str, OutputFormat] = {"image/*": "png", "video/*": "mp4"}
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -59,27 +59,36 @@ class Preference(msgspec.Struct, frozen=True):
     wait_s: int | None = None
 
 
-def bytes_format(body: GenerationRequest, accepted: OutputFormat | None) -> OutputFormat | None:
-    """The format to answer in bytes, None for JSON or events."""
+def wants_bytes(body: GenerationRequest, accepted: Sequence[OutputFormat]) -> bool:
+    """Whether the answer is the picture or video by itself, rather than JSON or events."""
     if (body.width is None) != (body.height is None):
         raise InvalidRequest("width and height go together: send both, or neither", param="width")
-    if accepted is None or body.stream:
-        return None
-    if body.output_format not in (None, accepted):
+    if not accepted or body.stream:
+        return False
+    said = " or ".join(MIME[one] for one in accepted)
+    if body.output_format not in (None, *accepted):
         raise ContradictoryFields(
-            f"Accept says {MIME[accepted]} and output_format={body.output_format}: leave one of the two out",
+            f"Accept says {said} and output_format={body.output_format}: leave one of the two out",
             param="output_format",
         )
     if body.n > 1:
         raise InvalidRequest(
-            f"n={body.n} pictures do not fit into one {MIME[accepted]} answer: send 'Accept: application/json'",
-            param="n",
+            f"n={body.n} pictures do not fit into one {said} answer: send 'Accept: application/json'", param="n"
         )
-    return accepted
+    return True
+
+
+def repeated(body: GenerationRequest, data: bytes, accepted: Sequence[OutputFormat]) -> bytes:
+    """What a repeat under an idempotency key has in common with its request: all of it, and the format it prefers."""
+    preferred = body.output_format or (accepted[0] if accepted else PNG.output_format)
+    return data + preferred.encode()
 
 
 def intent_of(
-    body: GenerationRequest, accepted: OutputFormat | None, traceparent: str | None, changed: Changed | None = None
+    body: GenerationRequest,
+    accepted: tuple[OutputFormat, ...],
+    traceparent: str | None,
+    changed: Changed | None = None,
 ) -> Intent:
     if changed is None and body.strength is not None:
         raise InvalidRequest(
@@ -94,7 +103,7 @@ def intent_of(
             max_latency_ms=body.max_latency_ms,
             guidance=body.guidance_scale,
             size=size,
-            media=Media(body.output_format or accepted, body.num_frames, body.fps),
+            media=Media(body.output_format, body.num_frames, body.fps, accepted=accepted),
             refinement=asked(body.refine, body.redo_share),
             strength=changed.strength if changed else None,
         ),
@@ -117,18 +126,16 @@ def cancels(body: GenerationRequest, *, default: bool) -> bool:
 
 
 @lru_cache(maxsize=256)
-def accepted_format(accept: str) -> OutputFormat | None:
-    """The type of picture or video that an `Accept` header prefers over JSON, if any."""
+def accepted_formats(accept: str) -> tuple[OutputFormat, ...]:
+    """The types of pictures and videos that an `Accept` header prefers over JSON, the most wanted first."""
     weights: dict[str, float] = {}
     for part in accept.lower().split(","):
         kind, *parameters = (piece.strip() for piece in part.split(";"))
         weight = next((piece[2:] for piece in parameters if piece.startswith("q=")), "1")
         weights[kind] = _weight(weight)
-    asked = {kind: weights.get(mime, 0.0) for kind, mime in MIME.items()}
-    for kinds, usual in _USUAL.items():
-        asked[usual] = max(asked[usual], weights.get(kinds, 0.0))
-    best = max(asked, key=lambda kind: asked[kind])
-    return best if asked[best] > max(weights.get("application/json", 0.0), 0.0) else None
+    asked = {kind: weights.get(mime, weights.get(f"{mime.partition('/')[0]}/*", 0.0)) for kind, mime in MIME.items()}
+    least = weights.get("application/json", 0.0)
+    return tuple(sorted((kind for kind in asked if asked[kind] > least), key=lambda kind: -asked[kind]))
 
 
 def _weight(text: str) -> float:

@@ -20,7 +20,7 @@ from server.dialects._openai_records import (
     Usage,
     provenance,
 )
-from server.dialects.base import Event
+from server.dialects.base import Event, format_of
 from server.gateway import Gateway
 from server.idempotency import Idempotency
 from server.intent import Answer, Intent, Ticket
@@ -61,7 +61,7 @@ class OpenAIAnswers:
             if intent.partial_images:
                 async for emitted in gateway.events(ticket.id):
                     if emitted.event.kind == "partial_image" and emitted.data is not None:
-                        yield self._partial(emitted.data, emitted.event.partial_index, ticket, intent)
+                        yield self._partial(emitted.data, emitted.event.partial_index, ticket)
             answer = await gateway.answer(ticket)
         except FewstepError as error:
             yield base.error_event(error)
@@ -73,14 +73,14 @@ class OpenAIAnswers:
             size=self._size(answer, ticket, intent),
             quality=answer.result.tier,
             background="opaque",
-            output_format=intent.wanted.media.output_format or "png",
+            output_format=format_of(answer.images[0]),
             usage=self._usage(answer, ticket, intent),
             x_fewstep=provenance(answer),
         )
         yield Event(completed.type, base.encode(completed))
         yield Event(None, b"[DONE]")
 
-    def _partial(self, data: bytes, index: int, ticket: Ticket, intent: Intent) -> Event:
+    def _partial(self, data: bytes, index: int, ticket: Ticket) -> Event:
         choice = ticket.choice
         partial = ImageEvent(
             type=f"{self._events}.partial_image",
@@ -89,7 +89,7 @@ class OpenAIAnswers:
             size=f"{choice.width}x{choice.height}" if choice else "auto",
             quality=choice.tier if choice else "auto",
             background="opaque",
-            output_format=intent.wanted.media.output_format or "png",
+            output_format=format_of(data),
             partial_image_index=index,
         )
         return Event(partial.type, base.encode(partial))
@@ -103,7 +103,7 @@ class OpenAIAnswers:
         return ImagesResponse(
             created=int(time.time()),
             background="opaque",
-            output_format=intent.wanted.media.output_format or "png",
+            output_format=format_of(answer.images[0]),
             quality=answer.result.tier,
             size=self._size(answer, ticket, intent),
             data=data,

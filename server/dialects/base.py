@@ -264,3 +264,12 @@ class Watched:
     async def _watch(self, gone: Callable[[], None]) -> None:
         await until_gone(self._receive)
         gone()
+
+
+def format_of(data: bytes) -> OutputFormat:
+    """Of a picture or video that we encoded, by its first bytes."""
+    if data.startswith(b"\x89PNG"):
+        return "png"
+    if data[4:8] == b"ftyp":
+        return "mp4"
+    return "webp" if data[8:12] == b"WEBP" else "jpeg"

@@ -21,14 +21,15 @@ from server.dialects._generation import Generation, failed, finished, headers_of
 from server.dialects._native_request import (
     GenerationRequest,
     Preference,
-    accepted_format,
-    bytes_format,
+    accepted_formats,
     cancels,
     intent_of,
     preference,
+    repeated,
+    wants_bytes,
 )
 from server.dialects._uploads import IMAGE, MASK, Changed, upload_of
-from server.dialects.base import MIME, Event
+from server.dialects.base import MIME, Event, format_of
 from server.gateway import Gateway
 from server.intent import Answer, Ticket
 
@@ -106,13 +107,12 @@ class _Endpoints:
         gateway, headers = self._gateway, request.headers
         principal = gateway.authorise(headers.get("authorization"), "generate")
         body, data, changed = await self._read(request)
-        accepted = accepted_format(headers.get("accept", "*/*"))
+        accepted = accepted_formats(headers.get("accept", "*/*"))
         prefer = preference(headers.get("prefer", ""))
-        wanted = bytes_format(body, accepted)
+        as_bytes = wants_bytes(body, accepted)
         intent = intent_of(body, accepted, headers.get("traceparent"), changed)
-        key = idempotency.read(
-            headers.get("idempotency-key"), principal.owner, request.url.path, data + (accepted or "").encode()
-        )
+        said = repeated(body, data, accepted)
+        key = idempotency.read(headers.get("idempotency-key"), principal.owner, request.url.path, said)
         ticket = await gateway.submit(intent, principal, key)
         if body.stream or prefer != _NOW:
             gateway.expire_later(ticket)
@@ -124,8 +124,9 @@ class _Endpoints:
         cancel = cancels(body, default=key is None and prefer.wait_s is None)
         async with base.Watched(request, (lambda: gateway.cancel_soon(ticket.id)) if cancel else None):
             answer = await gateway.answer(ticket)
-        if wanted is not None:
-            return Response(answer.images[0], 200, headers_of(answer.result), media_type=MIME[wanted])
+        if as_bytes:
+            data = answer.images[0]
+            return Response(data, 200, headers_of(answer.result), media_type=MIME[format_of(data)])
         made = finished(gateway.signer, answer, store=body.store, model=ticket.model)
         return base.respond(made, 200, headers_of(answer.result))
 
@@ -153,7 +154,7 @@ class _Endpoints:
         data = await gateway.broker.image(request.path_params["id"], index)
         if data is None:
             raise Gone(f"picture {index} of {request.path_params['id']} is not there: never made, or expired by now")
-        return Response(data, 200, {"cache-control": "private, max-age=600"}, media_type=sniff(data))
+        return Response(data, 200, {"cache-control": "private, max-age=600"}, media_type=MIME[format_of(data)])
 
     async def events(self, request: Request) -> Response:
         principal = self._gateway.authorise(request.headers.get("authorization"), "generate")
@@ -262,12 +263,3 @@ def _index(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 4):
         raise InvalidRequest(f"a picture's index is a number from 0 on, not {text!r}", param="index")
     return int(text)
-
-
-def sniff(data: bytes) -> str:
-    """The media type of a picture or video that we encoded, by its first bytes."""
-    if data.startswith(b"\x89PNG"):
-        return MIME["png"]
-    if data[4:8] == b"ftyp":
-        return MIME["mp4"]
-    return MIME["webp"] if data[8:12] == b"WEBP" else MIME["jpeg"]

@@ -28,7 +28,7 @@ from server.dialects._openai_records import (
 from server.dialects._uploads import IMAGE, MASK, upload_of
 from server.gateway import Gateway
 from server.intent import Intent
-from server.media import Media
+from server.media import OF_PICTURES, Media
 from server.menu import AUTO, Names, Wanted
 
 _NAMES = Names(tier="quality", steps="num_inference_steps")
@@ -123,7 +123,7 @@ def _intent(body: ImageGenerationRequest, traceparent: str | None) -> Intent:
             max_latency_ms=body.max_latency_ms,
             guidance=body.guidance_scale,
             size=_size(body.size),
-            media=Media(body.output_format or "png"),
+            media=Media(body.output_format, sayable=OF_PICTURES),
             refinement=asked(body.refine, body.redo_share),
             names=_NAMES,
         ),

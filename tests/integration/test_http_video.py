@@ -1,5 +1,6 @@
 """A tiny Wan behind HTTP: gateway, broker and worker in one event loop, and a file that plays at the end."""
 
+import base64
 import contextlib
 import importlib.util
 import sys
@@ -71,6 +72,17 @@ async def test_a_prompt_becomes_a_video_whose_frames_are_the_student_s(monkeypat
         assert tolerance("eager", "fp32").fault(torch.from_numpy(frames), up.expected()) is None
         assert len({frame.tobytes() for frame in frames}) == 9, "a video stands still"
 
+        film = await up.make("image/*")
+        assert (film.headers["content-type"], film.content[8:12]) == ("image/webp", b"WEBP")
+
+        of_openai = {"model": MODEL, "prompt": "a red circle", "seed": 11}
+        answer = (await up.client.post("/v1/images/generations", json=of_openai)).json()
+        assert answer["output_format"] == "webp"
+        assert webp(base64.b64decode(answer["data"][0]["b64_json"]))[0].tobytes() == frames.tobytes()
+        refused = await up.client.post("/v1/images/generations", json=of_openai | {"output_format": "png"})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["message"].endswith("ask for webp")
+
         stored = (await up.make(n=2)).json()
         one = await up.client.get(stored["images"][0]["content_url"])
         assert one.headers["content-type"] == "image/webp"
@@ -79,7 +91,11 @@ async def test_a_prompt_becomes_a_video_whose_frames_are_the_student_s(monkeypat
         cost = up.worker.students.lease().costs[up.worker.student().version]
         assert cost.decode.row_s > 0  # of calls with one video, though batches have two rows
 
-        for body, param in (({"num_frames": 5}, "num_frames"), ({"output_format": "png"}, "output_format")):
+        for body, param in (
+            ({"num_frames": 5}, "num_frames"),
+            ({"output_format": "png"}, "output_format"),
+            ({"partial_images": 1}, "partial_images"),
+        ):
             refused = await up.make(**body)
             assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
         edit = await up.client.post("/v1/generations", data={"prompt": "x"}, files={"image": plays.content})
