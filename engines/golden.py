@@ -26,7 +26,8 @@ ROWS = 4
 
 @dataclass(frozen=True, slots=True)
 class Golden:
-    """noise [N, C, H, W] fp32 (the first draw of each seed), pictures uint8 [N, 3, H, W]."""
+    """noise fp32 (the first draw of each seed) and pictures uint8: [N, C, H, W] and [N, 3, H, W], of videos
+    [N, C, T, H, W] and [N, T, 3, H, W]."""
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]

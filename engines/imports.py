@@ -58,7 +58,7 @@ def import_student(
 
     `base` is a version of the registry or a diffusers directory. A denoiser and a LoRA need one; of a whole directory
     it is what it was distilled from, and its denoiser is compared with that one's. `num_frames` is the length of the
-    videos of a directory, its pipeline's own if left out, and 1 for pictures.
+    videos of a directory and 1 for pictures; left out, it is that of a version as base, else the pipeline's.
 
     Raises:
         InvalidRequest: the schedule is missing or contradicts itself, or a base is needed.
@@ -147,6 +147,8 @@ def _pipeline(
 ) -> Imported:
     """A whole directory: its own encoder and decoder, which need not be those of the base."""
     origin = None if base is None else _base(registry, base, num_frames)
+    if num_frames is None and isinstance(base, str) and origin is not None:
+        num_frames = origin.frames.number if origin.frames else 1
     own = _described(registry, source, name, num_frames, licence or (origin.licence if origin else None))
     files = sorted(source.glob("*/*.safetensors"))
     weights = load_weights(registry, own.components["denoiser"])

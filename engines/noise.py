@@ -12,7 +12,7 @@ from torch import Tensor
 def noise(seed: int, k: int, shape: Sequence[int]) -> Tensor:
     """The k-th fp32 draw (from 0, the starting noise) of `torch.Generator("cpu").manual_seed(seed)`.
 
-    All k + 1 draws have the row's own `shape` [C, H, W], as a diffusers pipeline with one row makes them.
+    All k + 1 draws have the row's own `shape` [C, (T,) H, W], as a diffusers pipeline with one row makes them.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     for _ in range(k):

@@ -53,5 +53,5 @@ class Redone(Solver):
 
 
 def doubt(picture: Tensor, estimate: Tensor) -> Tensor:
-    """[B] or one number: how far a picture [B, C, H, W] or [C, H, W] lies from a clean estimate of it."""
-    return (picture - estimate).square().mean(dim=(-3, -2, -1))
+    """[B]: how far pictures [B, C, H, W] or videos [B, C, T, H, W] lie from clean estimates of them."""
+    return (picture - estimate).square().flatten(1).mean(dim=1)

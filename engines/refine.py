@@ -23,7 +23,7 @@ from engines.errors import ContradictoryFields, InvalidRequest
 from engines.manifest import Judge, Schedule, Step, StudentManifest, shown
 
 Refine = Literal["first_step", "correction", "redo"]
-_SHARED = ("process", "prediction", "latent_channels", "downscale")
+_SHARED = ("process", "prediction", "latent_channels", "downscale", "frames")
 _OWN_STEPS = ("dx", "linear")  # solvers whose steps were learnt for the student's own predictions
 _MEMORY = ("ab2", "dpmpp_2m", "unipc")  # solvers that go on from what they estimated before
 

@@ -213,7 +213,7 @@ class Run:
         self._settle(after)
 
     def latents(self) -> Tensor:
-        """[N, C, H, W], when all steps are made."""
+        """[N, C, H, W], of videos [N, C, T, H, W], when all steps are made."""
         return torch.stack([self._ended[row] for row in range(len(self._seeds))])
 
     def decode(self, pictures: list[Tensor], rounded: bool) -> None:

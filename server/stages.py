@@ -113,7 +113,7 @@ class Stages:
 
     @torch.inference_mode()
     def denoise(self, rows: Sequence[PictureRow]) -> dict[int, Tensor]:
-        """One step of every row. Returns the clean estimates [C, H, W] of rows (by place) that will show one."""
+        """One step of every row. Returns the clean estimates [C, (T,) H, W] of rows (by place) that will show one."""
         states = [self._state(row) for row in rows]
         steps = [row.ticket.plan[state.i] for row, state in zip(rows, states, strict=True)]
         groups = _groups(rows, states)

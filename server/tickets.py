@@ -194,7 +194,7 @@ class PictureRow(Row):
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class LatentRow(Row):
-    """Latents [C, H, W] to decode: a finished picture, or with `partial_index` the estimate after a step."""
+    """Latents [C, (T,) H, W] to decode: what is finished, or with `partial_index` the estimate after a step."""
 
     ticket: Ticket
     index: int

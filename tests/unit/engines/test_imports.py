@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engines.contract import Sampling
 from engines.errors import GraphMismatch, InvalidManifest, InvalidRequest, NotBuilt
+from engines.families import wan
 from engines.imports import import_student
 from engines.loader import load_student
 from engines.manifest import StudentManifest
@@ -310,3 +311,17 @@ def test_a_lora_needs_a_base(chain: Any, tmp_path: Path) -> None:
         imported(MemoryRegistry(), adapter(chain, tmp_path, "peft"), recipe="lcm", steps=(1,))
     with pytest.raises(InvalidRequest, match=r"is a denoiser.*--base"):
         imported(MemoryRegistry(), chain.directory / "unet", recipe="lcm", steps=(1,))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_directory_of_videos_has_as_many_frames_as_the_version_that_is_its_base(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(wan, "_SIZE", (4, 4))  # for which the tiny network has positions
+    own = tiny_families.shipped("wan")
+    given = {"sampling": Sampling(times=((1.0, 0.0),)), "golden_prompts": PROMPTS[:1]}
+    made = import_student(own.registry, own.directory, "again", base=own.version, **given)  # type: ignore[arg-type]
+    frames = own.registry.student(made.version).frames
+    assert frames == own.manifest.frames
+    assert frames is not None
+    assert frames.number == 9

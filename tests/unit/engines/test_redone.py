@@ -75,7 +75,8 @@ def test_the_doubt_is_the_mean_square_of_what_the_teacher_would_change() -> None
     picture = torch.zeros(2, 3, 2, 2)
     estimate = torch.tensor([0.5, -2.0]).view(2, 1, 1, 1).expand(2, 3, 2, 2)
     assert doubt(picture, estimate).tolist() == [0.25, 4.0]
-    assert doubt(picture[0], estimate[0]).item() == 0.25
+    video = picture[:, :, None].repeat(1, 1, 5, 1, 1)
+    assert doubt(video, estimate[:, :, None]).tolist() == [0.25, 4.0]
 
 
 def test_a_row_that_is_not_doubted_enough_ends_as_it_was() -> None:

@@ -7,6 +7,7 @@ import torch
 
 from engines import refine, solvers
 from engines.errors import InvalidRequest, StepsNotAllowed
+from engines.frames import Frames
 from engines.manifest import Guidance, ProcessSpec, StudentManifest
 from engines.noise import noise
 from engines.refine import FIRST_STEP
@@ -56,6 +57,7 @@ def test_what_does_not_fit_is_refused_with_why(options: dict[str, Any], steps: i
     [
         ({"prediction": "x0"}, "differ in prediction"),
         ({"latent_channels": 4}, "differ in latent_channels"),
+        ({"frames": Frames(number=9, per_latent=4, fps=16)}, "differ in frames"),
         ({"components": toy.manifest(weights="w").components | {"encoder": TEACHER.components["denoiser"]}}, "encoder"),
     ],
 )
