@@ -20,6 +20,7 @@ class _Files(LoadFileScheduling):
         return _SHARING_THE_STACK if nodeid.startswith(f"{_SHARING_THE_STACK}/") else super()._split_scope(nodeid)
 
 
+@pytest.hookimpl(optionalhook=True)  # of a plugin that may be off
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _Files | None:
     return _Files(config, log) if config.option.dist == "loadfile" else None
 
