@@ -33,6 +33,15 @@ def test_the_graph_holds_no_weight_and_names_each_as_the_blob_does(encoder: Comp
     assert len(data) < 40_000
 
 
+def test_products_are_all_weights_that_something_is_multiplied_with_but_those_in_groups() -> None:
+    own = tiny_families.shipped("sana")
+    graph = GraphStore(None).graph(spec(own.manifest, "denoiser", reader(own.registry, own.manifest)))
+    matrices = {name for name, shape in graph.shapes.items() if name.endswith(".weight") and len(shape) > 1}
+    depthwise = {name for name in matrices if "conv_depth" in name}
+    assert depthwise
+    assert graph.products == matrices - depthwise
+
+
 def test_another_process_exports_the_same_graph(encoder: ComponentSpec, tmp_path: Path) -> None:
     """Its weights are random: the id must not depend on them, nor on anything of the process."""
     elsewhere = GraphStore(DiskCache(tmp_path / "a"), in_process=False).graph(encoder)

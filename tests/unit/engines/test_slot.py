@@ -67,7 +67,7 @@ def experts(registry: Registry) -> str:
     )
 
 
-def with_denoiser(registry: FilesRegistry, version: str, blob: bytes, role: str = "denoiser") -> str:
+def with_denoiser(registry: Registry, version: str, blob: bytes, role: str = "denoiser") -> str:
     """The same student, golden samples and all, over other bytes."""
     manifest = registry.student(version)
     part = Component(weights=registry.put_blob(blob), files=manifest.components[role].files)
