@@ -1,6 +1,7 @@
 """A student's plans built ahead, and found again by whoever asks for the same."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,23 @@ def test_the_denoiser_of_a_student_gets_a_plan_for_any_weights_and_the_shared_pa
     assert forms == {"encoder": "constant", "denoiser": "input", "decoder": "constant"}
     denoiser = graphs.case("sd", "denoiser").graph
     assert tensorrt.TensorRt().build(denoiser, PROFILE).folder == made["denoiser"]
+
+
+def test_in_fp8_a_denoiser_has_the_plan_it_goes_live_in_and_that_which_it_is_specialised_in(tmp_path: Path) -> None:
+    own = tiny_families.shipped("sd")
+    version = tiny_families.imported(own.tiny, own.directory, FilesRegistry(str(tmp_path)))
+    told = ["plans", version, "--registry-url", str(tmp_path), "--cache-dir", str(graphs.FOLDER), "--target", "SM89"]
+    done = CliRunner().invoke(app, [*told, "--batch-size", "4", "--batch-size", "1", "--precision", "fp8"])
+    assert done.exit_code == 0, done.output
+    manifest, profile = own.registry.student(own.version), replace(PROFILE, precision="fp8")
+    made = build_ahead(own.registry, own.version, profile, graphs.store())
+    assert made.keys() == {*manifest.components, "denoiser fp8"}
+    assert {Path(line).name for line in done.output.split() if "/" in line} >= {path.name for path in made.values()}
+    live, special = (json.loads((made[role] / FACTS).read_text()) for role in ("denoiser", "denoiser fp8"))
+    assert (live["form"], special["form"]) == ("input", "constant")
+    graph = graphs.case("sd", "denoiser").graph
+    assert {name for name, kind in special["weights"].items() if kind == "fp8"} == graph.products
+    assert "fp8" not in live["weights"].values()
 
 
 def test_the_command_builds_into_the_cache_that_it_is_given(tmp_path: Path) -> None:
