@@ -11,6 +11,7 @@ from engines.errors import GoldenMismatch, InvalidRequest, NotBuilt
 from engines.manifest import shown
 from engines.registry.base import open_registry
 from server.commands.terminal import DEFAULT_URL, Key, Url, connected, out
+from server.settings import WorkerSettings
 
 if TYPE_CHECKING:
     from engines.backends.base import Precision
@@ -25,6 +26,7 @@ RegistryUrl = Annotated[
     typer.Option(envvar="FEWSTEP_REGISTRY_URL", help="A folder, such as that of `fewstep up`, or an fsspec URL."),
 ]
 DEFAULT_REGISTRY = ".fewstep/registry"
+_BATCHES = list(WorkerSettings.model_fields["batch_sizes"].default)
 
 
 @app.callback()
@@ -99,7 +101,7 @@ def plans(
     ],
     registry_url: RegistryUrl = DEFAULT_REGISTRY,
     cache_dir: Annotated[Path, typer.Option(help="The engine cache of the workers.")] = Path(".fewstep/engines"),
-    batch_sizes: Annotated[list[int], typer.Option("--batch-size", help="As WORKER_BATCH_SIZES.")] = [1, 2, 4, 8],  # noqa: B006
+    batch_sizes: Annotated[list[int], typer.Option("--batch-size", help="As WORKER_BATCH_SIZES.")] = _BATCHES,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp8.")] = "bf16",
 ) -> None:
     """Build a student's TensorRT plans for GPUs that are not here; a worker with the same WORKER_TARGETS finds them.

@@ -14,6 +14,7 @@ from engines.backends.base import Profile
 from engines.errors import UnknownPlugin
 from engines.registry.files import FilesRegistry
 from server.commands.students import app
+from server.settings import WorkerSettings
 from tests import tiny_families
 from tests.tensorrt import graphs
 
@@ -31,6 +32,18 @@ def test_the_denoiser_of_a_student_gets_a_plan_for_any_weights_and_the_shared_pa
     assert forms == {"encoder": "constant", "denoiser": "input", "decoder": "constant"}
     denoiser = graphs.case("sd", "denoiser").graph
     assert tensorrt.TensorRt().build(denoiser, PROFILE).folder == made["denoiser"]
+
+
+def test_left_to_itself_the_command_builds_for_the_batch_sizes_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Profile] = []
+    monkeypatch.setattr(
+        "engines.ahead.build_ahead", lambda registry, version, profile, graphs: asked.append(profile) or {}
+    )
+    done = CliRunner().invoke(app, ["plans", "v", "--registry-url", "memory://", "--target", "SM89"])
+    assert done.exit_code == 0, done.output
+    assert [profile.batches for profile in asked] == [
+        WorkerSettings(redis_url="memory:", registry_url="memory:").batch_sizes
+    ]
 
 
 def test_in_fp8_a_denoiser_has_the_plan_it_goes_live_in_and_that_which_it_is_specialised_in(tmp_path: Path) -> None:
