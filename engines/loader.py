@@ -104,10 +104,10 @@ class Loader:
 
     def hold(self, manifest: StudentManifest) -> None:
         """What is compiled and loaded for this student, now or later, stays until `let_go`. Nothing is built by it."""
+        parts = self._parts(manifest)  # reads the registry, for which nobody has to wait
         with self._lock:
-            parts = self._parts(manifest)
             self._levels |= self._fit(parts)
-            self._held[manifest.version] = parts
+            self._held.setdefault(manifest.version, parts)
             self._holders[manifest.version] += 1
 
     def let_go(self, manifest: StudentManifest) -> frozenset[str]:
