@@ -28,6 +28,15 @@ def check(format: str) -> None:
         _av()
 
 
+def writes(format: str) -> bool:
+    """Whether `check` lets it pass."""
+    try:
+        check(format)
+    except NotBuilt:
+        return False
+    return True
+
+
 def encode(frames: Any, format: str, *, fps: int, compression: int | None = None) -> bytes:
     """Bytes of one video, frames uint8 [T, 3, H, W].
 

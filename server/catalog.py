@@ -163,6 +163,11 @@ class Catalog:
     def num_workers(self, deployment: str) -> int:
         return sum(deployment in lease.deployments for lease in self.view.workers.values())
 
+    def written(self, deployment: str) -> frozenset[str]:
+        """The formats of videos that every worker of a deployment writes: any of them may get a request."""
+        found = [lease.video_formats for lease in self.view.workers.values() if deployment in lease.deployments]
+        return frozenset[str]().union(*found).intersection(*found)
+
     def worker_seen_s_ago(self, deployment: str) -> float:
         """Since a live worker of this deployment was seen; since the start where none ever was."""
         return self._clock_s() - self._worker_seen.get(deployment, self._started_s)

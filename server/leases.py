@@ -64,6 +64,7 @@ class WorkerLease(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, dict[str, VersionState]] = {}
     resident_bytes: int = 0
     resident_limit_bytes: int = 0
+    video_formats: list[str] = []  # that it writes
 
 
 _LEAST_LEFT_S, _MOST_LEFT_S = 0.1, 2.0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from engines import aside, memory
+from engines import aside, memory, videos
 from engines.backends.base import fitting
 from engines.cost import CostKey, CostModel
 from engines.errors import FewstepError
@@ -22,6 +22,7 @@ from server.brokers.base import NOWHERE, Broker
 from server.engine_loop import EngineLoop
 from server.follower import Follower
 from server.leases import StageCost, VersionCost, WorkerLease, write
+from server.media import OF_VIDEOS
 from server.metrics import Metrics
 from server.residency import Residency, Tenant
 from server.residents import NICE, OnGone, Residents
@@ -49,6 +50,7 @@ class Students:
         self._loader, self._metrics = loader, metrics
         self.cost = CostModel()
         self._batches = tuple(sorted(settings.batch_sizes))
+        self._video_formats: list[str] = [one for one in OF_VIDEOS if videos.writes(one)]
         self._followers: dict[str, Follower] = {}
         self._residents: dict[str, Residents] = {}
         self._costs: dict[str, VersionCost] = {}  # as they were when each version was loaded last
@@ -246,6 +248,7 @@ class Students:
             versions={name: residents.states() for name, residents in serving.items()},
             resident_bytes=self.room.residency.used_bytes,
             resident_limit_bytes=self.room.residency.limit_bytes,
+            video_formats=self._video_formats,
         )
 
     def _version_cost(self, student: LoadedStudent) -> VersionCost:

@@ -105,7 +105,7 @@ def _capability(gateway: Gateway, deployment: Deployment) -> Capability:
     return Capability(
         model=deployment.name,
         sizes=[f"{width}x{height}" for width, height in manifest.resolutions],
-        output_formats=list(media.formats(manifest)),
+        output_formats=_formats(gateway, deployment.name, manifest),
         video=VideoRecord.of(manifest),
         default_tier=revision.default_tier,
         tiers={tier: _tier(gateway, deployment, target) for tier, target in revision.tiers.items()},
@@ -119,6 +119,13 @@ def _capability(gateway: Gateway, deployment: Deployment) -> Capability:
             image_pixels=settings.max_image_pixels,
         ),
     )
+
+
+def _formats(gateway: Gateway, deployment: str, manifest: StudentManifest) -> list[str]:
+    """What may be asked for: any format of pictures, and of videos what the workers there write."""
+    usual, *others = media.formats(manifest)
+    written = gateway.catalog.written(deployment) if manifest.frames else others
+    return [usual, *(one for one in others if one in written)]
 
 
 def _tier(gateway: Gateway, deployment: Deployment, target: TierTarget) -> TierCapability:

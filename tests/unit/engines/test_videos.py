@@ -11,7 +11,7 @@ from PIL import Image
 
 from engines.backends.base import psnr
 from engines.errors import InternalError, InvalidRequest, NotBuilt
-from engines.videos import check, encode
+from engines.videos import check, encode, writes
 
 NOISE = np.random.default_rng(0).integers(0, 256, (5, 3, 16, 24), dtype=np.uint8)
 _Y, _X = np.mgrid[0:32, 0:48]
@@ -102,6 +102,9 @@ def test_a_pyav_without_x264_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", Broken("h264", "libopenh264"))
     with pytest.raises(NotBuilt, match="x264"):
         check("mp4")
+    assert [writes(one) for one in ("webp", "mp4")] == [True, False]
+    monkeypatch.setitem(sys.modules, "av", Broken("libx264"))
+    assert writes("mp4")
 
 
 def test_an_encoder_that_fails_says_so_as_one_of_our_errors(monkeypatch: pytest.MonkeyPatch) -> None:

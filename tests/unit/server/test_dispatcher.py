@@ -61,6 +61,18 @@ def steps(desk: Desk, **wanted: object) -> int:
     return desk.decide(replace(AUTO_INTENT, wanted=Wanted("shapes", **wanted))).choice.steps  # type: ignore[arg-type]
 
 
+async def test_a_format_of_videos_is_written_where_every_worker_writes_it(desk: Callable[..., Desk]) -> None:
+    here = desk().catalog
+    workers = here.view.workers
+    assert here.written("nowhere") == frozenset()
+    for name, formats in (("w1", ["webp", "mp4"]), ("w2", ["webp", "mp4"])):
+        workers[name] = leases.WorkerLease(deployments={"videos": []}, video_formats=formats)
+    workers["other"] = leases.WorkerLease(deployments={"pictures": []})
+    assert here.written("videos") == {"webp", "mp4"}
+    workers["w2"] = leases.WorkerLease(deployments={"videos": []}, video_formats=["webp"])
+    assert here.written("videos") == {"webp"}
+
+
 async def test_who_may_not_wait_for_a_load_is_told_so_and_the_load_is_asked_for(desk: Callable[..., Desk]) -> None:
     here = desk()
     state = leases.VersionState(state="on_demand", ready_in_s=5.0)
