@@ -19,7 +19,7 @@ from bench.machine import described
 from bench.system import CACHE, ring
 from distill_jobs.tasks import shapes
 from engines import streams
-from engines.backends.base import Profile, choose, device_of
+from engines.backends.base import BATCHES, Profile, choose, device_of
 from engines.cache import DiskCache
 from engines.cost import CostKey, CostModel
 from engines.graph import GraphStore
@@ -29,7 +29,6 @@ from engines.registry.files import FilesRegistry
 from engines.slot import STAGES
 
 OUT = Path(__file__).parent / "costs.json"
-SIZES = (1, 2, 4, 8, 16)
 _ROUND = 5
 
 
@@ -37,7 +36,7 @@ def recorded(workers: int = 1, path: Path = OUT) -> Fleet:
     """Workers as measured, with stages as blobs: `encode`, `denoise` and `decode`, each of shape ()."""
     read = json.loads(path.read_text())
     alone, overlapped = (CostModel.restore(json.dumps(read[name])) for name in ("costs", "overlapped"))
-    return Fleet(alone, workers, SIZES, streams=read["streams"], overlapped=overlapped)
+    return Fleet(alone, workers, BATCHES, streams=read["streams"], overlapped=overlapped)
 
 
 def main() -> None:
@@ -66,7 +65,7 @@ def main() -> None:
 def measured(registry: Registry, version: str, backend: str, threads: int, calls: int) -> Fleet:
     """One worker with a version's engines as a worker has them."""
     choice = choose(backend)
-    profile = Profile(SIZES, choice.precision, threads, device=device_of(choice.backend))
+    profile = Profile(BATCHES, choice.precision, threads, device=device_of(choice.backend))
     loader = Loader(registry, choice, profile, GraphStore(DiskCache(CACHE)), tune=True)
     manifest = registry.student(version)
     graphs = loader.graphs(manifest)
@@ -75,11 +74,11 @@ def measured(registry: Registry, version: str, backend: str, threads: int, calls
     at_once, alone, overlapped = loader.profile.streams, CostModel(), CostModel()
     for role, graph in graphs.items():
         engine, stage = loader.engine(manifest, role), STAGES.get(role, "denoise")
-        for size in SIZES:
+        for size in BATCHES:
             call, key = partial(engine.run, **graph.example(size)), CostKey(stage, stage, ())
             alone.observe(key, size, call_s(partial(_alone, call), calls, 1))
             overlapped.observe(key, size, call_s(call, calls, at_once))
-    return Fleet(alone, sizes=SIZES, streams=at_once, overlapped=overlapped)
+    return Fleet(alone, sizes=BATCHES, streams=at_once, overlapped=overlapped)
 
 
 def _alone(call: Callable[[], object]) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from bench.clients import closed
-from bench.costs import SIZES, measured
+from bench.costs import measured
 from bench.fleet import STAGES, Fleet
 from bench.load import Record
 from bench.machine import described, quantile, spread
@@ -30,7 +30,7 @@ from bench.peers.workloads import MIXES, requests
 from bench.serve import engine_ms
 from bench.system import CACHE, System
 from distill_jobs.tasks.shapes import TASK
-from engines.backends.base import choose
+from engines.backends.base import BATCHES, choose
 from engines.cost import CostKey, CostModel
 from engines.registry.files import FilesRegistry
 from server.batcher import Stage
@@ -107,7 +107,7 @@ class Called:
 def _serving(data: Path, log: Path, given: argparse.Namespace) -> Iterator[System]:
     env = {
         "WORKER_BACKEND": choose(given.backend).backend,
-        "WORKER_BATCH_SIZES": json.dumps(SIZES),
+        "WORKER_BATCH_SIZES": json.dumps(BATCHES),
         "WORKER_CACHE_DIR": str(CACHE.resolve()),
         "WORKER_STEPS_LOG": str(log),
     }

@@ -43,7 +43,6 @@ class Told:
     queued_s: float = 0.0  # predicted engine seconds of its rows in large batches
     ending: Ending | None = None
     ended_s: float = 0.0
-    begun_s: float | None = None
     worker: int | None = None
     missing: int = 0  # prompts that are not encoded yet
     evaluations: int = 0  # network rows that ran

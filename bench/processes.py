@@ -17,6 +17,7 @@ from typing import Any
 from bench.machine import quantile, spread
 from bench.system import MODEL, System, system
 from distill_jobs.tasks import shapes
+from engines.backends.base import BATCHES
 from engines.backends.paced import CALL_S, MAX_ROWS, ROW_S
 from server import leases
 from server.brokers.redis import RedisBroker
@@ -24,7 +25,6 @@ from server.brokers.redis import RedisBroker
 GATEWAYS = (1, 2)
 ENGINE_PER_S = MAX_ROWS / (CALL_S + MAX_ROWS * ROW_S)
 """Pictures a second of one worker's engine."""
-_BATCHES = (1, 2, 4, 8, 16)
 _CLIENTS = 3 * MAX_ROWS  # for each worker: more than it holds at once
 _SETTLE_S = 1.0
 _START_S = 120.0
@@ -33,7 +33,7 @@ _START_S = 120.0
 @contextlib.contextmanager
 def paced(folder: Path, workers: int) -> Iterator[System]:
     """Everything up, and every worker serving."""
-    env = {"WORKER_BACKEND": "paced", "WORKER_BATCH_SIZES": json.dumps(_BATCHES)}
+    env = {"WORKER_BACKEND": "paced", "WORKER_BATCH_SIZES": json.dumps(BATCHES)}
     gateways = max(GATEWAYS)
     with system(
         folder, shapes.TASK.pipeline, versions=1, steps=1, threads=1, env=env, workers=workers, gateways=gateways

@@ -24,7 +24,7 @@ from bench.load import Record
 from bench.machine import described, quantile, spread
 from bench.system import CACHE, MODEL, PROMPTS, System, system
 from distill_jobs.tasks import shapes
-from engines.backends.base import Profile, choose, device_of
+from engines.backends.base import BATCHES, Profile, choose, device_of
 from engines.cache import DiskCache
 from engines.graph import GraphStore
 from engines.loader import Loader
@@ -35,8 +35,6 @@ from server.embedded import free_port
 
 out = Console(stderr=True)
 _OUT = Path(__file__).parent / "serve.json"
-_PACED_BATCHES = (1, 2, 4, 8, 16)
-_BATCHES = (1, 2, 4, 8, 16)
 _SETTLE_S = 2.0
 _ALONE = 400  # requests of one run of (c)
 
@@ -70,21 +68,21 @@ _HEADLINES = ("paced_ratio", "cpu_ms_per_image_outside_engine")
 
 
 def paced(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
-    env = {"WORKER_BACKEND": "paced", "WORKER_BATCH_SIZES": json.dumps(_PACED_BATCHES)}
+    env = {"WORKER_BACKEND": "paced", "WORKER_BATCH_SIZES": json.dumps(BATCHES)}
     with system(folder, given.pipeline, versions=1, steps=1, threads=1, env=env) as (up, [version]):
-        engine = loaded(up, version, "paced", "fp32", _PACED_BATCHES, 1)
-        runs = [throughput(up, engine, _PACED_BATCHES[-1], given) for _ in range(given.runs)]
+        engine = loaded(up, version, "paced", "fp32", BATCHES, 1)
+        runs = [throughput(up, engine, BATCHES[-1], given) for _ in range(given.runs)]
     return summary(runs) | {"engine": "paced: 20 ms + 3.75 ms a row, at most 16 rows", "runs": runs}
 
 
 def real(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     found = choose(given.backend)
-    env = {"WORKER_BACKEND": found.backend, "WORKER_BATCH_SIZES": json.dumps(_BATCHES)}
+    env = {"WORKER_BACKEND": found.backend, "WORKER_BATCH_SIZES": json.dumps(BATCHES)}
     report: dict[str, Any] = {}
     with system(folder, given.pipeline, versions=1, steps=1, threads=given.threads, env=env) as (up, [version]):
         if "b" in given.parts:
-            engine = loaded(up, version, found.backend, found.precision, _BATCHES, given.threads)
-            runs = [throughput(up, engine, _BATCHES[-1], given) for _ in range(given.runs)]
+            engine = loaded(up, version, found.backend, found.precision, BATCHES, given.threads)
+            runs = [throughput(up, engine, BATCHES[-1], given) for _ in range(given.runs)]
             named = f"{found.backend} {found.precision}, {given.threads} threads in {engine.streams} streams"
             report["real"] = summary(runs) | {"engine": named, "runs": runs}
             report["ratio"] = report["real"]["paced_ratio"]["median"]

@@ -200,7 +200,6 @@ class Simulation:
             self.calls += 1
             for row in call.rows:
                 told = row.told
-                told.begun_s = self.now_s if told.begun_s is None else told.begun_s
                 if row.lane.stage == "denoise" and row.step + 1 == told.asked.steps:
                     worker.held[told] -= 1
         for at_s, call in worker.reckon(self.now_s):

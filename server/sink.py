@@ -18,7 +18,7 @@ class Sink(Protocol):
         """A prompt was asked of the cache."""
 
     def ran(self, rows: Sequence[Row], seconds: float, lone: bool) -> None:
-        """A live engine call has ended; a `lone` one had all threads."""
+        """A live engine call has ended; a `lone` one was `engines.streams.alone`."""
 
     def stepped(self, rows: Sequence[PictureRow]) -> None: ...
     def decoded(self, rows: Sequence[LatentRow], pixels: Any) -> None:

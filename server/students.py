@@ -214,7 +214,7 @@ class Students:
     # --- costs -----------------------------------------------------------------------------------
 
     def observe(self, rows: Sequence[Any], seconds: float, lone: bool) -> None:
-        """A live call took this long; a `lone` one had the threads of all streams."""
+        """A live call took this long; a `lone` one was `engines.streams.alone`."""
         lane: LaneKey = rows[0].lane
         prompts = lane.stage == "encode" and not lane.shape  # pictures to change have one
         weight = len({row.prompt for row in rows}) if prompts else sum(row.network_rows for row in rows)

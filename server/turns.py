@@ -32,7 +32,7 @@ class Turns(Generic[R]):
 
     @property
     def lone(self) -> bool:
-        """Whether a call that begins now has nothing beside it and nothing that waits: it has all threads."""
+        """Whether a call that begins now has nothing beside it and nothing that waits: it may have all threads."""
         return not len(self.flights) and not self.behind.running and not self.waiting
 
     def next(self) -> list[R] | Piece | None:

@@ -7,6 +7,8 @@ virtual environment of their own, which `make bench-peers` installs from bench/p
 import argparse
 import ast
 import json
+import signal
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,13 +26,12 @@ from bench.peers.servers import FEWSTEP, PEERS, SERVERS
 from bench.peers.window import SLO_FACTOR, Shape
 from bench.peers.workloads import CELLS, MIXES, QUICK
 from bench.system import CACHE
-from engines.backends.base import choose
+from engines.backends.base import BATCHES, choose
 from engines.registry.files import FilesRegistry
 
 out = Console(stderr=True)
 _BENCH = Path(__file__).parents[1]
 _WORK = _BENCH / "tmp" / "peers"
-_BATCHES = (1, 2, 4, 8, 16)
 _OURS = (
     "gateway, one worker and a Redis-protocol server as `fewstep up` starts them, with the engine, threads and batch "
     "sizes that all have; everything else at its default, so it measures by itself into how many streams it cuts the "
@@ -40,6 +41,8 @@ _OURS = (
 
 def main() -> None:
     given = _arguments()
+    # Servers are ended on the way out: of some, processes outlive the one that was started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended: start it again to go on"))
     report = described("bench.peers")
     found = choose(given.backend)
     closed, poisson = (Shape(0.5, 2.0), Shape(0.5, 3.0)) if given.quick else (Shape(0.5, 3.0), Shape(1.0, 5.0))
@@ -55,7 +58,7 @@ def main() -> None:
     settings = {
         "engine": [found.backend, found.precision],
         "threads": given.threads,
-        "batches": _BATCHES,
+        "batches": BATCHES,
         "weights": given.peer_weights,
     }
     settings |= {"windows": repr((closed, poisson)), "cpu": report["machine"]["cpu"]}
@@ -71,13 +74,13 @@ def main() -> None:
             kinds=models.publish(FilesRegistry(registry), {kind for cell in options.cells for kind in MIXES[cell.mix]}),
             backend=found.backend,
             precision=found.precision,
-            batches=_BATCHES,
+            batches=BATCHES,
             threads=given.threads,
             weights=given.peer_weights,
         )
         cells, slo_ms = _measured(options, config, Ledger(path, settings))
     report |= {
-        "engine": f"{found.backend} {found.precision}, {given.threads} threads, batches {list(_BATCHES)}, "
+        "engine": f"{found.backend} {found.precision}, {given.threads} threads, batches {list(BATCHES)}, "
         f"denoiser weights of the peers {given.peer_weights}",
         "runs": options.runs,
         "mixes": MIXES,

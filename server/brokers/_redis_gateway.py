@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 from engines.errors import DeadlineExceeded, FewstepError, RequestCanceled, Unavailable
 from server.brokers._redis_link import BROKEN, Command, Link
-from server.brokers._redis_replies import Replies, answer_of
+from server.brokers._redis_replies import Replies, Reply, answer_of
 from server.brokers.base import OWNERS, Answered, Emitted, Entry, QueueState, Remembered, StaleVersion, Status
 from server.messages import (
     CLASSES,
@@ -58,17 +58,21 @@ class GatewaySide:
         return Entry(request.id, entry, _milliseconds(entry), deadline_ms, created=reply[0] == 1)
 
     async def wait(self, request_id: str, timeout_s: float | None) -> GenerateResult | None:
-        if timeout_s == 0:
-            return await self.result(request_id)
-        reply = await self._replies.wait(request_id, timeout_s)
+        reply = await self._reply(request_id, timeout_s)
         return None if reply is None else reply.result
 
     async def answer(self, request_id: str, timeout_s: float | None) -> Answered | None:
-        reply = await self._replies.wait(request_id, timeout_s)
+        reply = await self._reply(request_id, timeout_s)
         if reply is None:
             return None
         images = reply.images or await self.images(request_id, reply.result.num_images)
         return Answered(reply.result, images)
+
+    async def _reply(self, request_id: str, timeout_s: float | None) -> Reply | None:
+        if timeout_s == 0:
+            result = await self.result(request_id)
+            return None if result is None else Reply(result)
+        return await self._replies.wait(request_id, timeout_s)
 
     async def result(self, request_id: str) -> GenerateResult | None:
         data = await self._link.call("HGET", self._link.key("req", request_id), "result")

@@ -3,7 +3,8 @@
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from queue import Empty
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -234,6 +235,26 @@ def test_a_call_that_is_alone_gives_the_same_on_all_threads_at_once(
         with streams.alone():
             made = [sample(student, *asked) for _ in range(2)]
         assert all(allowed(student).fault(one, beside) is None for one in made)
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_a_call_that_is_alone_waits_for_none_of_the_streams(teacher: tiny_sd.Teacher, backend: str) -> None:
+    profile = Profile((1, 4), threads=1, streams=2)
+    loader = Loader(teacher.registry, Choice(backend, "fp32"), profile, teacher.graphs)
+    loader.load(teacher.manifest)
+    engine: Any = loader.engine(teacher.manifest, "denoiser").engine
+    streamed = engine._streamed[1] if backend == "openvino" else engine._streamed
+    held = [streamed.get_nowait() for _ in range(profile.streams)]
+    with pytest.raises(Empty):
+        streamed.get_nowait()  # one for each stream, so a call in a stream would wait
+    with streams.alone():
+        engine.run(**loader.graphs(teacher.manifest)["denoiser"].example(1))
+    if backend == "openvino":  # a model of several streams would hand every call over to threads of its own
+        models = [request._main.get_compiled_model() for request in (*held, engine._alone[1].get_nowait())]
+        told = [
+            tuple(model.get_property(name) for name in ("NUM_STREAMS", "INFERENCE_NUM_THREADS")) for model in models
+        ]
+        assert told == [(1, 1), (1, 1), (1, 2)]
 
 
 def allowed(student: LoadedStudent) -> Tolerance:

@@ -91,6 +91,9 @@ class TestOneAnswer:
         assert late is not None
         assert list(late.images) == pictures
         assert await gateway.answer("nobody", 5) is None
+        assert await gateway.answer("r1", 0) == late
+        await gateway.publish(request_of("r2"))
+        assert await gateway.answer("r2", 0) is None
 
     async def test_the_picture_that_a_request_changes_is_there_until_it_ends(self, hub: Hub) -> None:
         gateway, worker, other = await hub("gateway"), await hub("w1"), await hub("w2")

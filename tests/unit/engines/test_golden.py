@@ -6,6 +6,7 @@ import torch
 from engines.errors import CorruptBlob, GoldenMismatch
 from engines.golden import Golden, verification
 from engines.loader import load_student
+from engines.streams import is_alone
 from engines.student import LoadedStudent, sample
 from tests import tiny_sd
 
@@ -61,3 +62,13 @@ def test_bytes_round_trip_and_garbage_is_corrupt(golden: Golden) -> None:
     for data in (b"", b"garbage" * 9, golden.to_bytes()[:-7]):
         with pytest.raises(CorruptBlob):
             Golden.from_bytes(data)
+
+
+def test_what_lone_calls_are_computed_by_is_judged_as_well_as_what_streams_are(
+    student: LoadedStudent, golden: Golden, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[bool] = []
+    levels = student.family.levels
+    monkeypatch.setattr(student.family, "levels", lambda latents: (decoded.append(is_alone()), levels(latents))[1])
+    run(student, golden)
+    assert decoded == [False, True, False, True]

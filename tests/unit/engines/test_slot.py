@@ -1,4 +1,4 @@
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -8,7 +8,7 @@ from safetensors.torch import load, save
 from engines import aside
 from engines.artefact import make_student
 from engines.backends.base import Choice, Profile
-from engines.backends.eager import EagerEngine
+from engines.backends.eager import Compiled, Eager, EagerEngine
 from engines.errors import Conflict, CorruptBlob, GoldenMismatch, GraphMismatch, StudentNotFound
 from engines.graph import GraphStore
 from engines.loader import Loader
@@ -16,6 +16,7 @@ from engines.manifest import Component, Guidance, Schedule, StudentManifest
 from engines.registry.base import Registry
 from engines.registry.files import FilesRegistry
 from engines.slot import EngineSlot, Staging
+from engines.streams import is_alone
 from engines.student import sample
 from tests import tiny_families, tiny_sd
 
@@ -75,6 +76,23 @@ def with_denoiser(registry: Registry, version: str, blob: bytes, role: str = "de
     return registry.publish(StudentManifest.model_validate(data))
 
 
+class Watched(Eager):
+    """Tells of each engine call whether it is alone."""
+
+    def __init__(self, seen: list[bool]) -> None:
+        self.seen = seen
+
+    def load(self, compiled: Compiled, weights: Mapping[str, torch.Tensor]) -> EagerEngine:
+        made, seen = super().load(compiled, weights), self.seen
+
+        class Telling(EagerEngine):
+            def run(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+                seen.append(is_alone())
+                return super().run(**inputs)
+
+        return Telling(compiled.graph, made.module, compiled.profile.device)
+
+
 def phases(staging: Staging) -> Iterator[str]:
     for piece in staging:
         yield piece.phase
@@ -91,6 +109,23 @@ def test_a_new_graph_goes_through_every_phase_and_is_warmed_at_every_size(slot: 
     assert slot.cost.seconds(key, 1)
     assert slot.cost.seconds(key, 4)
     assert set(staging.seconds) == set(PHASES) - {"ready"}
+
+
+def test_each_stream_is_warmed_and_lone_calls_are_timed_apart() -> None:
+    own, seen = tiny_sd.teacher(), list[bool]()
+    loader = Loader(own.registry, Choice("eager", "fp32"), Profile((1, 4), threads=1, streams=2), own.graphs)
+    loader._backend = Watched(seen)
+    slot = EngineSlot(loader)
+    for piece in slot.stage([own.manifest.version]):
+        before = len(seen)
+        piece.call()
+        if piece.phase == "warming":
+            assert len(seen) == before + 1  # live rows wait for one call
+            warmed = len(seen)
+    assert seen[:warmed] == ([False] * 3 + [True] * 2 + [False] * 3) * 3  # one and four rows of three components
+    key = slot.cost_key(slot.family(own.manifest.version), "denoiser")
+    assert slot.cost.lone_s(key, 1) != slot.cost.seconds(key, 1)
+    assert slot.cost.lone_s(key, 4) == slot.cost.seconds(key, 4)
 
 
 @pytest.mark.filterwarnings("ignore")

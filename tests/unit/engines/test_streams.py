@@ -126,3 +126,10 @@ def test_the_first_denoiser_settles_a_loader_for_good() -> None:
     assert (loader.settled, loader.most_streams) == (False, 2)
     EngineSlot(loader).stage([teacher.manifest.version]).run()
     assert (loader.settled, loader.most_streams) == (True, 1)
+
+
+def test_sizes_are_told_of_threads_that_are_cut_already() -> None:
+    teacher = tiny_sd.teacher()
+    loader = Loader(teacher.registry, Choice("eager", "fp32"), Profile((1,), threads=2), teacher.graphs, tune=True)
+    loader.weight_bytes(teacher.manifest)
+    assert loader.settled
