@@ -7,8 +7,6 @@ virtual environment of their own, which `make bench-peers` installs from bench/p
 import argparse
 import ast
 import json
-import signal
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -41,8 +39,6 @@ _OURS = (
 
 def main() -> None:
     given = _arguments()
-    # Servers are ended on the way out: of some, processes outlive the one that was started.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended: start it again to go on"))
     report = described("bench.peers")
     found = choose(given.backend)
     closed, poisson = (Shape(0.5, 2.0), Shape(0.5, 3.0)) if given.quick else (Shape(0.5, 3.0), Shape(1.0, 5.0))
