@@ -1,0 +1,116 @@
+"""Each process starts from the environment that its pod would have: its own settings read it."""
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from pydantic_settings import BaseSettings
+
+from distill_jobs.settings import DistillerSettings
+from server.settings import GatewaySettings, WorkerSettings, load
+from tests.chart.release import CI, Object, Release, ci_values, container, env, with_values
+
+AnySettings = TypeVar("AnySettings", bound=BaseSettings)
+CPU_LIMIT = "6"
+
+
+def settings(cls: type[AnySettings], release: Release, workload: Object, patch: pytest.MonkeyPatch) -> AnySettings:
+    """What `fewstep …` reads in the pod, every reference of its environment looked up."""
+    for name, entry in env(workload).items():
+        if name != "HOME":
+            patch.setenv(name, value_of(release, entry))
+    return load(cls)
+
+
+def value_of(release: Release, entry: Object) -> str:
+    if "value" in entry:
+        assert isinstance(entry["value"], str)
+        return entry["value"]
+    if "resourceFieldRef" in entry["valueFrom"]:
+        assert entry["valueFrom"]["resourceFieldRef"] == {"resource": "limits.cpu"}
+        return CPU_LIMIT
+    reference = entry["valueFrom"]["secretKeyRef"]
+    secrets = [each for each in release.all("Secret") if each["metadata"]["name"] == reference["name"]]
+    known = {"url": "redis://kept.elsewhere:6379/0", "url-secret": "kept-elsewhere-as-well"}
+    return str((secrets[0]["stringData"] if secrets else known)[reference["key"]])
+
+
+@pytest.mark.parametrize("name", CI)
+def test_a_gateway_reads_its_settings(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    release = Release(ci_values(name))
+    keys = [
+        each["stringData"]["api-keys.json"] for each in release.all("Secret") if "-auth" in each["metadata"]["name"]
+    ]
+    path = tmp_path / "api-keys.json"
+    path.write_text(keys[0] if keys else json.dumps([{"name": "web", "key": "a-long-enough-secret"}]))
+    gateway = release.one("Deployment", "-gateway")
+    (mount,) = [each for each in container(gateway)["volumeMounts"] if each["name"] == "auth"]
+    told = env(gateway)["GATEWAY_API_KEYS_FILE"]
+    assert told["value"] == f"{mount['mountPath']}/api-keys.json"
+    told["value"] = str(path)
+
+    read = settings(GatewaySettings, release, gateway, monkeypatch)
+
+    assert [key.name for key in read.keys] == ["web"]
+    assert (read.host, read.port) == ("0.0.0.0", container(gateway)["ports"][0]["containerPort"])
+    assert read.url_secret is not None
+    assert read.base_url.startswith(("http://demo-fewstep-gateway.images.svc", "https://images.example.com"))
+
+
+@pytest.mark.parametrize("name", CI)
+def test_workers_read_their_settings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = Release(ci_values(name))
+    workers = [each for each in release.all("Deployment") if "-worker-" in each["metadata"]["name"]]
+    assert len(workers) == len(ci_values(name).get("pools", ["default"]))
+    for worker in workers:
+        with monkeypatch.context() as patch:
+            read = settings(WorkerSettings, release, worker, patch)
+        assert read.metrics_port == container(worker)["ports"][0]["containerPort"]
+        assert str(read.cache_dir) in {each["mountPath"] for each in container(worker)["volumeMounts"]}
+        assert worker["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] > read.drain_s + 5
+        assert read.threads == int(CPU_LIMIT)
+
+
+def test_a_distiller_reads_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = Release(ci_values("full"))
+    distiller = release.one("StatefulSet", "-distiller")
+    read = settings(DistillerSettings, release, distiller, monkeypatch)
+    mounted = {each["mountPath"] for each in container(distiller)["volumeMounts"]}
+    assert {str(read.work_dir), str(read.data_dir), read.registry_url} <= mounted
+    assert (read.max_processes, read.threads, read.nice) == (2, int(CPU_LIMIT), 0)
+
+
+def test_a_pool_has_what_it_says_and_the_rest_of_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = Release(ci_values("full"))
+    cpu, gpu = (release.one("Deployment", f"-worker-{pool}") for pool in ("cpu", "gpu"))
+    with monkeypatch.context() as patch:
+        read = settings(WorkerSettings, release, cpu, patch)
+        assert (read.backend, read.precision, read.deployments) == ("openvino", "bf16", ("shapes", "digits"))
+    with monkeypatch.context() as patch:
+        read = settings(WorkerSettings, release, gpu, patch)
+        assert (read.backend, read.precision, read.batch_sizes) == ("tensorrt", "auto", (1, 2, 4, 8))
+    assert container(cpu)["image"] == "registry.example.com/fewstep/fewstep-worker:0.1.0"
+    assert container(gpu)["image"].endswith(":0.1.0-tensorrt")
+    assert container(gpu)["resources"]["limits"] == {"cpu": "4", "memory": "8Gi", "nvidia.com/gpu": 1}
+    spec = gpu["spec"]["template"]["spec"]
+    assert (spec["runtimeClassName"], spec["tolerations"][0]["key"]) == ("nvidia", "nvidia.com/gpu")
+    assert "runtimeClassName" not in cpu["spec"]["template"]["spec"]
+
+
+def test_a_password_that_changes_brings_new_pods() -> None:
+    before, after = (with_values("minimal", redis={"password": password}) for password in ("one", "two"))
+    for old, new in zip(before.workloads, after.workloads, strict=True):
+        assert annotations(old)["checksum/secrets"] != annotations(new)["checksum/secrets"]
+
+
+def test_a_seed_for_other_values_is_another_job() -> None:
+    names = [
+        with_values("full", registry={"seed": seed}).all("Job")[0]["metadata"]["name"] for seed in ("shapes", "digits")
+    ]
+    assert names[0] != names[1]
+
+
+def annotations(workload: Object) -> dict[str, Any]:
+    found: dict[str, Any] = workload["spec"]["template"]["metadata"]["annotations"]
+    return found
