@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from engines import images, videos
-from engines.errors import FewstepError, InternalError
-from server.brokers.base import Broker, Emitted, Finished
-from server.messages import StepEvent
+from engines.errors import DeadlineExceeded, FewstepError, InternalError
+from server.brokers.base import Broker, Claim, Emitted, Finished
+from server.messages import StepEvent, ended_by
 from server.tickets import LatentRow, PictureRow, Ticket
 
 log = logging.getLogger(__name__)
@@ -183,3 +183,10 @@ def event(row: PictureRow | LatentRow, kind: Literal["step", "partial_image"]) -
         image_index=row.index,
         partial_index=partial_index,
     )
+
+
+def expired(claim: Claim) -> Finished:
+    """The answer of a request whose deadline has passed."""
+    request = claim.request
+    error = DeadlineExceeded(f"not done within its {request.budget_ms} ms: raise timeout_ms or try again later")
+    return Finished(claim, ended_by(request.id, "expired", error, request))

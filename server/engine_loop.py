@@ -64,6 +64,7 @@ class EngineLoop:
     # --- from any thread -------------------------------------------------------------------------
 
     def submit(self, tickets: Sequence[Ticket]) -> None:
+        """Their first step does not wait for their noise if that is drawn (`Ticket.draw`)."""
         self._inbox.put(lambda: self._admit(tickets))
 
     def drop(self, tickets: Sequence[Ticket]) -> None:
@@ -235,6 +236,8 @@ class EngineLoop:
 
     def _admit(self, tickets: Sequence[Ticket]) -> None:
         for ticket in tickets:
+            if ticket.over:  # dropped before it came
+                continue
             prompts = prompts_of(ticket)
             sources = sources_of(ticket)
             ticket.missing = len(prompts) + len(sources)

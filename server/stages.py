@@ -5,7 +5,7 @@ long as the same weights answer them; what follows an evaluation is done once pe
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -147,11 +147,12 @@ class Stages:
 
     def _state(self, row: PictureRow) -> State:
         if row.state is None:
-            ticket, seed = row.ticket, row.ticket.seed(row.index)
+            ticket = row.ticket
             if ticket.looked is None:
-                row.state = ticket.solver.start(noise(seed, 0, row.lane.shape).to(self.device))
+                begun = ticket.draw()[row.index]
+                row.state = begun if self.device == "cpu" else replace(begun, x=begun.x.to(self.device))
             else:
-                row.edit = Edit.of(ticket.looked, seed, ticket.first)
+                row.edit = Edit.of(ticket.looked, ticket.seed(row.index), ticket.first)
                 row.state = row.edit.begin(ticket.solver)
         return row.state
 

@@ -1,12 +1,14 @@
 """A claimed request inside a worker, and its rows between engine calls."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 from torch import Tensor
 
 from engines.editing import Edit, Looked
 from engines.manifest import Step, shown
+from engines.noise import noise
 from engines.solvers import Solver, State
 from engines.student import LoadedStudent
 from server.batcher import LaneKey, Row
@@ -35,6 +37,7 @@ class Ticket:
     teacher: LoadedStudent | None = None
     source: Source | None = None  # what is changed
     looked: Looked | None = None  # and what the VAE sees of it
+    drawn: list[State] = field(default_factory=list)  # see `draw`
     missing: int = 0  # prompts, and the picture to change, that are not encoded yet
     prompt: Embedding | None = None
     negative: Embedding | None = None  # of guided requests
@@ -96,6 +99,23 @@ class Ticket:
 
     def seed(self, index: int) -> int:
         return (self.claim.request.seed + index) % _SEEDS
+
+    @property
+    def undrawn(self) -> int:
+        """How many values `draw` will draw: none for a picture that is changed, which begins as it is."""
+        drawn = self.source is not None or self.drawn
+        return 0 if drawn else self.claim.request.n * prod(self.lane(self.first).shape)
+
+    def draw(self) -> list[State]:
+        """Where each picture begins, in the host's memory: noise, drawn once.
+
+        That takes no engine, so have it done before an engine's thread asks for it.
+        """
+        if not self.drawn:
+            shape = self.lane(self.first).shape
+            seeds = [self.seed(index) for index in range(self.claim.request.n)]
+            self.drawn = [self.solver.start(noise(seed, 0, shape)) for seed in seeds]
+        return self.drawn
 
     def begin(self, now_s: float) -> None:
         if self.begun_s is None:
@@ -201,6 +221,12 @@ class LatentRow(Row):
     latents: Tensor
     step: int
     partial_index: int | None = None
+
+
+def draw(tickets: Iterable[Ticket]) -> None:
+    for ticket in tickets:
+        if ticket.undrawn:
+            ticket.draw()
 
 
 LiveRow = PromptRow | SourceRow | PictureRow | LatentRow

@@ -77,7 +77,12 @@ async def test_an_answer_says_what_made_it_and_holds_its_pictures(up: Running) -
         same(await picture(up, "r1", i), alone[i])
 
 
-async def test_many_at_once_are_all_answered_with_their_own_picture(up: Running) -> None:
+@pytest.mark.parametrize("drawn_at_once", [None, 0], ids=["small latents", "latents drawn aside"])
+async def test_many_at_once_are_all_answered_with_their_own_picture(
+    up: Running, drawn_at_once: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if drawn_at_once is not None:
+        monkeypatch.setattr("server.worker._DRAWN_AT_ONCE", drawn_at_once)
     wanted = [(f"r{i}", i, (1, 4)[i % 2], ("a red circle", "two blue shapes")[i % 2]) for i in range(24)]
     requests = [up.request(name, seed=seed, steps=steps, prompt=prompt) for name, seed, steps, prompt in wanted]
     results = await asyncio.gather(*[up.answer(request) for request in requests])

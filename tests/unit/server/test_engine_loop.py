@@ -175,6 +175,17 @@ def test_a_canceled_request_takes_no_further_step(bench: Bench) -> None:
     assert list(bench.sink.pictures) == [("kept", 0)]
 
 
+def test_a_request_that_is_dropped_before_it_comes_never_begins(bench: Bench) -> None:
+    family = toy.ToyFamily()
+    student = toy.student(family)
+    dropped, other = bench.ticket(student, "dropped", prompt="a ring"), bench.ticket(student, "other")
+    bench.loop.drop([dropped])
+    bench.loop.submit([dropped, other])
+    with bench.running():
+        eventually(lambda: len(bench.sink.pictures) == 1)
+    assert family.calls == [("encode", 1), ("denoise", 1), ("decode", 1)]
+
+
 def test_a_request_is_over_too_when_all_of_it_has_left_the_engines(bench: Bench) -> None:
     dropped, failing = (bench.ticket(toy.student(), name) for name in ("dropped", "failing"))
     with bench.running():

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from server.batcher import LaneKey
 from server.prompt_cache import PromptCache
 from server.sources import Source
 from server.stages import Plans, Stages, give, partial_index, partial_steps, show
-from server.tickets import LatentRow, PictureRow, Ticket, latent_row, prompts_of, rows_of, sources_of
+from server.tickets import LatentRow, PictureRow, Ticket, draw, latent_row, prompts_of, rows_of, sources_of
 from tests.unit.server import toy
 
 
@@ -67,6 +68,20 @@ def test_rows_of_different_step_counts_share_calls(stages: Stages) -> None:
     student = toy.student(family)
     run(stages, encoded(stages, ticket(student, "a", steps=4), ticket(student, "b", steps=1)))
     assert [rows for stage, rows in family.calls if stage == "denoise"] == [2, 1, 1, 1]
+
+
+def test_a_picture_begins_with_the_noise_that_was_drawn_for_it_before(stages: Stages) -> None:
+    student = toy.student()
+    drawn, undrawn = ticket(student, "a", steps=2, n=2), ticket(student, "b", steps=2, n=2)
+    assert drawn.undrawn == 2 * prod(student.latent_shape)
+    draw([drawn])
+    assert drawn.undrawn == 0
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("server.tickets.noise", None)  # nothing is drawn from here on
+        begun = run(stages, encoded(stages, drawn))
+    pictures = run(stages, encoded(stages, undrawn))
+    assert torch.equal(begun["a0"], pictures["b0"])
+    assert torch.equal(begun["a1"], pictures["b1"])
 
 
 @pytest.mark.parametrize(("solver", "eta"), [("ddim", 1.0), ("ddim", 0.3), ("ab2", 0.0), ("unipc", 0.0)])
