@@ -72,6 +72,7 @@ class TrainerKeeper:
             self.folder, phase, fence=self.fence, threads=self.settings.threads, nice=self.settings.nice
         )
         process = TrainerProcess(told, self.folder / _LOG)
+        self.metrics.watch(self.job_id, process.usage)
         try:
             while (code := process.wait(_LOOK_S)) is None:
                 self._check()

@@ -5,6 +5,7 @@ what is missing. The state log is the only thing that says where the job stands 
 """
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -92,6 +93,7 @@ class JobRun:
             Interrupted, LeaseLost: the work ends here, the job does not.
             FewstepError: the job failed.
         """
+        self.around.metrics.entered(self.job.id, self.job.state, time.time())
         self._refuse_poison()
         self._refuse_crowds()
         preparation.check(self.spec)
@@ -207,6 +209,7 @@ class JobRun:
             tiers=publish.tiers if publish else {},
         )
         figures["teacher"]["at"] = self.result.get("teacher_at", {})
+        self.around.metrics.judged(self.job.id, figures)
         self._report(version, teacher, figures, verdict)
         return figures
 
@@ -263,6 +266,7 @@ class JobRun:
             return
         self.watch.check()
         self.job = self.records.move(self.job.id, state, fence=self.fence)
+        self.around.metrics.entered(self.job.id, state, time.time())
 
     def _note(self, **made: Any) -> None:
         self._still_ours()

@@ -12,12 +12,12 @@ from collections.abc import Callable
 
 import psutil
 import redis
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import start_http_server
 
 from distill_jobs.assessment import Assessor, chosen
 from distill_jobs.job_report import REPORT, render
 from distill_jobs.jobs import DistillJob, JobState
-from distill_jobs.metrics import DistillMetrics
+from distill_jobs.metrics import DistillMetrics, make
 from distill_jobs.queue import JobQueue, Lease
 from distill_jobs.run import JobRun, Surroundings
 from distill_jobs.settings import DistillerSettings
@@ -45,7 +45,7 @@ class Service:
         self.settings, self.registry, self.queue = settings, registry, queue
         queue.lease_s = settings.lease_s
         self.records = queue.records
-        self.metrics = metrics or DistillMetrics(CollectorRegistry())
+        self.metrics = metrics or make()
         self.metrics.follow(_Remembered(lambda: [job.state for job in self.records.all()]))
         self.owner = _identity()
 

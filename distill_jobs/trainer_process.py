@@ -5,10 +5,22 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import psutil
+
 Phase = Literal["prepare", "train"]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Of all processes of one life that are there now."""
+
+    cpu_s: float = 0.0
+    memory_bytes: int = 0
 
 
 class TrainerProcess:
@@ -30,6 +42,18 @@ class TrainerProcess:
             return self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             return None
+
+    def usage(self) -> Usage:
+        """Zero once it has ended."""
+        cpu_s, memory_bytes = 0.0, 0
+        with suppress(psutil.NoSuchProcess):
+            trainer = psutil.Process(self.pid)
+            for process in (trainer, *trainer.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):
+                    times = process.cpu_times()
+                    cpu_s += times.user + times.system
+                    memory_bytes += process.memory_info().rss
+        return Usage(cpu_s, memory_bytes)
 
     def checkpoint(self, grace_s: float) -> None:
         """Asks it to finish its step, save and go; kills it if that takes longer than `grace_s`."""

@@ -51,6 +51,10 @@ class DiskCache:
             self.evict(self.max_bytes)  # not under the lock: two builders would wait for each other
         return folder
 
+    def size_bytes(self) -> int:
+        """Of all entries."""
+        return sum(map(_size, self._entries()))
+
     def evict(self, max_bytes: int) -> list[str]:
         """Deletes the entries longest unused until at most `max_bytes` are left; what somebody reads or builds stays.
 

@@ -20,6 +20,7 @@ from server.metrics import Metrics
 log = logging.getLogger(__name__)
 LEASE_S = 5.0
 TOPIC = "deployments"
+ENDS = ("live", "dropped", "superseded")
 
 
 class Coordinator:
@@ -28,6 +29,8 @@ class Coordinator:
     ) -> None:
         self._deployment, self._timeout_s = deployment, timeout_s
         self._broker, self._registry, self._metrics = broker, registry, metrics
+        for state in ENDS:  # from zero on: the first one is an increase too
+            metrics.swaps.labels(deployment, state)
 
     async def coordinate(self, candidate: Candidate, seen_ms: int) -> bool:
         """Decides what becomes of a candidate, if that is ours to decide; whether it ended."""

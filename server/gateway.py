@@ -6,6 +6,7 @@ request is answered: where no worker ends it in time, the gateway does.
 
 import asyncio
 import logging
+import math
 import os
 import re
 import secrets
@@ -13,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
-from engines.errors import DeadlineExceeded, Gone, NotFound, Unavailable
+from engines.errors import DeadlineExceeded, Gone, NotFound, Overloaded, Unavailable
 from engines.manifest import shown
 from engines.registry.base import Registry
 from server import leases
@@ -34,6 +35,7 @@ from server.uploads import Unpacking
 _logger = logging.getLogger(__name__)
 _ATTEMPTS = 3  # a swap may retire a version between our look and the publish; three in a row do not happen
 _ANSWER_GRACE_S = 1.0  # workers end what is late; only then the gateway does
+_STORE_EVERY_S = 5.0
 _MAX_SEED = 2**63 - 1
 _ID = re.compile(r"^gen_([0-9a-f]{8})[0-9a-f]{20}$")  # the first eight digits are its Unix seconds
 
@@ -62,6 +64,10 @@ class Gateway:
         self.draining = False
         self._clock_s, self._now_s = clock_s, now_s
         self._background: set[asyncio.Task[Any]] = set()
+        self._store_seen_s = -math.inf
+        metrics.cancelled.labels("gateway")  # from zero on, so that the first one is an increase
+        for refusal in (Overloaded, Unavailable):
+            metrics.shed.labels(refusal.code)
 
     async def start(self) -> None:
         if self.settings.url_secret is None:
@@ -245,7 +251,7 @@ class Gateway:
         if result.status == "expired":
             self.metrics.deadline_missed.labels(ticket.model).inc()
         if result.status == "succeeded" and ticket.decision is not None:
-            self.metrics.request_seconds.labels(ticket.model, result.tier).observe(seconds)
+            self.metrics.request_seconds.labels(ticket.model, result.tier, shown(result.version)).observe(seconds)
             self._dispatcher.waited(ticket.decision, result.timing.queue_ms / 1000)
             if ticket.decision.work is not None:
                 self.latencies.add(ticket.decision.work, ticket.decision.wait_s, seconds * 1000)
@@ -253,6 +259,9 @@ class Gateway:
     def _looked(self, before: View, now: View) -> None:
         """Sets the gauges that belong to what is deployed, and removes those of what no longer is."""
         self._dispatcher.look()
+        if self._clock_s() - self._store_seen_s >= _STORE_EVERY_S:
+            self._store_seen_s = self._clock_s()
+            self._spawn(self._show_store())
         for name, queue in now.queues.items():
             for request_class in CLASSES:
                 self.metrics.waiting.labels(name, request_class).set(queue.waiting.get(request_class, 0))
@@ -263,7 +272,14 @@ class Gateway:
             for version in (set(earlier.manifests) if earlier else set()) - set(deployment.manifests):
                 self.metrics.forget_version(name, shown(version))
                 self.latencies.forget(name, version)
+            self.metrics.deadline_missed.labels(name)
             self._spawn(self._show_quality(name, list(deployment.manifests)))
+
+    async def _show_store(self) -> None:
+        if (store := await self.broker.store()) is not None:
+            self.metrics.redis_memory_bytes.set(store.memory_bytes)
+            self.metrics.redis_memory_limit_bytes.set(store.limit_bytes)
+            self.metrics.redis_durable.set(store.durable)
 
     async def _show_quality(self, deployment: str, versions: list[str]) -> None:
         for version in versions:

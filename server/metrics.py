@@ -44,7 +44,7 @@ class Metrics:
 
         self.requests = counter("requests_total", "Requests answered", "model", "tier", "status")
         self.request_seconds = histogram(
-            "request_seconds", "From HTTP request to answer", REQUEST_BUCKETS_S, "model", "tier"
+            "request_seconds", "From HTTP request to answer", REQUEST_BUCKETS_S, "model", "tier", "version"
         )
         self.queue_seconds = histogram(
             "queue_seconds", "From queue entry to first engine call", REQUEST_BUCKETS_S, "model"
@@ -56,6 +56,10 @@ class Metrics:
             "step_seconds", "One network evaluation of one batch", STAGE_BUCKETS_S, "model", "version", "backend"
         )
         self.batch_rows = histogram("batch_rows", "Network rows in one evaluation", ROW_BUCKETS, "model")
+        self.call_seconds = counter("call_seconds_total", "Engine time of live calls", "stage")
+        self.call_expected_seconds = counter(
+            "call_expected_seconds_total", "What the cost model said before each of those calls", "stage"
+        )
         self.steps = counter("steps_total", "Row steps done", "model", "version")
         self.judged = counter("judged_total", "Pictures of refine=redo: kept, or redone", "model", "verdict")
         self.waiting = gauge("waiting", "Requests queued and not claimed", "model", "class")
@@ -81,11 +85,16 @@ class Metrics:
             SWAP_BUCKETS_S,
             "model",
         )
+        self.engine_cache_bytes = gauge("engine_cache_bytes", "Compiled engines on this worker's disk")
+        self.engine_cache_limit_bytes = gauge("engine_cache_limit_bytes", "What they may take")
+        self.redis_memory_bytes = gauge("redis_memory_bytes", "Memory that Redis uses")
+        self.redis_memory_limit_bytes = gauge("redis_memory_limit_bytes", "What it may use; else its machine's memory")
+        self.redis_durable = gauge("redis_durable", "1 while Redis appends to its file and the last writes succeeded")
         self.student_quality = gauge("student_quality", "From the version's report", "model", "version", "metric")
 
     def forget_version(self, model: str, version: str) -> None:
         """Removes the series of a version that no longer serves."""
-        for family in (self.step_seconds, self.steps, self.model_info, self.student_quality):
+        for family in (self.request_seconds, self.step_seconds, self.steps, self.model_info, self.student_quality):
             _forget(family, model=model, version=version)
 
     def text(self) -> bytes:

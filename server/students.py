@@ -219,7 +219,12 @@ class Students:
         prompts = lane.stage == "encode" and not lane.shape  # pictures to change have one
         weight = len({row.prompt for row in rows}) if prompts else sum(row.network_rows for row in rows)
         if weight <= self._batches[-1]:
-            self.cost.observe(_key(lane), fitting(weight, self._batches), seconds, lone=lone and self.streams > 1)
+            key, size, lone = _key(lane), fitting(weight, self._batches), lone and self.streams > 1
+            expected_s = self.cost.lone_s(key, size) if lone else self.cost.seconds(key, size)
+            if expected_s is not None:
+                self._metrics.call_seconds.labels(lane.stage).inc(seconds)
+                self._metrics.call_expected_seconds.labels(lane.stage).inc(expected_s)
+            self.cost.observe(key, size, seconds, lone=lone)
 
     def call_s(self, lane: LaneKey, size: int) -> float | None:
         """What one call of a lane takes at a warmed size, measured."""

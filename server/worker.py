@@ -74,6 +74,7 @@ class Worker:
         meter: StallMeter | None = None,
     ) -> None:
         self._settings, self._broker, self._students, self._metrics = settings, broker, students, metrics
+        metrics.cancelled.labels("worker")  # from zero on, so that the first one is an increase
         self._loop = asyncio.get_running_loop()
         self._tickets: dict[str, Ticket] = {}
         self._claimed = count()

@@ -42,6 +42,8 @@ async def serve(settings: WorkerSettings) -> None:
         videos.check("mp4")  # what that imports would hold up requests later
     registry = open_registry(settings.registry_url)
     measured = metrics.make()
+    measured.engine_cache_bytes.set_function(DiskCache(settings.cache_dir).size_bytes)
+    measured.engine_cache_limit_bytes.set(settings.cache_bytes)
     broker = open_broker(
         settings.redis_url,
         new_identity(settings.id or "worker"),

@@ -163,6 +163,15 @@ class Answered:
     images: Sequence[bytes | None]
 
 
+@dataclass(frozen=True, slots=True)
+class Store:
+    """How the server keeps what it was given. `limit_bytes` is the memory of its machine where it has no own limit."""
+
+    memory_bytes: int
+    limit_bytes: int
+    durable: bool  # appends to a file, and the last writes succeeded
+
+
 class Broker(Protocol):
     """One process's view of the queues. All coroutines belong to one event loop."""
 
@@ -184,6 +193,9 @@ class Broker(Protocol):
 
     async def ping(self) -> bool:
         """Whether the server answers now, without retries."""
+
+    async def store(self) -> Store | None:
+        """None where that is the memory of this process."""
 
     # --- gateway ---------------------------------------------------------------------------------
 

@@ -41,6 +41,9 @@ class MemoryBroker(MemoryWorkerSide, MemorySwapSide):
     async def ping(self) -> bool:
         return True
 
+    async def store(self) -> None:
+        """The memory of this process."""
+
     async def publish(self, request: GenerateRequest, source: bytes | None = None) -> Entry:
         known = self._known(request.id)
         if known is not None:

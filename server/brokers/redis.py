@@ -34,6 +34,7 @@ from server.brokers._redis_link import Link
 from server.brokers._redis_replies import Replies
 from server.brokers._redis_swaps import SwapSide
 from server.brokers._redis_worker import WorkerSide
+from server.brokers.base import Store
 
 
 class RedisBroker(GatewaySide, WorkerSide, SwapSide):
@@ -81,3 +82,12 @@ class RedisBroker(GatewaySide, WorkerSide, SwapSide):
 
     async def ping(self) -> bool:
         return await self._link.ping()
+
+    async def store(self) -> Store:
+        info = dict(line.split(":", 1) for line in (await self._link.call("INFO")).decode().splitlines() if ":" in line)
+        return Store(
+            memory_bytes=int(info["used_memory"]),
+            limit_bytes=int(info["maxmemory"]) or int(info["total_system_memory"]),
+            durable=info["aof_enabled"] == "1"
+            and all(info[f"aof_last_{what}_status"] == "ok" for what in ("write", "bgrewrite")),
+        )

@@ -78,7 +78,7 @@ def test_metrics_count_what_was_answered(stack: GatewayStack) -> None:
     stack.client.post("/v1/generations", json={"prompt": "x", "tier": "low"})
     assert count() == before + 1
     text = stack.client.get("/metrics").text
-    assert 'fewstep_request_seconds_bucket{le="0.001",model="shapes",tier="low"}' in text
+    assert 'fewstep_request_seconds_bucket{le="0.001",model="shapes",tier="low",version=' in text
     assert "process_cpu_seconds_total" in text
 
 

@@ -370,3 +370,24 @@ async def test_the_url_chooses_the_broker() -> None:
     assert isinstance(open_broker("redis://localhost:1/0", "gateway"), RedisBroker)
     with pytest.raises(NotBuilt, match="Sentinel"):
         open_broker("redis+sentinel://localhost/mymaster", "gateway")
+
+
+async def test_it_says_what_memory_it_uses_and_whether_it_keeps_what_it_is_given() -> None:
+    server = RedisServer(aof=True, args=("--maxmemory", "64mb")).start()
+    hub = Hub(lambda identity, options: RedisBroker(server.url, identity, **options))
+    try:
+        gateway = await hub("gateway")
+        store = await gateway.store()
+        assert store is not None
+        assert 0 < store.memory_bytes < store.limit_bytes == 64 * 2**20
+        assert store.durable
+        with server.client() as client:
+            client.config_set("appendonly", "no")
+            client.config_set("maxmemory", 0)
+        store = await gateway.store()
+        assert store is not None
+        assert store.limit_bytes > 64 * 2**20
+        assert not store.durable
+    finally:
+        await hub.close()
+        server.close()

@@ -11,10 +11,11 @@ from distill_jobs.keeper import TrainerKeeper
 from distill_jobs.metrics import DistillMetrics
 from distill_jobs.records import JobRecords
 from distill_jobs.settings import DistillerSettings
-from distill_jobs.trainer_process import Phase
+from distill_jobs.trainer_process import Phase, TrainerProcess, Usage
 from distill_jobs.watch import Interrupted
 from engines.errors import Diverged, JobFailed
 from engines.registry.files import FilesRegistry
+from tests.eventually import eventually
 
 DIES = "import os, signal, sys; print('last words', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
 GETS_FURTHER_AND_DIES = (
@@ -111,3 +112,18 @@ def test_work_that_is_done_starts_nothing(tmp_path: Path) -> None:
     trainer = Trainer(tmp_path, DIES)
     trainer.keeper.run("train", lambda: True)
     assert trainer.lives == 0
+
+
+def test_a_trainer_says_what_it_uses_until_it_ends(tmp_path: Path) -> None:
+    process = TrainerProcess(
+        [sys.executable, "-c", "sum(range(10**6)); print('busy', flush=True); import time; time.sleep(60)"],
+        tmp_path / "log",
+    )
+    try:
+        eventually(lambda: (tmp_path / "log").read_text() == "busy\n" or process.wait(0) is not None, 10)
+        used = process.usage()
+    finally:
+        process.kill()
+    assert used.memory_bytes > 2**20
+    assert used.cpu_s > 0
+    assert process.usage() == Usage()

@@ -16,6 +16,7 @@ from distill_jobs.queue import JobQueue, connect
 from distill_jobs.records import JobRecords
 from distill_jobs.service import Service, _identity, _is_dead
 from distill_jobs.settings import DistillerSettings
+from distill_jobs.trainer_process import Usage
 from engines.registry.base import Registry
 from engines.registry.files import FilesRegistry
 from engines.registry.memory import MemoryRegistry
@@ -165,7 +166,10 @@ def test_the_metrics_count_jobs_by_state_as_they_are_now(server: RedisServer, tm
 def test_the_series_of_an_ended_job_are_gone(server: RedisServer, tmp_path: Path) -> None:
     made = service(server, FilesRegistry(str(tmp_path)), tmp_path)
     made.metrics.progress("dj_1", {"step": 3, "losses": {"student": 0.5}, "metrics": {"fd": 1.5}})
-    assert made.metrics.registry.get_sample_value("fewstep_distill_step", {"job": "dj_1"}) == 3
+    assert made.metrics.registry.get_sample_value("fewstep_distill_step", {"job_id": "dj_1"}) == 3
+    made.metrics.entered("dj_1", JobState.RUNNING, 1.0)
+    made.metrics.watch("dj_1", lambda: Usage(cpu_s=1.0, memory_bytes=2))
+    made.metrics.judged("dj_1", {"metrics": {"4": {"fd": 1.0}}, "teacher": {"fd": 1.0}})
     made.metrics.forget("dj_1")
     assert b"dj_1" not in generate_latest(made.metrics.registry)
 

@@ -176,3 +176,11 @@ def test_processes_that_build_and_evict_at_once_keep_the_limit_and_what_each_rea
         assert process.exitcode == 0
     sizes = [sum(f.stat().st_size for f in folder.rglob("*data")) for folder in tmp_path.iterdir() if folder.is_dir()]
     assert limit - 2 * 1001 <= sum(sizes) <= limit
+
+
+def test_its_size_is_that_of_its_entries_without_markers_and_locks(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path)
+    assert cache.size_bytes() == 0
+    kept = [cache.get("k", build("four")), cache.get("l", build("more!"))]
+    assert len(kept) == 2
+    assert cache.size_bytes() == len("four") + len("more!")

@@ -7,7 +7,8 @@ NAMES = (
     "cancelled_total shed_total deadline_missed_total tier_downgraded_total swap_seconds swap_stall_seconds "
     "swaps_total "
     "model_info embedding_cache_total student_quality resident_bytes resident_limit_bytes evictions_total "
-    "demand_load_seconds"
+    "demand_load_seconds call_seconds_total call_expected_seconds_total engine_cache_bytes engine_cache_limit_bytes "
+    "redis_memory_bytes redis_memory_limit_bytes redis_durable"
 )
 
 
@@ -33,6 +34,7 @@ def test_the_series_of_a_version_that_is_gone_are_removed() -> None:
     metrics.steps.labels("shapes", "a@1").inc()
     metrics.steps.labels("shapes", "b@2").inc()
     metrics.student_quality.labels("shapes", "a@1", "fd").set(3)
+    metrics.request_seconds.labels("shapes", "low", "a@1").observe(0.1)
     metrics.forget_version("shapes", "a@1")
     text = metrics.text().decode()
     assert "a@1" not in text
