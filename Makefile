@@ -105,7 +105,7 @@ bench-peers: install-dev $(VENV)-peers/.installed  ## beside FastAPI, LitServe, 
 bench-tensorrt: install-dev  ## seconds to build and size of TensorRT plans; on a GPU also refit against rebuild
 	$(BIN)/python -m bench.tensorrt $(ARGS)
 
-bench-gpu: install-dev  ## steps of SDXL-, Sana- and FLUX-shaped networks on a GPU, beside diffusers eager and compiled
+bench-gpu: install-dev  ## pictures through the gateway and steps of SDXL-, Sana- and FLUX-shaped students on a GPU, beside diffusers; stop and go on as you like
 	$(BIN)/python -m bench.gpu $(ARGS)
 
 teacher: install-dev  ## train the embedded teacher of shapes again (two hours), or of ARGS="--task digits"
