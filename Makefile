@@ -8,7 +8,7 @@ TORCH_PIP_ARGS ?=
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev system-packages demo test test-unit test-faults test-tensorrt test-gpu check fmt bench bench-serve bench-swap bench-soak bench-student bench-distill bench-searches bench-growth bench-policies bench-fidelity bench-peers bench-tensorrt bench-gpu teacher dashboards chart-files chart-test clean
+.PHONY: help install install-dev system-packages demo test test-unit test-faults test-tensorrt test-gpu check fmt bench bench-serve bench-swap bench-soak bench-student bench-distill bench-searches bench-growth bench-policies bench-fidelity bench-peers bench-tensorrt bench-gpu teacher dashboards chart-table chart-test clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -114,8 +114,8 @@ teacher: install-dev  ## train the embedded teacher of shapes again (two hours),
 dashboards: install-dev  ## write the Grafana dashboard anew
 	$(BIN)/python docker/grafana/dashboard.py
 
-chart-files: install-dev  ## copy dashboards and rules into the chart, and write the table of its values anew
-	$(BIN)/python -m helm.chart_files && $(BIN)/python -m helm.values_table
+chart-table: install-dev  ## write the table of the chart's values anew, from their comments
+	$(BIN)/python -m helm.values_table
 
 chart-test: install-dev system-packages  ## the Helm chart: rendered, validated at three versions of Kubernetes, linted, packaged, run
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/chart

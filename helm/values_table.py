@@ -1,4 +1,4 @@
-"""The table of values in helm/README.md, made from the comments of helm/fewstep/values.yaml: `make chart-files`.
+"""The table of values in helm/README.md, made from the comments of helm/fewstep/values.yaml: `make chart-table`.
 
 The comment right above a key is its description. A key without one has to be a group of keys that have some.
 """

@@ -68,21 +68,6 @@ def test_a_workload_selects_its_own_pods_alone() -> None:
         assert found == [workload["spec"]["template"]]
 
 
-def test_a_monitor_finds_what_it_scrapes_and_names_it_as_dashboards_do() -> None:
-    release = Release(ci_values("full"))
-    service = release.one("Service", "-gateway")
-    monitor = release.one("ServiceMonitor", "-gateway")
-    assert selects(monitor["spec"]["selector"], service["metadata"]["labels"])
-    assert monitor["spec"]["endpoints"][0]["port"] in {port["name"] for port in service["spec"]["ports"]}
-    for component in ("worker", "distiller"):
-        spec = release.one("PodMonitor", f"-{component}")["spec"]
-        pods = [pod for pod in release.pods if selects(spec["selector"], pod["metadata"]["labels"])]
-        assert {pod["metadata"]["labels"]["app.kubernetes.io/component"] for pod in pods} == {component}
-        endpoint = spec["podMetricsEndpoints"][0]
-        assert endpoint["port"] == pods[0]["spec"]["containers"][0]["ports"][0]["name"]
-        assert endpoint["relabelings"] == [{"targetLabel": "job", "replacement": f"fewstep-{component}"}]
-
-
 def test_a_gateway_is_forgotten_before_it_refuses_and_may_end_what_is_under_way() -> None:
     gateway = with_values("minimal", gateway={"preStopSeconds": 20, "drainSeconds": 3}).one("Deployment", "-gateway")
     assert container(gateway)["lifecycle"] == {"preStop": {"sleep": {"seconds": 20}}}
