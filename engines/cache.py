@@ -63,14 +63,21 @@ class DiskCache:
         with self._locked(_EVICTING, fcntl.LOCK_EX):  # one at a time: two would both make room for the same bytes
             for scratch in self.root.glob("*.tmp"):
                 self._delete_if_free(scratch, scratch.stem)
-            entries = sorted(self._entries(), key=_last_used)
-            sizes = {folder: _size(folder) for folder in entries}
-            total, gone = sum(sizes.values()), []
-            for folder in entries:
-                if total > max_bytes and self._delete_if_free(folder, folder.name):
-                    total -= sizes[folder]
-                    gone.append(folder.name)
-            return gone
+            return [name for name, _ in self._over(max_bytes, self._delete_if_free)]
+
+    def evictable(self, max_bytes: int) -> list[tuple[str, int]]:
+        """The names and bytes of what `evict` would delete now."""
+        return list(self._over(max_bytes, self._free))
+
+    def _over(self, max_bytes: int, take: Callable[[Path, str], bool]) -> Iterator[tuple[str, int]]:
+        """Entries longest unused that `take` could take, until at most `max_bytes` are left."""
+        entries = sorted(self._entries(), key=_last_used)
+        sizes = {folder: _size(folder) for folder in entries}
+        total = sum(sizes.values())
+        for folder in entries:
+            if total > max_bytes and take(folder, folder.name):
+                total -= sizes[folder]
+                yield folder.name, sizes[folder]
 
     def _build(self, key: str, build: Callable[[Path], None]) -> None:
         folder, scratch = self.root / key, self.root / f"{key}.tmp"
@@ -91,17 +98,30 @@ class DiskCache:
 
     def _delete_if_free(self, folder: Path, key: str) -> bool:
         try:
-            with (
-                self._locked(key, fcntl.LOCK_EX | fcntl.LOCK_NB),
-                (self.root / f"{key}.readers").open("ab") as readers,
-            ):
-                fcntl.flock(readers, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with self._alone(key):
                 (folder / _MARKER).unlink(missing_ok=True)
                 with contextlib.suppress(FileNotFoundError):  # since it was listed, its builder has moved or deleted it
                     shutil.rmtree(folder)
                 return True
         except BlockingIOError:
             return False
+
+    def _free(self, _: Path, key: str) -> bool:
+        try:
+            with self._alone(key):
+                return True
+        except BlockingIOError:
+            return False
+
+    @contextlib.contextmanager
+    def _alone(self, key: str) -> Iterator[None]:
+        """While nobody builds or reads `key`; raises BlockingIOError if somebody does."""
+        with (
+            self._locked(key, fcntl.LOCK_EX | fcntl.LOCK_NB),
+            (self.root / f"{key}.readers").open("ab") as readers,
+        ):
+            fcntl.flock(readers, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
 
     @contextlib.contextmanager
     def _locked(self, key: str, how: int) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 import typer
 
-from server.commands import calibrate, deployments, distill, imports, processes, stack, students
+from server.commands import calibrate, deployments, distill, gc, imports, processes, stack, students
 from server.commands.generate import generate
 from server.commands.terminal import one_sentence_errors
 
@@ -14,6 +14,7 @@ app = typer.Typer(
     help="Serve few-step image generators, and make them: distil, gate, swap, watch.",
 )
 _HERE, _USE, _PROCESSES = "On this machine", "Use a running system", "Single processes"
+_UPKEEP = "Keep a system"
 
 app.command(rich_help_panel=_HERE)(stack.up)
 app.command(rich_help_panel=_HERE)(stack.demo)
@@ -25,6 +26,7 @@ app.add_typer(students.app, name="students", rich_help_panel=_USE)
 app.command(rich_help_panel=_USE)(deployments.deployments)
 app.command(rich_help_panel=_USE)(deployments.promote)
 app.command(rich_help_panel=_USE)(deployments.rollback)
+app.command(rich_help_panel=_UPKEEP)(gc.gc)
 app.command(rich_help_panel=_PROCESSES)(processes.gateway)
 app.command(rich_help_panel=_PROCESSES)(processes.worker)
 app.command(rich_help_panel=_PROCESSES)(processes.distiller)

@@ -18,6 +18,7 @@ COMPOSITION_ROOTS = {
     "server/demo_report.py",
     "server/commands/processes.py",
     "server/commands/imports.py",
+    "server/commands/gc.py",
 }
 TORCH_FREE = (
     "server.app",

@@ -27,7 +27,7 @@ from engines.errors import (
     StudentNotFound,
 )
 from engines.manifest import VERSION, StudentManifest, parse, shown
-from engines.registry._names import candidate_file, job_file, plain, student_folder
+from engines.registry._names import candidate_file, fresh, job_file, plain, student_file, student_folder
 from engines.registry._store import Store
 from engines.registry.base import Candidate, Outcome, Revision, TierTarget
 
@@ -48,6 +48,10 @@ class KeyedRegistry:
         self._manifests: dict[str, StudentManifest] = {}
         self._records: dict[str, BaseModel] = {}
 
+    @property
+    def store(self) -> Store:
+        return self._store
+
     # --- blobs -----------------------------------------------------------------------------------
 
     def put_blob(self, data: bytes | Path) -> str:
@@ -57,10 +61,20 @@ class KeyedRegistry:
         return sha
 
     def _repair(self, sha: str, data: bytes | Path) -> None:
+        self._count_on(f"blobs/{sha}")
         try:
             self.blob_path(sha)
-        except CorruptBlob:
+        except (CorruptBlob, NotFound):
             self._store.replace(f"blobs/{sha}", data)
+
+    def _count_on(self, name: str) -> bool:
+        """Keeps retention from what is about to be referred to; False if there is none.
+
+        The mark is made before the look, and retention takes a thing away before it looks for the mark: whatever their
+        order, one of them sees the other.
+        """
+        self._store.replace(fresh(name), b"")
+        return self._store.exists(name)
 
     def has_blob(self, sha: str) -> bool:
         return self._store.exists(f"blobs/{plain(sha)}")
@@ -89,16 +103,27 @@ class KeyedRegistry:
     # --- students --------------------------------------------------------------------------------
 
     def publish(self, manifest: StudentManifest) -> str:
-        missing = sorted(sha for sha in manifest.blobs if not self.has_blob(sha))
+        for version in filter(None, (manifest.base, *manifest.parents)):
+            self._count_on_student(version)
+        missing = sorted(sha for sha in manifest.blobs if not self._count_on(f"blobs/{sha}"))
         if missing:
             raise NotFound(f"{shown(manifest.version)} names blobs that were not put: {', '.join(missing)}")
-        self._store.create(f"{student_folder(manifest.version)}/student.json", manifest.canonical())
+        self._store.create(student_file(manifest.version), manifest.canonical())
         return manifest.version
+
+    def _count_on_student(self, version: str) -> None:
+        """Of one that was read before; who never was is for those to refuse who will read it."""
+        match = VERSION.match(version)
+        if match is None or len(match["digest"]) < 64:  # a base may be anything that has a name
+            return
+        if not self._count_on(student_file(version)) and version in self._manifests:
+            del self._manifests[version]
+            raise StudentNotFound(f"{shown(version)} was removed a moment ago: import it again", param="student")
 
     def student(self, version: str) -> StudentManifest:
         full = self._resolve(version)
         if full not in self._manifests:
-            data = self._store.read(f"{student_folder(full)}/student.json")
+            data = self._store.read(student_file(full))
             if data is None:
                 raise StudentNotFound(f"there is no student {version!r}", param="student")
             _check(full.partition("@")[2], hashlib.sha256(data).hexdigest())
@@ -128,7 +153,7 @@ class KeyedRegistry:
         return sorted(full for full in found if self._published(full))
 
     def _published(self, full: str) -> bool:
-        return full in self._manifests or self._store.exists(f"{student_folder(full)}/student.json")
+        return self._store.exists(student_file(full))
 
     def put_report(self, version: str, report: Mapping[str, Any]) -> None:
         self._store.replace(self._beside(version, "report.json"), json.dumps(report, indent=1).encode())
@@ -191,6 +216,8 @@ class KeyedRegistry:
         base_revision: int,
         note: str = "",
     ) -> Candidate:
+        for version in {*allowed, *(target.student for target in tiers.values())}:
+            self._count_on_student(version)
         candidate = Candidate(
             deployment=plain(name),
             tiers=dict(tiers),

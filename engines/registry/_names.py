@@ -14,6 +14,15 @@ def plain(name: str) -> str:
     return name
 
 
+def fresh(name: str) -> str:
+    """A file whose age says when somebody last counted on `name`; the content of `name` is as old as it is."""
+    return f".fresh/{name}"
+
+
+def student_file(version: str) -> str:
+    return f"{student_folder(version)}/student.json"
+
+
 def student_folder(version: str) -> str:
     name, _, digest = version.partition("@")
     return f"students/{plain(name)}/{digest}"

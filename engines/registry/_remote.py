@@ -11,7 +11,7 @@ from pathlib import Path
 import fsspec
 
 from engines.errors import StoreUnsafe
-from engines.registry._store import scratch_folder, whole
+from engines.registry._store import Held, scratch_folder, whole
 
 _ROUNDS = 4
 
@@ -80,6 +80,35 @@ class RemoteStore:
 
     def folder(self, name: str) -> Path | None:
         return None
+
+    def held(self, folder: str) -> list[Held]:
+        base, found = self._path(folder), []
+        for path, info in self._fs.find(base, detail=True).items():
+            name = path[path.index(base) + len(base) + 1 :]
+            modified = self.modified_s(f"{folder}/{name}")
+            if modified is not None:
+                found.append(Held(name, info["size"], modified))
+        return found
+
+    def modified_s(self, name: str) -> float | None:
+        try:
+            return float(self._fs.modified(self._path(name)).timestamp())
+        except FileNotFoundError:
+            return None
+
+    def move(self, name: str, to: str) -> bool:
+        try:
+            self._fs.mv(self._path(name), self._path(to))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def remove(self, name: str) -> None:
+        self.forget(name)
+        try:
+            self._fs.rm_file(self._path(name))
+        except FileNotFoundError:
+            return
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"

@@ -12,9 +12,17 @@ import threading
 import time
 import weakref
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 _STALE_S = 24 * 3600.0
+
+
+class Held(NamedTuple):
+    """A name relative to the folder that was asked for; `modified_s` is seconds since 1970, by the store's clock."""
+
+    name: str
+    bytes: int
+    modified_s: float
 
 
 class Store(Protocol):
@@ -46,6 +54,18 @@ class Store(Protocol):
 
     def folder(self, name: str) -> Path | None:
         """The local folder itself, made if missing; None if the store is not a local one."""
+
+    def held(self, folder: str) -> list[Held]:
+        """All files below, each with its size and age. What goes meanwhile may be missing."""
+
+    def modified_s(self, name: str) -> float | None:
+        """When this was last written, by the store's clock."""
+
+    def move(self, name: str, to: str) -> bool:
+        """Gives the content the name `to`, in place of what has it; False if there is nothing to move."""
+
+    def remove(self, name: str) -> None:
+        """Nothing happens if it is not there."""
 
 
 class LocalStore:
@@ -114,6 +134,33 @@ class LocalStore:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
+    def held(self, folder: str) -> list[Held]:
+        found = []
+        for name in self.walk(folder):
+            try:
+                stat = (self._root / folder / name).stat()
+            except FileNotFoundError:
+                continue
+            found.append(Held(name, stat.st_size, stat.st_mtime))
+        return found
+
+    def modified_s(self, name: str) -> float | None:
+        try:
+            return (self._root / name).stat().st_mtime
+        except FileNotFoundError:
+            return None
+
+    def move(self, name: str, to: str) -> bool:
+        try:
+            os.replace(self._root / name, self._target(to))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def remove(self, name: str) -> None:
+        """Folders stay: a writer may be about to use one."""
+        (self._root / name).unlink(missing_ok=True)
+
     def _target(self, name: str) -> Path:
         target = self._root / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -151,6 +198,7 @@ class DictStore:
 
     def __init__(self) -> None:
         self._files: dict[str, bytes] = {}
+        self._written_s: dict[str, float] = {}
         self._lock = threading.Lock()
         self._copies: Path | None = None
 
@@ -158,16 +206,16 @@ class DictStore:
         with self._lock:
             if name in self._files:
                 return False
-            self._files[name] = whole(data)
+            self._put(name, whole(data))
             return True
 
     def replace(self, name: str, data: bytes | Path) -> None:
         with self._lock:
-            self._files[name] = whole(data)
+            self._put(name, whole(data))
 
     def append(self, name: str, data: bytes) -> None:
         with self._lock:
-            self._files[name] = self._files.get(name, b"") + data
+            self._put(name, self._files.get(name, b"") + data)
 
     def read(self, name: str) -> bytes | None:
         return self._files.get(name)
@@ -198,6 +246,34 @@ class DictStore:
 
     def folder(self, name: str) -> Path | None:
         return None
+
+    def held(self, folder: str) -> list[Held]:
+        names = self.walk(folder)
+        with self._lock:
+            full = {name: f"{folder}/{name}" for name in names}
+            return [
+                Held(name, len(self._files[path]), self._written_s[path])
+                for name, path in full.items()
+                if path in self._files
+            ]
+
+    def modified_s(self, name: str) -> float | None:
+        return self._written_s.get(name)
+
+    def move(self, name: str, to: str) -> bool:
+        with self._lock:
+            if name not in self._files:
+                return False
+            self._files[to], self._written_s[to] = self._files.pop(name), self._written_s.pop(name)
+            return True
+
+    def remove(self, name: str) -> None:
+        with self._lock:
+            self._files.pop(name, None)
+            self._written_s.pop(name, None)
+
+    def _put(self, name: str, data: bytes) -> None:
+        self._files[name], self._written_s[name] = data, time.time()
 
 
 def scratch_folder(owner: object) -> Path:
