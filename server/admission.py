@@ -62,7 +62,7 @@ def admit(load: Load, limits: Limits, *, budget_s: float) -> None:
         again_s = load.ready_in_s - allowed_s + limits.look_s
         raise Overloaded(
             f"the version that this request is for will be in memory in {load.ready_in_s:.1f} s and it may wait "
-            f"{allowed_s:.1f} s: try again in {again_s:.1f} s, or allow it more time",
+            f"{_told(allowed_s)}: try again in {again_s:.1f} s, or allow it more time",
             retry_after_s=again_s,
         )
     excess_s = load.wait_s - allowed_s
@@ -70,10 +70,14 @@ def admit(load: Load, limits: Limits, *, budget_s: float) -> None:
         # A queue shrinks only when requests end, a whole batch at a time, and is seen to have shrunk at the next look.
         again_s = load.stretch * (min(load.wait_s, excess_s + load.lump_s) + load.booked_s) + limits.look_s
         raise Overloaded(
-            f"the queue is {load.wait_s:.1f} s long and this request may wait {allowed_s:.1f} s: "
+            f"the queue is {_told(load.wait_s)} long and this request may wait {_told(allowed_s)}: "
             f"try again in {again_s:.1f} s, or allow it more time",
             retry_after_s=again_s,
         )
+
+
+def _told(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
 
 
 def unserved(loading: Loading | None) -> Unavailable:

@@ -54,7 +54,7 @@ class View:
         default_factory=dict
     )
     wanted: set[tuple[str, str]] = field(default_factory=set)  # announced since this look
-    published_s: dict[tuple[str, str], float] = field(default_factory=dict)  # by us since this look
+    published_s: dict[tuple[str, str], float] = field(default_factory=dict)  # by us since this look, less what ended
     published_by_s: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)  # the same by owner
 
 
@@ -210,14 +210,14 @@ class Catalog:
         queue = view.queues.get(deployment)
         ahead = CLASSES[: CLASSES.index(request_class) + 1]
         queued = sum(queue.cost_s.get(name, 0.0) for name in ahead) if queue else 0.0
-        return queued + sum(view.published_s.get((deployment, name), 0.0) for name in ahead)
+        return max(0.0, queued + sum(view.published_s.get((deployment, name), 0.0) for name in ahead))
 
     def _passed_s(self, deployment: str, request_class: RequestClass, owner: str, cost_s: float) -> float:
         """What waits in this class and yet comes after a new request of `owner`."""
         queue, key = self.view.queues.get(deployment), (deployment, request_class)
         owed = dict(queue.owed_s.get(request_class, {})) if queue else {}
         for name, more_s in self.view.published_by_s.get(key, {}).items():
-            owed[name] = owed.get(name, 0.0) + more_s
+            owed[name] = max(0.0, owed.get(name, 0.0) + more_s)
         return passed_s(owed, owner, cost_s)
 
     def published(self, deployment: str, request_class: RequestClass, cost_s: float, owner: str) -> None:
@@ -226,6 +226,10 @@ class Catalog:
         published[key] = published.get(key, 0.0) + cost_s
         by_owner = self.view.published_by_s.setdefault(key, {})
         by_owner[owner] = by_owner.get(owner, 0.0) + cost_s
+
+    def ended(self, deployment: str, request_class: RequestClass, cost_s: float, owner: str) -> None:
+        """Counts a request of ours as done: what may wait for milliseconds cannot go by a look of half a second ago."""
+        self.published(deployment, request_class, -cost_s, owner)
 
     # --- looking ---------------------------------------------------------------------------------
 

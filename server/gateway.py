@@ -111,7 +111,7 @@ class Gateway:
                 if status is not None:
                     return Ticket(request_id, status.deployment, timeout_ms / 1000, started_s, None)
         decision = await self._publish(intent, principal, request_id, timeout_ms)
-        return Ticket(request_id, decision.choice.deployment, timeout_ms / 1000, started_s, decision)
+        return Ticket(request_id, decision.choice.deployment, timeout_ms / 1000, started_s, decision, principal.owner)
 
     async def answer(self, ticket: Ticket) -> Answer:
         """Waits for the end of a request.
@@ -250,6 +250,8 @@ class Gateway:
         self.metrics.requests.labels(ticket.model, result.tier, result.status).inc()
         if result.status == "expired":
             self.metrics.deadline_missed.labels(ticket.model).inc()
+        if ticket.decision is not None:
+            self.catalog.ended(ticket.model, ticket.decision.request_class, ticket.decision.cost_s, ticket.owner)
         if result.status == "succeeded" and ticket.decision is not None:
             self.metrics.request_seconds.labels(ticket.model, result.tier, shown(result.version)).observe(seconds)
             self._dispatcher.waited(ticket.decision, result.timing.queue_ms / 1000)

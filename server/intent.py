@@ -52,6 +52,7 @@ class Ticket:
     budget_s: float
     started_s: float
     decision: Decision | None
+    owner: str = ""
 
     @property
     def choice(self) -> Choice | None:

@@ -71,7 +71,7 @@ class Bench:
     def _wanted(self, cells: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
         for cell in cells:
             for server in self.options.servers:
-                if servers.measures(server, MIXES[cell.mix]):
+                if servers.measures(server, MIXES[cell.mix], closed=cell.mode == "closed"):
                     yield cell, server
 
     def _lone(self) -> None:
@@ -113,6 +113,8 @@ class Bench:
         load: dict[str, Any] = {"mode": "closed", "concurrency": cell.amount}
         if cell.mode == "poisson":
             load = {"mode": "open", "rate": cell.amount / 100 * self._capacity(cell), "seed": seed}
+        if server == servers.TOLD:
+            running.within_ms = self.slo_ms()
         shape = self.options.closed if cell.mode == "closed" else self.options.poisson
         taken = window.take(running, asked, load, shape, self.options.folder / "load")
         made = window.figures(taken, self.slo_ms(), self._steps)

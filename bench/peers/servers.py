@@ -23,6 +23,9 @@ from bench.peers.pictures import Ask, Config
 from server.embedded import Stack, StackOptions, free_port
 
 FEWSTEP = "fewstep"
+TOLD = "fewstep told the SLO"
+"""The same, and each request's `timeout_ms` says when its answer is of no use any more. No peer has such a field."""
+OURS = (FEWSTEP, TOLD)
 OUT = "load.msgpack"
 PNG = b"\x89PNG\r\n\x1a\n"
 _PLAN, _LOG = "load.json", "log"
@@ -56,11 +59,13 @@ PEERS: Mapping[str, Peer] = {
 }
 FORMS = ("naive", "grouped")
 WORKERS = "fastapi workers"
-SERVERS = (FEWSTEP, *(f"{peer} {form}" for peer in PEERS for form in FORMS), WORKERS)
+SERVERS = (*OURS, *(f"{peer} {form}" for peer in PEERS for form in FORMS), WORKERS)
 
 
-def measures(server: str, mix: Mapping[str, float]) -> bool:
-    """Whether this server is measured under this mix, or its other form stands for it."""
+def measures(server: str, mix: Mapping[str, float], *, closed: bool = True) -> bool:
+    """Whether this server is measured under this mix, in a `closed` loop or not, or its other form stands for it."""
+    if server in OURS:
+        return server == FEWSTEP or not closed
     peer, _, form = server.partition(" ")
     return form != "grouped" or len(mix) > 1 or not PEERS[peer].alike
 
@@ -88,6 +93,7 @@ class Running:
     ) -> None:
         self.port, self._pids, self.config = port, list(pids), config
         self._fewstep, self._routed, self._prefix = fewstep, routed, prefix
+        self.within_ms: Mapping[str, float] = {}  # by kind, what Fewstep is told
 
     def path(self, asked: Ask) -> str:
         if self._fewstep:
@@ -98,7 +104,10 @@ class Running:
         if not self._fewstep:
             return msgspec.json.encode(asked).decode()
         kind = self.config.kinds[asked.kind]
-        return json.dumps({"model": kind.deployment, "prompt": asked.prompt, "seed": asked.seed, "steps": kind.steps})
+        body = {"model": kind.deployment, "prompt": asked.prompt, "seed": asked.seed, "steps": kind.steps}
+        if asked.kind in self.within_ms:
+            body["timeout_ms"] = int(self.within_ms[asked.kind])
+        return json.dumps(body)
 
     def generate(self, asked: Sequence[Ask], folder: Path, **load: Any) -> "subprocess.Popen[bytes]":
         """Starts the load generator, where it reaches this server; it writes `folder / OUT`."""
@@ -142,7 +151,7 @@ def serving(server: str, config: Config, folder: Path, python: Path) -> Iterator
         SystemExit: it did not answer in time; with the end of its log.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if server == FEWSTEP:
+    if server in OURS:
         with _fewstep(config, folder) as running:
             yield running
     else:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.machine import spread
-from bench.peers.servers import FEWSTEP
+from bench.peers.servers import FEWSTEP, OURS, TOLD
 from bench.peers.workloads import LONE, Cell, capacity_cell
 
 FIGURES = (
@@ -39,7 +39,7 @@ def cell(where: Cell, server: str, runs: Sequence[Mapping[str, Any]], ceilings: 
 
 def capacity(where: Cell, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
     """Images a second that the best peer made at the closed loop of this cell's mix: `runs` by server."""
-    rates = [statistics.median(run["images_per_s"] for run in mine) for name, mine in runs.items() if name != FEWSTEP]
+    rates = [statistics.median(run["images_per_s"] for run in mine) for name, mine in runs.items() if name not in OURS]
     if not any(rates):
         raise SystemExit(f"no peer answered at {capacity_cell(where).name}: nothing says how fast requests should come")
     return float(max(rates))
@@ -55,20 +55,20 @@ def summary(cells: Sequence[Mapping[str, Any]], wanted: Sequence[Cell]) -> dict[
     """None where a filter left out what a figure needs; `failing` names the cells that miss their goal."""
     found = {(one["workload"], one["load"], one["peer"]): one for one in cells}
 
-    def ours(where: Cell) -> Mapping[str, Any] | None:
-        return found.get((where.mix, where.load, FEWSTEP))
+    def ours(where: Cell, server: str = FEWSTEP) -> Mapping[str, Any] | None:
+        return found.get((where.mix, where.load, server))
 
     def theirs(where: Cell, figure: str) -> list[float]:
         return [
             one[figure]
             for (mix, load, peer), one in found.items()
-            if (mix, load) == (where.mix, where.load) and peer != FEWSTEP
+            if (mix, load) == (where.mix, where.load) and peer not in OURS
         ]
 
-    def ratios(where: Sequence[Cell], figure: str, best: Any) -> dict[str, float]:
+    def ratios(where: Sequence[Cell], figure: str, best: Any, server: str = FEWSTEP) -> dict[str, float]:
         made = {}
         for one in where:
-            mine, others = ours(one), theirs(one, figure)
+            mine, others = ours(one, server), theirs(one, figure)
             if mine is not None and others:
                 made[one.name] = round(mine[figure] / max(1e-9, best(others)), 4)
         return made
@@ -76,6 +76,7 @@ def summary(cells: Sequence[Mapping[str, Any]], wanted: Sequence[Cell]) -> dict[
     overload = [one for one in wanted if one.mode == "poisson" and one.mixed and one.amount >= 90]
     throughput = ratios(wanted, "images_per_s", max)
     goodput = ratios(overload, "goodput_per_s", max)
+    told = ratios(overload, "goodput_per_s", max, TOLD)
     urgent = ratios([one for one in wanted if one.mix == "90/10" and one.mode == "poisson"], "p95_1step_ms", min)
     slo = {
         one.name: mine["slo_attainment"]
@@ -93,11 +94,13 @@ def summary(cells: Sequence[Mapping[str, Any]], wanted: Sequence[Cell]) -> dict[
     return {
         "throughput_ratio_min": min(throughput.values(), default=None),
         "goodput_ratio_overload": min(goodput.values(), default=None),
+        "goodput_ratio_overload_told": min(told.values(), default=None),
         "p95_1step_ratio_90_10": max(urgent.values(), default=None),
         "slo_attainment_90": min(slo.values(), default=None),
         "lone_latency_extra_ms": extra,
         "throughput_ratios": throughput,
         "goodput_ratios": goodput,
+        "goodput_ratios_told": told,
         "p95_1step_ratios": urgent,
         "slo_attainments_90": slo,
         "failing": failing,

@@ -22,6 +22,7 @@ _COLUMNS = (
 _HEADLINES = (
     "throughput_ratio_min",
     "goodput_ratio_overload",
+    "goodput_ratio_overload_told",
     "p95_1step_ratio_90_10",
     "slo_attainment_90",
     "lone_latency_extra_ms",

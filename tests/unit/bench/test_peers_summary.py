@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from bench.peers import summary, table
-from bench.peers.servers import FEWSTEP
+from bench.peers.servers import FEWSTEP, TOLD
 from bench.peers.summary import FIGURES
 from bench.peers.workloads import CELLS, Cell
 
@@ -62,6 +62,7 @@ def test_every_ratio_is_against_the_best_peer_of_its_cell_and_the_worst_cell_cou
         cell(AT_90, FEWSTEP, images_per_s=90.0, goodput_per_s=80.0, slo_attainment=0.97),
         cell(AT_90, "fastapi grouped", images_per_s=90.0, goodput_per_s=40.0, slo_attainment=0.4),
         cell(AT_120, FEWSTEP, images_per_s=110.0, goodput_per_s=30.0),
+        cell(AT_120, TOLD, images_per_s=70.0, goodput_per_s=60.0),
         cell(AT_120, "fastapi grouped", images_per_s=100.0, goodput_per_s=25.0),
         cell(URGENT, FEWSTEP, images_per_s=10.0, p95_1step_ms=20.0),
         cell(URGENT, "fastapi grouped", images_per_s=10.0, p95_1step_ms=100.0),
@@ -71,6 +72,7 @@ def test_every_ratio_is_against_the_best_peer_of_its_cell_and_the_worst_cell_cou
     assert made["throughput_ratio_min"] == 0.9
     assert made["throughput_ratios"]["50/30/20, closed, 64 clients"] == 1.2
     assert made["goodput_ratio_overload"] == 1.2
+    assert made["goodput_ratio_overload_told"] == 2.4
     assert made["p95_1step_ratio_90_10"] == 0.4
     assert made["slo_attainment_90"] == 0.97
     assert made["lone_latency_extra_ms"] == 2.0  # plain FastAPI is the measure, not the fastest

@@ -1,4 +1,5 @@
 import itertools
+import json
 import math
 import re
 import statistics
@@ -8,7 +9,8 @@ import pytest
 
 from bench.load import arrivals
 from bench.peers import workloads
-from bench.peers.servers import FEWSTEP, PEERS, SERVERS, measures
+from bench.peers.pictures import Ask, Config, Kind
+from bench.peers.servers import FEWSTEP, PEERS, SERVERS, TOLD, Running, measures
 from bench.peers.workloads import CELLS, MIXES, QUICK, capacity_cell, requests
 
 ROOT = Path(__file__).parents[3]
@@ -61,11 +63,22 @@ def test_what_a_poisson_load_is_a_percent_of_is_measured_before_it(cells: tuple[
 
 def test_forms_that_are_the_same_on_one_kind_are_measured_once() -> None:
     one, mixed = MIXES["1-step"], MIXES["50/30/20"]
-    assert all(measures(server, mixed) for server in SERVERS)
+    assert all(measures(server, mixed) for server in SERVERS if server != TOLD)
     assert measures(FEWSTEP, one)
     assert not measures("litserve grouped", one)
     assert measures("fastapi grouped", one)  # which batches, where its naive form does not
     assert all(measures(f"{peer} naive", one) for peer in PEERS)
+
+
+def test_fewstep_is_measured_once_more_where_requests_say_when_their_answer_is_of_no_use_any_more() -> None:
+    assert measures(TOLD, MIXES["90/10"], closed=False)
+    assert not measures(TOLD, MIXES["90/10"])
+    kinds = {"1": Kind("shapes@1", 1, "shapes")}
+    config = Config(registry="", cache="", kinds=kinds, backend="eager", precision="fp32", batches=(1,), threads=1)
+    here = Running(1, [], config, fewstep=True)
+    assert "timeout_ms" not in json.loads(here.body(Ask("1", "a ring", 1)))
+    here.within_ms = {"1": 21.7}
+    assert json.loads(here.body(Ask("1", "a ring", 1)))["timeout_ms"] == 21
 
 
 @pytest.mark.parametrize("package", ENGINE_PACKAGES)

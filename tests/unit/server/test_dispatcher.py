@@ -228,6 +228,16 @@ async def test_what_this_gateway_has_published_since_it_looked_counts_for_its_ke
     assert here.decide(owner="new").wait_s < 0.1
 
 
+async def test_what_has_ended_since_this_gateway_looked_is_no_wait_any_more(desk: Callable[..., Desk]) -> None:
+    here = flooded(desk, calm=1.5)
+    with pytest.raises(Overloaded, match=r"the queue is 1\.5 s long"):
+        here.decide(budget_s=1.0, owner="calm")
+    here.catalog.ended("shapes", "normal", 1.0, "calm")
+    assert here.decide(budget_s=1.0, owner="calm").wait_s == pytest.approx(0.5)
+    here.catalog.ended("shapes", "normal", 1.0, "calm")  # a look that came between an end and word of it
+    assert here.decide(owner="calm").wait_s == 0
+
+
 async def test_where_nobody_says_whose_it_is_all_of_it_comes_first(desk: Callable[..., Desk]) -> None:
     here = flooded(desk, flood=100.0)
     here.catalog.view.queues["shapes"].owed_s.clear()
