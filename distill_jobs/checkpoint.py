@@ -17,6 +17,7 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
+from engines import space
 from engines.errors import LeaseLost
 
 logger = logging.getLogger(__name__)
@@ -50,20 +51,26 @@ def write(folder: Path, checkpoint: Checkpoint, *, fence: int = 0, keep: int = 2
 
     Raises:
         LeaseLost: a higher fence is on disk.
+        StorageFull: there is no room for it; those before it are whole.
     """
+    with space.needed(folder):
+        return _write_whole(folder, checkpoint, fence, keep)
+
+
+def _write_whole(folder: Path, checkpoint: Checkpoint, fence: int, keep: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{checkpoint.meta['stage']:02d}-{checkpoint.meta['iteration']:08d}-{fence:08d}"
     partial = folder / f".{name}.{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     data = save({key: value.detach().cpu().contiguous() for key, value in checkpoint.tensors.items()})
-    _write(partial / _TENSORS, data)
     meta = {**checkpoint.meta, "fence": fence, "sha256": hashlib.sha256(data).hexdigest()}
-    _write(partial / _META, json.dumps(meta, sort_keys=True).encode())
-    _sync(partial)
     try:
+        _write(partial / _TENSORS, data)
+        _write(partial / _META, json.dumps(meta, sort_keys=True).encode())
+        _sync(partial)
         _refuse_old(folder, fence)
-    except LeaseLost:
+    except (OSError, LeaseLost):
         shutil.rmtree(partial)
         raise
     shutil.rmtree(folder / name, ignore_errors=True)  # the same point of an earlier life

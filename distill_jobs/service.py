@@ -22,7 +22,7 @@ from distill_jobs.queue import JobQueue, Lease
 from distill_jobs.run import JobRun, Surroundings
 from distill_jobs.settings import DistillerSettings
 from distill_jobs.watch import Interrupted, Watch
-from engines.errors import FewstepError, InternalError, LeaseLost
+from engines.errors import FewstepError, InternalError, LeaseLost, StorageFull
 from engines.registry.base import Registry
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,9 @@ class Service:
             except redis.RedisError as error:
                 log.warning("redis is away", extra={"error": str(error)})
                 job = None
+            except StorageFull as error:
+                log.error("a job cannot be claimed", extra={"reason": error.message})
+                job = None
             if job is None:
                 idle += 1
                 stop.wait(self.settings.poll_s)
@@ -81,7 +84,10 @@ class Service:
                 self._interrupted(job, interrupted)
             except LeaseLost as error:
                 log.warning("somebody else owns this job now", extra={"job_id": job.id, "reason": str(error)})
+                self.metrics.forget(job.id)
                 return
+            except StorageFull as error:
+                self._out_of_space(job, error)
             except FewstepError as error:
                 self._failed(job, error)
             except Exception:
@@ -95,13 +101,23 @@ class Service:
         elif interrupted.why == "pause":
             self._settle(job, JobState.PAUSED)
 
+    def _out_of_space(self, job: DistillJob, error: StorageFull) -> None:
+        """Its last checkpoint is whole: it waits for somebody who makes room and resumes it, rather than fail."""
+        log.error("a job has no space left", extra={"job_id": job.id, "reason": error.message})
+        if self._can_pause(job.id):
+            self._settle(job, JobState.PAUSED, note=error.message)
+        else:
+            self._failed(job, error)
+
     def _failed(self, job: DistillJob, error: FewstepError) -> None:
         log.warning("a job failed", extra={"job_id": job.id, "code": error.code, "reason": error.message})
         self._settle(job, JobState.FAILED, error={"code": error.code, "message": error.message})
 
-    def _settle(self, job: DistillJob, state: JobState, error: dict[str, str] | None = None) -> None:
+    def _settle(
+        self, job: DistillJob, state: JobState, error: dict[str, str] | None = None, note: str | None = None
+    ) -> None:
         try:
-            self.records.move(job.id, state, fence=job.fence, error=error)
+            self.records.move(job.id, state, fence=job.fence, error=error, note=note)
         except FewstepError as refused:
             log.warning("could not settle a job", extra={"job_id": job.id, "reason": refused.message})
 

@@ -10,12 +10,18 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
+import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path, PosixPath
+
+from engines import space
+
+log = logging.getLogger(__name__)
 
 _MARKER = "complete.json"
 _EVICTING = "evicting"  # no key: those are hashes
@@ -39,8 +45,24 @@ class DiskCache:
     def get(self, key: str, build: Callable[[Path], None]) -> Path:
         """The folder of `key`, made by `build(empty folder)` if there is no whole one. Read it only.
 
-        It stays as long as this very object lives: keep it while you read, and not only a path made from it.
+        It stays as long as this very object lives: keep it while you read, and not only a path made from it. Where the
+        disk is full even without what nobody reads, it is made in a temporary folder, for this object alone.
         """
+        try:
+            return self._kept(key, build)
+        except Exception as error:
+            if not space.is_full(error, self.root):
+                raise
+            log.warning("the engine cache is full", extra={"root": str(self.root), "error": str(error)})
+        self.evict(0)
+        try:
+            return self._kept(key, build)
+        except Exception as error:
+            if not space.is_full(error, self.root):
+                raise
+        return _unkept(build)
+
+    def _kept(self, key: str, build: Callable[[Path], None]) -> Path:
         folder = _Entry(self.root / key)
         with self._locked(key, fcntl.LOCK_EX):
             if missing := not _whole(folder):
@@ -84,10 +106,15 @@ class DiskCache:
         for old in (scratch, folder):
             shutil.rmtree(old, ignore_errors=True)
         scratch.mkdir()
-        build(scratch)
-        hashes = {str(path.relative_to(scratch)): _hash(path, sync=True) for path in _files(scratch)}
-        scratch.rename(folder)
-        _write_synced(folder / _MARKER, json.dumps(hashes, sort_keys=True).encode())
+        try:
+            build(scratch)
+            hashes = {str(path.relative_to(scratch)): _hash(path, sync=True) for path in _files(scratch)}
+            scratch.rename(folder)
+            _write_synced(folder / _MARKER, json.dumps(hashes, sort_keys=True).encode())
+        except OSError:
+            for half in (scratch, folder):  # what fills a disk must not stay there
+                shutil.rmtree(half, ignore_errors=True)
+            raise
         _sync_folder(folder)
         _sync_folder(self.root)
 
@@ -131,6 +158,14 @@ class DiskCache:
 
     def _entries(self) -> list[Path]:
         return [path for path in self.root.iterdir() if path.is_dir() and not path.name.endswith(".tmp")]
+
+
+def _unkept(build: Callable[[Path], None]) -> Path:
+    made = tempfile.mkdtemp(prefix="fewstep-engine-")
+    folder = _Entry(made)
+    weakref.finalize(folder, shutil.rmtree, made, ignore_errors=True)
+    build(folder)
+    return folder
 
 
 def _whole(folder: Path) -> bool:

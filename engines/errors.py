@@ -40,6 +40,7 @@ FewstepError
 ├── JobFailed                 job_failed
 │   └── Diverged              diverged
 ├── LeaseLost                 lease_lost             (somebody else owns this now: stop writing)
+├── StorageFull               storage_full           (a disk is full: which; what was there before is whole)
 ├── StoreUnsafe               store_unsafe           (the store cannot promise exclusive creation)
 └── InternalError             internal_error
 """
@@ -214,6 +215,10 @@ class Diverged(JobFailed):
 
 class LeaseLost(FewstepError):
     code = "lease_lost"
+
+
+class StorageFull(FewstepError):
+    code = "storage_full"
 
 
 class StoreUnsafe(FewstepError):

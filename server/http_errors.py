@@ -48,6 +48,7 @@ TABLE: dict[type[errors.FewstepError], Answer] = {
     errors.Unavailable: Answer(503, "overloaded_error", retry=True),
     errors.MemoryExceeded: Answer(503, "server_error", retry=False),
     errors.DeadlineExceeded: Answer(504, "timeout_error", retry=False),
+    errors.StorageFull: Answer(507, "server_error", retry=False),
     errors.NotBuilt: Answer(501, "server_error", retry=False),
     errors.RequestPoisoned: Answer(500, "server_error", retry=False),
     errors.FewstepError: _SERVER,

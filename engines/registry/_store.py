@@ -14,6 +14,8 @@ import weakref
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from engines import space
+
 _STALE_S = 24 * 3600.0
 
 
@@ -97,11 +99,14 @@ class LocalStore:
         _fsync_folder(target.parent)
 
     def append(self, name: str, data: bytes) -> None:
-        fd = os.open(self._target(name), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(fd, data)
-        finally:
-            os.close(fd)
+        with space.needed(self._root), self._target(name).open("ab", buffering=0) as file:
+            before = os.fstat(file.fileno()).st_size
+            try:
+                if file.write(data) < len(data):
+                    raise space.full(self._root)
+            except BaseException:
+                file.truncate(before)  # half a line would spoil the next one too
+                raise
 
     def read(self, name: str) -> bytes | None:
         try:
@@ -163,25 +168,32 @@ class LocalStore:
 
     def _target(self, name: str) -> Path:
         target = self._root / name
-        target.parent.mkdir(parents=True, exist_ok=True)
+        with space.needed(self._root):
+            target.parent.mkdir(parents=True, exist_ok=True)
         return target
 
     def _write(self, data: bytes | Path) -> Path:
         """A new temporary file, on the disk for good."""
-        fd, path = tempfile.mkstemp(dir=self._tmp)
-        with os.fdopen(fd, "wb") as file:
-            if isinstance(data, Path):
-                with data.open("rb") as source:
-                    shutil.copyfileobj(source, file, 1 << 20)
-            else:
-                file.write(data)
-            file.flush()
-            os.fchmod(file.fileno(), 0o644)
-            os.fsync(file.fileno())
-        return Path(path)
+        with space.needed(self._root):
+            fd, path = tempfile.mkstemp(dir=self._tmp)
+            try:
+                with os.fdopen(fd, "wb") as file:
+                    if isinstance(data, Path):
+                        with data.open("rb") as source:
+                            shutil.copyfileobj(source, file, 1 << 20)
+                    else:
+                        file.write(data)
+                    file.flush()
+                    os.fchmod(file.fileno(), 0o644)
+                    os.fsync(file.fileno())
+            except BaseException:
+                Path(path).unlink()
+                raise
+            return Path(path)
 
     def _link(self, written: Path, target: Path) -> None:
-        os.link(written, target)
+        with space.needed(self._root):
+            os.link(written, target)
 
     def _sweep(self) -> None:
         """Removes what writers that were killed have left behind, once it is surely nobody's."""

@@ -17,6 +17,8 @@ from distill_jobs.records import JobRecords
 from distill_jobs.service import Service, _identity, _is_dead
 from distill_jobs.settings import DistillerSettings
 from distill_jobs.trainer_process import Usage
+from engines.errors import StorageFull
+from engines.manifest import StudentManifest
 from engines.registry.base import Registry
 from engines.registry.files import FilesRegistry
 from engines.registry.memory import MemoryRegistry
@@ -121,6 +123,21 @@ def test_an_error_of_ours_fails_the_job_and_not_the_service(server: RedisServer,
     assert (state, error["code"]) == (JobState.FAILED, "internal_error")
 
 
+class _Full(FilesRegistry):
+    """Has no room for whatever becomes of its students."""
+
+    def student(self, version: str) -> StudentManifest:
+        raise StorageFull("no space is left")
+
+
+def test_a_job_without_space_is_paused_and_says_why(server: RedisServer, tmp_path: Path) -> None:
+    made = service(server, _Full(str(tmp_path)), tmp_path)
+    state, error = run(made, SPEC)
+    assert (state, error) == (JobState.PAUSED, None)
+    assert made.records.all()[0].log[-1].note == "no space is left"
+    assert made.queue.claim("another") is None
+
+
 def test_a_stopping_service_leaves_the_job_to_the_next_at_once(server: RedisServer, tmp_path: Path) -> None:
     made, stop = service(server, FilesRegistry(str(tmp_path)), tmp_path), threading.Event()
     stop.set()
@@ -151,8 +168,10 @@ def test_who_lost_the_job_writes_nothing_more(server: RedisServer, tmp_path: Pat
     assert mine is not None
     made.records.claim(job_id, "another")
     before = made.records.get(job_id).log
+    made.metrics.progress(job_id, {"step": 3})
     made.run_one(mine, threading.Event())
     assert made.records.get(job_id).log == before
+    assert job_id not in generate_latest(made.metrics.registry).decode()
 
 
 def test_the_metrics_count_jobs_by_state_as_they_are_now(server: RedisServer, tmp_path: Path) -> None:

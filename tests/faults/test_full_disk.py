@@ -1,0 +1,123 @@
+"""Disks that really are full: a tmpfs of a megabyte or two, which only root can mount."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill_jobs import checkpoint
+from distill_jobs.checkpoint import Checkpoint
+from distill_jobs.records import JobRecords
+from engines.cache import DiskCache
+from engines.errors import StorageFull
+from engines.registry.files import FilesRegistry
+from tests.contract.test_registry import manifest_of, revision_of
+
+MIB = 2**20
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """Two megabytes."""
+    if os.geteuid():
+        pytest.skip("mounting a tmpfs needs root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(disk: Path, leave: int = 0) -> Path:
+    """Takes all but `leave` bytes."""
+    path = disk / "filler"
+    with path.open("wb") as file:
+        free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+        file.write(b"\1" * max(free - leave, 0))
+    return path
+
+
+def used(disk: Path) -> set[str]:
+    return {path.relative_to(disk).as_posix() for path in disk.rglob("*") if path.is_file()}
+
+
+class TestRegistry:
+    def test_a_publication_is_refused_and_what_was_published_serves_on(self, disk: Path) -> None:
+        registry = FilesRegistry(disk)
+        version = registry.publish(manifest_of(registry))
+        registry.commit(revision_of(1, version))
+        before = used(disk)
+        with pytest.raises(StorageFull, match="no space is left for"):
+            registry.put_blob(os.urandom(3 * MIB))
+        assert used(disk) == before, "what filled the disk has gone again"
+        fill(disk)
+        with pytest.raises(StorageFull):
+            registry.commit(revision_of(2, version))
+        with pytest.raises(StorageFull):
+            registry.publish(manifest_of(registry, text="other"))
+        again = FilesRegistry(disk)
+        assert again.current("shapes") == revision_of(1, version)
+        assert all(again.read_blob(sha) for sha in again.student(version).blobs)
+        (disk / "filler").unlink()
+        registry.commit(revision_of(2, version))
+        registry.publish(manifest_of(registry, text="other"))
+
+    def test_events_stay_whole_lines(self, disk: Path) -> None:
+        records = JobRecords(FilesRegistry(disk))
+        job = records.create({"a": 1})
+        fill(disk)
+        said = 1
+        with pytest.raises(StorageFull):  # noqa: PT012 - the page that the file has is filled first
+            while True:
+                records.event(job.id, "note", message="x" * 1000)
+                said += 1
+        (disk / "filler").unlink()
+        records.event(job.id, "note", message="after")
+        events = records.events(job.id)
+        assert len(events) == said + 1
+        assert events[-1]["message"] == "after"
+
+
+class TestCheckpoints:
+    def test_one_that_has_no_room_leaves_the_one_before(self, disk: Path) -> None:
+        small, large = torch.ones(1000), torch.ones(MIB)
+        checkpoint.write(disk, Checkpoint({"x": small}, {"stage": 0, "iteration": 1}))
+        before = used(disk)
+        with pytest.raises(StorageFull, match="no space is left"):
+            checkpoint.write(disk, Checkpoint({"x": large}, {"stage": 0, "iteration": 2}))
+        assert used(disk) == before
+        found = checkpoint.load_latest(disk)
+        assert found is not None
+        assert found.meta["iteration"] == 1
+        assert torch.equal(found.tensors["x"], small)
+
+
+class TestEngineCache:
+    def test_what_nobody_reads_makes_room(self, disk: Path) -> None:
+        cache = DiskCache(disk)
+        cache.get("idle", lambda folder: _built(folder, MIB))
+        folder = cache.get("new", lambda folder: _built(folder, MIB + MIB // 2))
+        assert folder.parent == disk
+        assert not (disk / "idle").exists()
+
+    def test_an_engine_is_made_elsewhere_where_there_is_no_room_at_all(self, disk: Path) -> None:
+        cache = DiskCache(disk)
+        reading = cache.get("read", lambda folder: _built(folder, MIB))
+        fill(disk)
+        folder = cache.get("new", lambda folder: _built(folder, MIB))
+        assert (folder / "engine").stat().st_size == MIB
+        assert disk not in folder.parents
+        assert (reading / "engine").exists()
+        assert cache.get("read", lambda _: pytest.fail("it is there")) == reading
+        made = Path(folder)
+        del folder
+        assert not made.exists()
+
+
+def _built(folder: Path, size: int) -> None:
+    (folder / "engine").write_bytes(b"\1" * size)
