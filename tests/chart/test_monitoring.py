@@ -2,9 +2,12 @@
 
 import json
 
+import yaml
+
 from tests.chart.release import CHART, Release, ci_values, selects
 
-DASHBOARDS = CHART.parents[1] / "docker" / "grafana" / "dashboards"
+DOCKER = CHART.parents[1] / "docker"
+DASHBOARDS = DOCKER / "grafana" / "dashboards"
 
 
 def test_a_monitor_finds_what_it_scrapes_and_names_it_as_dashboards_do() -> None:
@@ -27,4 +30,10 @@ def test_every_dashboard_is_in_a_config_map_for_grafana() -> None:
     assert all(each["metadata"]["labels"]["grafana_dashboard"] == "1" for each in maps)
     found = {name: json.loads(text) for each in maps for name, text in each["data"].items()}
     assert found == {path.name: json.loads(path.read_text()) for path in DASHBOARDS.glob("*.json")}
+    assert found
+
+
+def test_every_alert_is_in_a_rule_of_the_operator_as_it_is() -> None:
+    found = [each["spec"] for each in Release(ci_values("full")).all("PrometheusRule")]
+    assert found == [yaml.safe_load(path.read_text()) for path in sorted(DOCKER.glob("prometheus/rules/*.yml"))]
     assert found
