@@ -148,10 +148,12 @@ def _joined(weights: Mapping[str, Sequence[Path]]) -> Path | bytes:
 
 
 def family_of(pipeline: str) -> str:
+    """One that inpaints is of the family of the pipeline without."""
     known = {plugins.load("engines.families", name, "PIPELINE"): name for name in plugins.names("engines.families")}
-    if pipeline not in known:
+    plain = pipeline.replace("InpaintPipeline", "Pipeline")
+    if plain not in known:
         raise NotBuilt(f"no file of engines/families is for {pipeline}: there are {', '.join(sorted(known))}; add one")
-    return known[pipeline]
+    return known[plain]
 
 
 def reads_configs(directory: Path, folders: Mapping[str, Sequence[str]]) -> ReadFile:

@@ -7,6 +7,7 @@ from typing import Any
 from engines import plugins, scheduler
 from engines.artefact import export_diffusers
 from engines.errors import NotBuilt
+from engines.families.sd import INPAINTING, latent_channels
 from engines.registry.base import Registry
 
 SAMPLING = "sampling.json"
@@ -29,6 +30,9 @@ def export_pipeline(registry: Registry, version: str, directory: Path) -> None:
     export_diffusers(registry, version, directory)
     index: dict[str, Any] = dict(plugins.load("engines.families", manifest.family, "INDEX"))
     vae = json.loads((directory / "vae" / "config.json").read_bytes())
+    unet = json.loads((directory / "unet" / "config.json").read_bytes())
+    if latent_channels(unet) != unet["in_channels"]:
+        index["_class_name"] = INPAINTING
     index |= {"scheduler": ["diffusers", scheduler.SCHEDULER], "vae": ["diffusers", vae["_class_name"]]}
     _write(directory / "model_index.json", index)
     _write(directory / "scheduler" / "scheduler_config.json", sampled[max(sampled)].config)

@@ -19,7 +19,7 @@ from engines import memory, plugins, process
 from engines.backends.base import SCALED, Choice, Engine, Padded, Precision, Profile, device_of, load_backend
 from engines.cache import DiskCache
 from engines.errors import GraphMismatch, InvalidRequest
-from engines.families.base import PICTURES
+from engines.families.base import PICTURES, SEEN
 from engines.graph import ComponentGraph, GraphStore, spec
 from engines.manifest import Component, StudentManifest, shown
 from engines.parts import EngineKey, Parts, load_weights, reader
@@ -140,6 +140,8 @@ class Loader:
         parts = self._held[manifest.version]
         for role, key in parts.keys.items():
             self._ensure(key, parts.graphs[role], manifest.components[role])
+        if any(SEEN in graph.inputs for graph in parts.graphs.values()):
+            self.pictures(manifest)  # what is seen where nothing is given is encoded too
         with self._lock:  # what is replaced is so before this, or after it and then only having tried this student
             scaled = not self._specialised.isdisjoint(parts.keys.values())
             engines = self._own(parts)
@@ -352,6 +354,7 @@ class Loader:
             tokenizer=make.tokenizer(reader(self.registry, manifest), sorted(manifest.components["encoder"].files)),
             inputs=manifest.inputs,
             pictures=partial(self.pictures, manifest),
+            downscale=manifest.downscale,
         )
         made = process.make(manifest.process)
         return LoadedStudent(manifest, family, made, self.choice.backend, precision)

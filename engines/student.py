@@ -204,6 +204,7 @@ class Run:
             [step.w] * rows,
             negative=None if self._negative is None else self._negative[self._left],
             net=step.net,
+            seen=None if self._edits is None else [self._edits[row].seen for row in self._left],
         )
         fresh = self._fresh(state.i) if self._solver.needs_noise(state) else None
         after = self._solver.advance(state, pred, fresh)

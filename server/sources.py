@@ -39,9 +39,14 @@ class Source:
         """fp32 [3, H, W] in 0..255."""
         return torch.from_numpy(self.picture.transpose(2, 0, 1).astype(np.float32))
 
+    @property
+    def edited(self) -> Tensor | None:
+        """bool [H, W]: what may change; None: everything."""
+        return None if self.stays is None else torch.from_numpy(self.stays < CHANGES_BELOW)
+
     def changes(self, downscale: int) -> Tensor | None:
         """[1, h, w] of the latents: 1 where the picture may change."""
-        return None if self.stays is None else changes_of(torch.from_numpy(self.stays < CHANGES_BELOW), downscale)
+        return None if self.edited is None else changes_of(self.edited, downscale)
 
     def kept(self, made: Any) -> Any:
         """What was made, uint8 [3, H, W], under what stays of the picture: the VAE moves pixels that no mask opens."""

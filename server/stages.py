@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engines.editing import Edit, Looked
+from engines.editing import Edit, Looked, without
 from engines.manifest import Step
 from engines.noise import noise
 from engines.noising import over
@@ -98,17 +98,20 @@ class Stages:
     def look(self, rows: Sequence[SourceRow]) -> list[Looked]:
         """What the VAE sees of the picture that each row's ticket changes. `show` it to them."""
         sources = [cast(Source, row.ticket.source) for row in rows]
-        levels = torch.stack([source.levels for source in sources]).to(self.device)
         student = rows[0].ticket.student
+        reading = [k for k, row in enumerate(rows) if row.ticket.student.family.sees]
+        beneath = [without(sources[k].levels, sources[k].edited) for k in reading]
+        levels = torch.stack([*(source.levels for source in sources), *beneath]).to(self.device)
         latents, deviation = student.family.look(levels)
+        seen = [
+            Looked(latents[i].to(self.device), None if deviation is None else deviation[i].to(self.device))
+            for i in range(len(levels))
+        ]
         changes = [source.changes(student.manifest.downscale) for source in sources]
+        under = dict(zip(reading, seen[len(rows) :], strict=True))
         return [
-            Looked(
-                latents[i].to(self.device),
-                None if deviation is None else deviation[i].to(self.device),
-                None if where is None else where.to(self.device),
-            )
-            for i, where in enumerate(changes)
+            replace(seen[k], changes=None if where is None else where.to(self.device), beneath=under.get(k))
+            for k, where in enumerate(changes)
         ]
 
     @torch.inference_mode()
@@ -130,6 +133,7 @@ class Stages:
                 [step.w for step in steps],
                 negative=self._negative(rows, steps),
                 net=steps[0].net,
+                seen=[row.edit.seen if row.edit else None for row in rows],
             )
         )
         after, estimates = list(states), dict[int, Tensor]()

@@ -381,3 +381,23 @@ def imported(tiny: Tiny, directory: Path, registry: MemoryRegistry) -> str:
         num_frames=tiny.frames,
         golden_prompts=("a red circle",),
     )
+
+
+@cache
+def inpainting(name: str) -> Shipped:
+    """The family's own pipeline of inpainting, whose UNet reads the mask and the rest of the picture."""
+    import diffusers
+
+    tiny, directory = FAMILIES[name], Path(tempfile.mkdtemp(prefix=f"fewstep-{name}-inpaint-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    made, registry = pipeline(name), MemoryRegistry()
+    made.unet = type(made.unet).from_config(dict(made.unet.config) | {"in_channels": 9}).eval()
+    tiny_sd.shake(made.unet)
+    editor = getattr(diffusers, type(made).__name__.replace("Pipeline", "InpaintPipeline"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = editor(**{key: value for key, value in made.components.items() if key != "image_encoder"}, **(
+            {"requires_safety_checker": False} if name == "sd" else {}))  # fmt: skip
+    whole.set_progress_bar_config(disable=True)
+    whole.save_pretrained(directory)
+    return Shipped(tiny, whole, directory, registry, imported(tiny, directory, registry))

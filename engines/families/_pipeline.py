@@ -1,7 +1,7 @@
 """The part of a family that is the same for all: three engines, guided rows, and pictures out of latents."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from engines.backends.base import Engine
 from engines.errors import InvalidRequest
 from engines.families._text import load_tokenizers, read_prompts
-from engines.families.base import ReadFile, Tokens
+from engines.families.base import GREY, SEEN, ReadFile, Tokens
 from engines.noising import over
 
 
@@ -30,12 +30,15 @@ class TextToImage:
         tokenizer: Any = None,
         inputs: frozenset[str] = frozenset(),
         pictures: Callable[[], Engine] | None = None,
+        downscale: int = 1,
     ) -> None:
         self.encoder, self.decoder, self._pictures = encoder, decoder, pictures
         self.denoisers = denoiser if isinstance(denoiser, Mapping) else {"denoiser": denoiser}
         self.inputs = inputs
         self._tokenizers = tokenizer
         self._null: Tensor | None = None
+        self._downscale = downscale
+        self._open: Tensor | None = None
 
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
         return read_prompts(self._tokenizers, [self.worded(prompt) for prompt in prompts], self.lengths)
@@ -67,14 +70,17 @@ class TextToImage:
         *,
         negative: Tensor | None = None,
         net: str = "denoiser",
+        seen: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         weights = _as_weights(w, len(x))
         engine = self.denoisers[net]
+        shown = self._shown(x, seen) if SEEN in engine.inputs else None
         if "w" in self.inputs:
-            return engine.run(**_present(x=x, t=t, cond=cond, s=self._second(t, s), w=weights))["pred"].to(x.device)
+            given = _present(x=x, t=t, cond=cond, s=self._second(t, s), w=weights, seen=shown)
+            return engine.run(**given)["pred"].to(x.device)
         guided = (~weights.isnan()).nonzero().flatten()
         if not len(guided):
-            return engine.run(**_present(x=x, t=t, cond=cond, s=self._second(t, s)))["pred"].to(x.device)
+            return engine.run(**_present(x=x, t=t, cond=cond, s=self._second(t, s), seen=shown))["pred"].to(x.device)
         null = self.null() if negative is None else negative
         rows = torch.cat([torch.arange(len(x)), guided])
         second = self._second(t, s)
@@ -84,6 +90,7 @@ class TextToImage:
                 t=t[rows],
                 cond=torch.cat([cond, null.expand_as(cond)[guided]]),
                 s=None if second is None else second[rows],
+                seen=None if shown is None else shown[rows],
             )
         )["pred"].to(x.device)
         c, u = pred[: len(x)], pred[len(x) :]
@@ -93,6 +100,19 @@ class TextToImage:
     def guided(self, c: Tensor, u: Tensor, w: Tensor) -> Tensor:
         """One guided prediction out of two. c, u as x; w [B, 1, ...]."""
         return u + w * (c - u)
+
+    @property
+    def sees(self) -> bool:
+        return any(SEEN in engine.inputs for engine in self.denoisers.values())
+
+    def _shown(self, x: Tensor, seen: Sequence[Tensor | None] | None) -> Tensor:
+        """[B, 1 + C, H, W]. What may change everywhere is a grey picture under a mask of ones, as in diffusers."""
+        given = [None] * len(x) if seen is None else seen
+        if self._open is None and any(one is None for one in given):
+            height, width = (self._downscale * side for side in x.shape[-2:])
+            grey, _ = self.look(torch.full((1, 3, height, width), GREY))
+            self._open = torch.cat([torch.ones_like(grey[0, :1]), grey[0]])
+        return torch.stack([cast(Tensor, self._open if one is None else one).to(x.device) for one in given])
 
     def look(self, levels: Tensor) -> tuple[Tensor, Tensor | None]:
         if self._pictures is None:

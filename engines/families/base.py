@@ -17,6 +17,13 @@ from engines.frames import Frames
 PICTURES = "picture_encoder"
 """The role of what makes latents of pictures: the other half of the decoder's VAE, out of the same blob and config."""
 
+GREY = 127.5
+"""The level that VAEs know as 0."""
+
+SEEN = "seen"
+"""What a network that inpaints reads beside x: the mask, 1 where the picture may change, and the latents of the picture
+that is grey there, [B, 1 + C, H, W]."""
+
 ReadFile = Callable[[str], bytes]
 """Reads one file of a student, `<component>/<file>`: `denoiser/config.json`, `encoder/tokenizer/tokenizer.json`."""
 
@@ -116,12 +123,18 @@ class Family(Protocol):
         *,
         negative: Tensor | None = None,
         net: str = "denoiser",
+        seen: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         """The prediction fp32, as x: [B, C, H, W] or, of videos, [B, C, T, H, W].
 
         A row whose w is neither None nor NaN is guided. `negative` [B, L, D] stands for `null()` where a row has
-        another.
+        another. `seen` is each row's `SEEN` [1 + C, H, W], which most networks do not read; a row without may change
+        everywhere.
         """
+
+    @property
+    def sees(self) -> bool:
+        """Whether its network reads `SEEN`."""
 
     def look(self, levels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Latents [B, C, H, W] of pictures in levels 0..255, fp32 [B, 3, H', W'], and how far they spread around that.

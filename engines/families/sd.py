@@ -7,15 +7,18 @@ A student may read a second time `s` or the guidance `w`: their sinusoids go thr
 each and are added to those of `t` before the UNet's own time MLP. That is diffusers' `timestep_cond` path, so
 the UNet keeps its names, and a teacher with these layers added is still exactly the teacher. A UNet that has this path
 of itself (`time_cond_proj_dim`, as LCMs have) reads w - 1 there, as its pipelines tell it.
-Checked against: diffusers/pipelines/stable_diffusion/pipeline_stable_diffusion.py at 0.42.1.
+
+A UNet with nine input channels, as StableDiffusionInpaintPipeline has, reads the mask and the rest of the picture too.
+Checked against: diffusers/pipelines/stable_diffusion/pipeline_stable_diffusion{,_inpaint}.py at 0.42.1.
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from engines.errors import InvalidManifest, InvalidRequest
@@ -23,9 +26,10 @@ from engines.families._denoiser import NETWORK_TIME, zero_linear
 from engines.families._latents import image_downscale, image_vae, vae_network
 from engines.families._pipeline import TextToImage
 from engines.families._text import Packing, TextNetwork, ids_port, read_json, read_prompts, text_model
-from engines.families.base import PICTURES, ComponentNetwork, Geometry, Port, ReadFile, Tokens
+from engines.families.base import PICTURES, SEEN, ComponentNetwork, Geometry, Port, ReadFile, Tokens
 
 PIPELINE = "StableDiffusionPipeline"
+INPAINTING = "StableDiffusionInpaintPipeline"
 FOLDERS = {"encoder": ("text_encoder",), "denoiser": ("unet",), "decoder": ("vae",)}
 INDEX: dict[str, Any] = {
     "_class_name": PIPELINE,
@@ -38,6 +42,7 @@ INDEX: dict[str, Any] = {
     "unet": ["diffusers", "UNet2DConditionModel"],
 }
 """`model_index.json` of an exported student, without its scheduler and the class of its VAE."""
+_INPAINTING = 9  # channels: the latents' C, a mask, the latents of the picture under it
 _KNOWN_WORDS = 20_000
 _WORD = re.compile(r"\w+|[^\w\s]+")
 
@@ -60,7 +65,8 @@ class EncoderNet(TextNetwork):
 class DenoiserNet(ComponentNetwork):
     """x [B, C, H, W], t [B], cond [B, L, D], s [B] and w [B] where the student reads them -> prediction.
 
-    Training and serving share this module. Without `s`, a network that reads one is asked at s = t.
+    A UNet that inpaints reads `SEEN` [B, 1 + C, H, W] too. Training and serving share this module. Without `s`, a
+    network that reads one is asked at s = t.
     """
 
     inner = "unet"
@@ -82,14 +88,27 @@ class DenoiserNet(ComponentNetwork):
         size, config = unet.config.sample_size, unet.config
         height, wide = (size, size) if isinstance(size, int) else size
         self.ports = (
-            Port("x", (config.in_channels, height, wide)),
+            Port("x", (latent_channels(config), height, wide)),
             Port("t", ()),
             Port("cond", packing.shape),
             *(Port(name, ()) for name, used in (("s", second_time), ("w", guidance)) if used),
         )
+        self.inpaints = config.in_channels == _INPAINTING
+        if self.inpaints:
+            self.ports = (*self.ports, Port(SEEN, (_INPAINTING - latent_channels(config), height, wide)))
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor, s: Tensor | None = None, w: Tensor | None = None) -> Tensor:
-        return self.ask(x, t, self._extra(t, s, w), cond)
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Tensor,
+        s: Tensor | None = None,
+        w: Tensor | None = None,
+        seen: Tensor | None = None,
+    ) -> Tensor:
+        if self.inpaints and seen is None:
+            raise InvalidRequest("this network inpaints: it cannot be asked without a mask and a picture", param="mask")
+        return self.ask(x if seen is None else torch.cat([x, seen], dim=1), t, self._extra(t, s, w), cond)
 
     def ask(self, x: Tensor, t: Tensor, extra: Tensor | None, cond: Tensor) -> Tensor:
         pred: Tensor = self.unet(
@@ -177,11 +196,16 @@ def unet(config: dict[str, Any]) -> Any:
     return UNet2DConditionModel.from_config(config)
 
 
+def latent_channels(config: Mapping[str, Any]) -> int:
+    """C of a UNet's config."""
+    return int(config["in_channels"] if config["in_channels"] != _INPAINTING else (_INPAINTING - 1) // 2)
+
+
 def unet_geometry(read: ReadFile) -> Geometry:
     config, vae = read_json(read, "denoiser/config.json"), read_json(read, "decoder/config.json")
     size = config["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
-    return Geometry(config["in_channels"], image_downscale(vae), height, width)
+    return Geometry(latent_channels(config), image_downscale(vae), height, width)
 
 
 FAMILY = StableDiffusion

@@ -67,6 +67,7 @@ class ToyFamily:
         *,
         negative: Tensor | None = None,
         net: str = "denoiser",
+        seen: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         self._called("denoise", len(x))
         self.nets.append((net, len(x)))
@@ -78,6 +79,8 @@ class ToyFamily:
         scale = torch.tensor([1.0 if value is None else value for value in w]).view(-1, 1, 1, 1)
         pred: Tensor = self.slopes.get(net, self.slope) * x + null + scale * (mean - null)
         return pred
+
+    sees = False
 
     def look(self, levels: Tensor) -> tuple[Tensor, Tensor | None]:
         self._called("look", len(levels))
