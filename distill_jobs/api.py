@@ -128,11 +128,14 @@ def router(jobs: JobQueue, authorise: Authorise) -> APIRouter:  # noqa: C901 - a
             raise JobNotFound(f"no job is called {job_id!r}", param="job_id")
         return job
 
-    def submit(body: dict[str, Any], authorization: str | None, idempotency_key: str | None) -> DistillJob:
+    def submit(
+        body: dict[str, Any], authorization: str | None, idempotency_key: str | None, traceparent: str | None
+    ) -> DistillJob:
         principal = authorise(authorization, "distill")
         spec = specs.parse(body)
         check_references(spec, records)
-        return jobs.submit(spec.model_dump(mode="json"), owner=principal.owner, idempotency_key=idempotency_key)
+        said = spec.model_dump(mode="json")
+        return jobs.submit(said, owner=principal.owner, idempotency_key=idempotency_key, traceparent=traceparent)
 
     def listed(authorization: str | None) -> list[DistillJob]:
         principal = authorise(authorization, "distill")
@@ -144,8 +147,9 @@ def router(jobs: JobQueue, authorise: Authorise) -> APIRouter:  # noqa: C901 - a
         response: Response,
         authorization: Authorization = None,
         idempotency_key: Annotated[str | None, Header()] = None,
+        traceparent: Annotated[str | None, Header()] = None,
     ) -> JobView:
-        job = submit(body, authorization, idempotency_key)
+        job = submit(body, authorization, idempotency_key, traceparent)
         response.headers["location"] = f"{PREFIX}/jobs/{job.id}"
         return view(job, records)
 

@@ -66,7 +66,7 @@ class Page(BaseModel):
 def router(
     jobs: JobQueue,
     find: Find,
-    create: Callable[[dict[str, Any], str | None, str | None], DistillJob],
+    create: Callable[[dict[str, Any], str | None, str | None, str | None], DistillJob],
     listed: Callable[[str | None], list[DistillJob]],
 ) -> APIRouter:
     """OpenAI's paths over the same queue; `find`, `create` and `listed` bring the native dialect's rules."""
@@ -78,8 +78,9 @@ def router(
         body: CreateJob,
         authorization: Authorization = None,
         idempotency_key: Annotated[str | None, Header()] = None,
+        traceparent: Annotated[str | None, Header()] = None,
     ) -> dict[str, Any]:
-        job = create(body.native(), authorization, idempotency_key)
+        job = create(body.native(), authorization, idempotency_key, traceparent)
         if body.metadata is not None:
             records.write(job.id, _METADATA, body.metadata)
         return shape(job, records)

@@ -6,6 +6,7 @@ can write nothing more. Who may write which entry is decided here, with time as 
 """
 
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
@@ -64,6 +65,7 @@ class DistillJob:
     spec: dict[str, Any]
     log: tuple[Entry, ...]
     owner: str = ""
+    traceparent: str | None = None  # of the request that submitted it
     progress: dict[str, Any] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
 
@@ -80,6 +82,11 @@ class DistillJob:
         return self.state in ENDED
 
     @property
+    def marks(self) -> tuple[tuple[str, int], ...]:
+        """The states that it came to, and when: nanoseconds of Unix time, known to the millisecond."""
+        return tuple((str(entry.state), _ns(entry.at)) for entry in self.log if not entry.claim)
+
+    @property
     def created_at(self) -> str:
         return self.log[0].at
 
@@ -90,6 +97,10 @@ class DistillJob:
     @property
     def finished_at(self) -> str | None:
         return self.log[-1].at if self.ended else None
+
+
+def _ns(at: str) -> int:
+    return round(datetime.fromisoformat(at).timestamp() * 1000) * 1_000_000
 
 
 def first(at: str) -> Entry:

@@ -54,6 +54,7 @@ def promote(
     counts: Sequence[int],
     *,
     note: str,
+    traceparent: str | None = None,
     announce: Callable[[str], None],
     pause: Callable[[], None],
     timeout_s: float,
@@ -70,7 +71,7 @@ def promote(
         if current is None:
             raise NotFound(f"deployment {deployment!r} does not exist: promote its teacher first")
         try:
-            candidate = _proposed(registry, current, tier_map(current, version, tiers, counts), note)
+            candidate = _proposed(registry, current, tier_map(current, version, tiers, counts), note, traceparent)
         except RevisionConflict:
             continue  # another revision became current in between
         announce(deployment)
@@ -83,7 +84,7 @@ def promote(
     raise SwapRejected(f"{deployment}: other candidates kept overtaking {version[:80]}; promote it by hand")
 
 
-def _proposed(registry: Registry, current: Revision, wanted: TierMap, note: str) -> Candidate:
+def _proposed(registry: Registry, current: Revision, wanted: TierMap, note: str, traceparent: str | None) -> Candidate:
     return registry.propose(
         current.deployment,
         wanted.tiers,
@@ -91,6 +92,7 @@ def _proposed(registry: Registry, current: Revision, wanted: TierMap, note: str)
         allowed=wanted.allowed,
         base_revision=current.number,
         note=note,
+        traceparent=traceparent,
     )
 
 

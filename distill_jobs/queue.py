@@ -53,9 +53,16 @@ class JobQueue:
 
     # --- for the API -----------------------------------------------------------------------------
 
-    def submit(self, spec: Mapping[str, Any], *, owner: str = "", idempotency_key: str | None = None) -> DistillJob:
+    def submit(
+        self,
+        spec: Mapping[str, Any],
+        *,
+        owner: str = "",
+        idempotency_key: str | None = None,
+        traceparent: str | None = None,
+    ) -> DistillJob:
         """Records a job, then queues it. Redis being down delays the job and loses nothing."""
-        job = self.records.create(spec, owner=owner, idempotency_key=idempotency_key)
+        job = self.records.create(spec, owner=owner, idempotency_key=idempotency_key, traceparent=traceparent)
         self._enqueue(job)
         return job
 

@@ -49,7 +49,14 @@ class JobRecords:
     def registry(self) -> Registry:
         return self._registry
 
-    def create(self, spec: Mapping[str, Any], *, owner: str = "", idempotency_key: str | None = None) -> DistillJob:
+    def create(
+        self,
+        spec: Mapping[str, Any],
+        *,
+        owner: str = "",
+        idempotency_key: str | None = None,
+        traceparent: str | None = None,
+    ) -> DistillJob:
         """A new queued job, or the one that this owner made with the same key and the same spec.
 
         Raises:
@@ -57,6 +64,7 @@ class JobRecords:
         """
         job_id = _new_id(owner, idempotency_key)
         record = {"id": job_id, "owner": owner, "created_at": self._now(), "spec": dict(spec)}
+        record |= {"traceparent": traceparent} if traceparent else {}
         try:
             self._registry.write_job_file(job_id, "spec.json", _json(record), exclusive=True)
         except AlreadyExists:
@@ -78,7 +86,7 @@ class JobRecords:
         """
         record = self._spec(job_id)
         log = self._log(job_id, record["created_at"])
-        return DistillJob(job_id, record["spec"], log, record["owner"])
+        return DistillJob(job_id, record["spec"], log, record["owner"], record.get("traceparent"))
 
     def all(self) -> list[DistillJob]:
         """Every job, newest first."""

@@ -237,6 +237,7 @@ class JobRun:
             tiers,
             list(counts),
             note=f"job {self.job.id}",
+            traceparent=self.job.traceparent,
             announce=self.around.announce,
             pause=lambda: self.watch.pause(_LOOK_S),
             timeout_s=self.around.settings.swap_timeout_s,

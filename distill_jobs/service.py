@@ -41,9 +41,12 @@ class Service:
         queue: JobQueue,
         *,
         metrics: DistillMetrics | None = None,
+        ended: Callable[[DistillJob], None] = lambda job: None,
     ) -> None:
+        """`ended` hears of each job that ends here."""
         self.settings, self.registry, self.queue = settings, registry, queue
         queue.lease_s = settings.lease_s
+        self._ended = ended
         self.records = queue.records
         self.metrics = metrics or make()
         self.metrics.follow(_Remembered(lambda: [job.state for job in self.records.all()]))
@@ -127,6 +130,7 @@ class Service:
         over = now.ended or now.state is JobState.PAUSED
         if now.ended:
             self._report(now)
+            self._ended(now)
         if over:
             self.metrics.forget(job.id)
         try:

@@ -15,9 +15,11 @@ from typing import Any, Literal
 
 from engines import images, videos
 from engines.errors import DeadlineExceeded, FewstepError, InternalError
+from server import logs
 from server.brokers.base import Broker, Claim, Emitted, Finished
 from server.messages import StepEvent, ended_by
 from server.tickets import LatentRow, PictureRow, Ticket
+from server.tracing import now_ns
 
 log = logging.getLogger(__name__)
 _RETRY_S = 0.2
@@ -30,6 +32,7 @@ class Picture:
 
     row: LatentRow
     data: bytes
+    begun_ns: int  # of Unix time
     seconds: float
 
 
@@ -90,7 +93,7 @@ class Answers:
             except FewstepError as error:
                 self._failed(row.ticket, error)
             except Exception as error:  # an encoder's own: it would meet the same request at every worker
-                log.exception("cannot encode", extra={"request_id": row.request_id})
+                log.exception("cannot encode", extra=logs.about(row.ticket.claim.request))
                 self._failed(row.ticket, InternalError(f"{type(error).__name__} of the encoder: {error}"))
         self._loop.call_soon_threadsafe(self._encoded, made, len(rows))
 
@@ -153,7 +156,7 @@ class Answers:
 
 
 def _picture(row: LatentRow, pixels: Any) -> Picture:
-    begun = time.perf_counter()
+    begun, begun_ns = time.perf_counter(), now_ns()
     request = row.ticket.claim.request
     if row.ticket.source is not None:
         pixels = row.ticket.source.kept(pixels)
@@ -161,7 +164,7 @@ def _picture(row: LatentRow, pixels: Any) -> Picture:
         data = images.encode(pixels, request.output_format, request.compression)
     else:
         data = videos.encode(pixels, request.output_format, fps=request.fps, compression=request.compression)
-    return Picture(row, data, time.perf_counter() - begun)
+    return Picture(row, data, begun_ns, time.perf_counter() - begun)
 
 
 def collect(picture: Picture) -> None:
@@ -169,6 +172,8 @@ def collect(picture: Picture) -> None:
     ticket = picture.row.ticket
     ticket.images[picture.row.index] = picture.data
     ticket.image_s += picture.seconds
+    if ticket.trace is not None:
+        ticket.trace.pictured(picture.row.index, picture.begun_ns, picture.seconds, len(picture.data))
 
 
 def event(row: PictureRow | LatentRow, kind: Literal["step", "partial_image"]) -> StepEvent:

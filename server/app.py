@@ -28,6 +28,8 @@ from server.gateway import Gateway
 from server.metrics import Metrics
 from server.metrics import make as make_metrics
 from server.settings import GatewaySettings
+from server.traced import Traced
+from server.tracing import Tracing
 
 _DIALECTS = "server.dialects"
 Authorise = Callable[[str | None, Scope], Principal]  # of an Authorization header
@@ -40,6 +42,7 @@ def create_app(
     *,
     jobs_router: APIRouter | Callable[[Authorise], APIRouter] | None = None,
     metrics: Metrics | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The application. `broker` has been started, or is before the first request; its owner closes it.
 
@@ -70,6 +73,8 @@ def create_app(
         max_upload_bytes=settings.max_upload_bytes,
         uploads=_uploads(routers),
     )
+    if tracing is not None:
+        app.add_middleware(Traced, tracing=tracing)  # the outermost: it sees what Edge answers
     app.openapi = _documented(app, dialects)  # type: ignore[method-assign]
     return app
 

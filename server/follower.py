@@ -23,6 +23,7 @@ from server.leases import Loading
 from server.metrics import Metrics
 from server.settings import WorkerSettings
 from server.stall import StallMeter
+from server.tracing import Attributes, Mark, Tracing, now_ns
 
 log = logging.getLogger(__name__)
 OnPhase = Callable[[str], Awaitable[None]]
@@ -81,6 +82,7 @@ class Swap:
     reason: str | None = None
     since_s: float = field(default_factory=time.monotonic)
     seconds: dict[str, float] = field(default_factory=dict)
+    marks: list[Mark] = field(default_factory=list)  # when each phase began
     task: "asyncio.Task[None] | None" = None
 
 
@@ -98,6 +100,7 @@ class Follower:
         metrics: Metrics,
         meter: StallMeter,
         changed: Callable[[], Awaitable[None]],
+        tracing: Tracing | None = None,
     ) -> None:
         """`changed` is called when what this worker can say of the deployment is no longer what it said."""
         self.deployment = deployment
@@ -107,6 +110,7 @@ class Follower:
         self.loading: Loading | None = None  # of the current revision, where it was not staged
         self._broker, self._registry, self._residents = broker, registry, residents
         self._settings, self._metrics, self._meter, self._changed = settings, metrics, meter, changed
+        self._tracing = tracing
         self._current_since_s = float("-inf")  # monotonic
         self._coordinator = Coordinator(deployment, broker, registry, metrics, timeout_s=settings.swap_timeout_s)
         self._swaps: dict[str, Swap] = {}
@@ -248,6 +252,7 @@ class Follower:
             swap.seconds[swap.phase] = swap.seconds.get(swap.phase, 0.0) + seconds
             self._metrics.swap_seconds.labels(self.deployment, swap.phase).observe(seconds)
         swap.phase, swap.reason, swap.since_s = phase, reason, now_s
+        swap.marks.append((phase, now_ns()))
         at_s = self._broker.now_ms() / 1000
         self._meter.note(swap=swap.candidate.swap_id, deployment=self.deployment, phase=phase, at_s=at_s)
         await self._report(swap)
@@ -285,7 +290,23 @@ class Follower:
             stall_s = self._meter.close(swap.candidate.swap_id, self._broker.now_ms() / 1000)
             if swap.phase == "drained":
                 self._metrics.swap_stall_seconds.labels(self.deployment).observe(stall_s)
+            self._trace(swap, stall_s)
         self._meter.flush()
+
+    def _trace(self, swap: Swap, stall_s: float) -> None:
+        if self._tracing is None:
+            return
+        if swap.phase not in ("drained", "rejected"):  # it is over in the middle of a phase
+            swap.marks.append((swap.phase, now_ns()))
+        told: Attributes = {
+            "fewstep.model": self.deployment,
+            "fewstep.swap.id": swap.candidate.swap_id,
+            "fewstep.swap.tiers": swaps.describe(swap.candidate),
+            "fewstep.swap.phase": swap.phase,
+            "fewstep.swap.stall_s": stall_s,
+            "fewstep.worker": self._broker.identity,
+        }
+        self._tracing.record("swap", swap.marks, swap.candidate.traceparent, attributes=told, error=swap.reason)
 
     async def _tidy(self, candidate: Candidate | None) -> None:
         """Retires versions that nothing needs, and unloads those that are retired and not in use here."""

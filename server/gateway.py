@@ -17,7 +17,7 @@ from typing import Any
 from engines.errors import DeadlineExceeded, Gone, NotFound, Overloaded, Unavailable
 from engines.manifest import shown
 from engines.registry.base import Registry
-from server import leases
+from server import leases, tracing
 from server.auth import Keys, Principal, Scope
 from server.batcher import due
 from server.brokers.base import Broker, Emitted, StaleVersion, Status
@@ -253,7 +253,8 @@ class Gateway:
         if ticket.decision is not None:
             self.catalog.ended(ticket.model, ticket.decision.request_class, ticket.decision.cost_s, ticket.owner)
         if result.status == "succeeded" and ticket.decision is not None:
-            self.metrics.request_seconds.labels(ticket.model, result.tier, shown(result.version)).observe(seconds)
+            latency = self.metrics.request_seconds.labels(ticket.model, result.tier, shown(result.version))
+            latency.observe(seconds, tracing.exemplar.get())
             self._dispatcher.waited(ticket.decision, result.timing.queue_ms / 1000)
             if ticket.decision.work is not None:
                 self.latencies.add(ticket.decision.work, ticket.decision.wait_s, seconds * 1000)

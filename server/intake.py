@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from engines.errors import FewstepError
+from server import logs
 from server.brokers.base import NOWHERE, Broker, Claim
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,14 @@ class Room:
     rows: int
     below_high: int
     slack_below_ms: int | None = None  # what should be done sooner than this may have the place kept for high
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """A claim that waits for its version to be loaded."""
+
+    claim: Claim
+    task: "asyncio.Task[None]"
 
 
 def held_at_most(streams: int, largest_batch: int) -> int:
@@ -125,7 +134,7 @@ class Intake:
                 claims = await self._broker.reclaim(self._deployments())
                 for claim in claims:
                     if claim.poisoned:
-                        log.error("poisoned", extra={"request_id": claim.request.id, "deliveries": claim.deliveries})
+                        log.error("poisoned", extra={**logs.about(claim.request), "deliveries": claim.deliveries})
                         await self._broker.poison(claim)
                 self._admit([claim for claim in claims if not claim.poisoned])
             except FewstepError as error:

@@ -5,17 +5,22 @@ message repeats them.
 """
 
 import logging
+import re
 from contextvars import ContextVar
 from typing import TextIO
 
 from pydantic_settings import BaseSettings
 from pythonjsonlogger.json import JsonFormatter
 
+from server.messages import GenerateRequest
 from server.settings import redacted
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 job_id: ContextVar[str | None] = ContextVar("job_id", default=None)
+trace_id: ContextVar[str | None] = ContextVar("trace_id", default=None)
 
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+_IDS = (("request_id", request_id), ("job_id", job_id), ("trace_id", trace_id))
 _QUIET = ("uvicorn.access",)  # one line a request costs more than the request
 
 
@@ -23,7 +28,7 @@ class _Context(logging.Filter):
     """Adds the ids of the context, where there are any."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        for name, variable in (("request_id", request_id), ("job_id", job_id)):
+        for name, variable in _IDS:
             value = variable.get()
             if value is not None and not hasattr(record, name):
                 setattr(record, name, value)
@@ -48,6 +53,14 @@ def configure(process: str, level: str = "info", stream: TextIO | None = None) -
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).handlers = []
         logging.getLogger(name).propagate = name not in _QUIET
+
+
+def about(request: GenerateRequest) -> dict[str, str]:
+    """The ids that a line has of a request in a worker, which has many of them at once: `extra=about(request)`."""
+    ids = {"request_id": request.id}
+    if (carried := _TRACEPARENT.match(request.traceparent or "")) is not None:
+        ids["trace_id"] = carried[1]
+    return ids
 
 
 def log_settings(settings: BaseSettings) -> None:

@@ -9,7 +9,8 @@ nothing here may be called for warm-up or golden rows.
 
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.platform_collector import PlatformCollector
@@ -97,9 +98,10 @@ class Metrics:
         for family in (self.request_seconds, self.step_seconds, self.steps, self.model_info, self.student_quality):
             _forget(family, model=model, version=version)
 
-    def text(self) -> bytes:
-        """The exposition in Prometheus' text format."""
-        return generate_latest(self.registry)
+    def exposition(self, accept: str = "") -> tuple[bytes, str]:
+        """The series and their content type: what an Accept header asks for. Exemplars are in OpenMetrics only."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
 
 
 def make() -> Metrics:

@@ -28,6 +28,7 @@ from server.residency import Residency, Tenant
 from server.residents import NICE, OnGone, Residents
 from server.room import Room
 from server.settings import WorkerSettings
+from server.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +45,16 @@ class Students:
     """One event loop, but for `lease`, `observe` and `call_s`, which other threads call."""
 
     def __init__(
-        self, settings: WorkerSettings, broker: Broker, registry: Registry, loader: Loader, metrics: Metrics
+        self,
+        settings: WorkerSettings,
+        broker: Broker,
+        registry: Registry,
+        loader: Loader,
+        metrics: Metrics,
+        tracing: Tracing | None = None,
     ) -> None:
         self._settings, self._broker, self._registry = settings, broker, registry
-        self._loader, self._metrics = loader, metrics
+        self._loader, self._metrics, self._tracing = loader, metrics, tracing
         self.cost = CostModel()
         self._batches = tuple(sorted(settings.batch_sizes))
         self._video_formats: list[str] = [one for one in OF_VIDEOS if videos.writes(one)]
@@ -188,6 +195,7 @@ class Students:
             metrics=self._metrics,
             meter=engine.meter,
             changed=self._renew,
+            tracing=self._tracing,
         )
         self._residents = {**self._residents, name: residents}
         self._followers = {**self._followers, name: follower}

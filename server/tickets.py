@@ -16,6 +16,7 @@ from server.brokers.base import Claim
 from server.messages import ErrorBody, GenerateResult, Refined, Timing
 from server.metrics import Metrics
 from server.prompt_cache import Embedding
+from server.request_trace import RequestTrace
 from server.sources import Source
 
 _SEEDS = 2**63
@@ -53,6 +54,7 @@ class Ticket:
     shows: int = 0  # partial pictures that were taken on the way
     shown: int = 0  # and of these, those that have left
     over: bool = False  # answered, or given up: what still runs of it is dropped
+    trace: RequestTrace | None = None  # of a sampled request
 
     def __post_init__(self) -> None:
         self.images = [None] * self.claim.request.n
@@ -307,16 +309,18 @@ def latent_row(row: PictureRow, latents: Tensor, partial_index: int | None = Non
     )
 
 
-def count_call(metrics: Metrics, rows: Sequence[LiveRow], seconds: float, backend: str) -> None:
-    """Counts a live engine call of rows that share a stage."""
+def count_call(
+    metrics: Metrics, rows: Sequence[LiveRow], seconds: float, backend: str, exemplar: dict[str, str] | None = None
+) -> None:
+    """Counts a live engine call of rows that share a stage; `exemplar` names the trace of one of them."""
     stage, weight = rows[0].lane.stage, sum(row.network_rows for row in rows)
     served = [(row.ticket.claim.request.model, shown(row.ticket.student.version)) for row in rows]
     for model in {model for model, _ in served}:
-        metrics.stage_seconds.labels(model, stage).observe(seconds)
+        metrics.stage_seconds.labels(model, stage).observe(seconds, exemplar)
         if stage == "denoise":
             metrics.batch_rows.labels(model).observe(weight)
     for model, version in set(served) if stage == "denoise" else ():
-        metrics.step_seconds.labels(model, version, backend).observe(seconds)
+        metrics.step_seconds.labels(model, version, backend).observe(seconds, exemplar)
         metrics.steps.labels(model, version).inc(served.count((model, version)))
 
 

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -18,21 +17,23 @@ from engines import videos
 from engines.aside import Aside
 from engines.errors import FewstepError
 from engines.student import Aid
-from server import leases, sources
+from server import leases, logs, sources
 from server.answers import Answers, Picture, collect, event, expired
 from server.batcher import Batcher
 from server.brokers.base import Broker, Claim, Finished
 from server.engine_loop import EngineLoop
-from server.intake import Intake, Room, held_at_most, room, unencoded
+from server.intake import Intake, Parked, Room, held_at_most, room, unencoded
 from server.messages import ErrorBody, ended_by
 from server.metrics import Metrics
 from server.prompt_cache import PromptCache
+from server.request_trace import RequestTraces
 from server.settings import WorkerSettings
 from server.sources import Source
 from server.stages import Plans, Stages
 from server.stall import StallMeter
 from server.students import Students
 from server.tickets import LatentRow, PictureRow, Ticket, count_call, draw
+from server.tracing import Tracing
 
 log = logging.getLogger(__name__)
 _JOIN_S = 5.0
@@ -54,14 +55,6 @@ async def run(settings: WorkerSettings) -> None:
     await serve(settings)
 
 
-@dataclass(frozen=True, slots=True)
-class _Parked:
-    """A claim that waits for its version to be loaded."""
-
-    claim: Claim
-    task: "asyncio.Task[None]"
-
-
 class Worker:
     """Make it inside the event loop that will run it."""
 
@@ -72,16 +65,18 @@ class Worker:
         students: Students,
         metrics: Metrics,
         meter: StallMeter | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._settings, self._broker, self._students, self._metrics = settings, broker, students, metrics
         metrics.cancelled.labels("worker")  # from zero on, so that the first one is an increase
         self._loop = asyncio.get_running_loop()
         self._tickets: dict[str, Ticket] = {}
         self._claimed = count()
-        self._parked: dict[str, _Parked] = {}
+        self._parked: dict[str, Parked] = {}
         self._death: asyncio.Future[None] = self._loop.create_future()
         self._side: set[asyncio.Task[None]] = set()
         self._plans = Plans()
+        self._traces = RequestTraces(tracing, broker.now_ms)
         self._moving = False
         self._intake = Intake(
             broker,
@@ -215,7 +210,7 @@ class Worker:
         teacher = self._students.loaded(request.model, request.teacher) if request.teacher else None
         waits_for_picture = request.edits_from is not None and source is None
         if student is None or (request.teacher and teacher is None) or waits_for_picture:
-            self._parked[request.id] = _Parked(claim, self._aside(self._admit_later(claim, self._now_s() - load_s)))
+            self._parked[request.id] = Parked(claim, self._aside(self._admit_later(claim, self._now_s() - load_s)))
             return None
         aid = Aid(teacher, request.refinement) if teacher and request.refinement else None
         try:
@@ -239,6 +234,7 @@ class Worker:
             teacher=teacher,
             load_s=load_s,
             source=source,
+            trace=self._traces.begin(claim),
         )
 
     async def _admit_later(self, claim: Claim, since_s: float) -> None:
@@ -282,6 +278,7 @@ class Worker:
         if known:
             self.engine.drop(known)
             for ticket in known:
+                self._traces.canceled(ticket)
                 self._release(ticket.id)
                 self._metrics.cancelled.labels("worker").inc()
 
@@ -325,16 +322,20 @@ class Worker:
             judged = self._metrics.judged
             judged.labels(ticket.claim.request.model, "redone").inc(len(ticket.redone))
             judged.labels(ticket.claim.request.model, "kept").inc(result.num_images - len(ticket.redone))
-        self._metrics.queue_seconds.labels(ticket.claim.request.model).observe(result.timing.queue_ms / 1000)
+        exemplar = ticket.trace.span.exemplar if ticket.trace else None
+        queue_seconds = self._metrics.queue_seconds.labels(ticket.claim.request.model)
+        queue_seconds.observe(result.timing.queue_ms / 1000, exemplar)
         self._answers.add(Finished(ticket.claim, result, [image for image in ticket.images if image is not None]))
 
     def _answer_failed(self, claim: Claim, error: FewstepError) -> None:
-        log.warning("request failed", extra={"request_id": claim.request.id, "code": error.code, "error": str(error)})
+        log.warning("request failed", extra={**logs.about(claim.request), "code": error.code, "error": str(error)})
         self._answers.add(Finished(claim, ended_by(claim.request.id, "failed", error, claim.request)))
 
     def _sent(self, answer: Finished, mine: bool) -> None:
-        if not mine:
-            log.info("request had ended", extra={"request_id": answer.claim.request.id})
+        if mine:
+            self._traces.end(answer, self._tickets.get(answer.claim.request.id))
+        else:
+            log.info("request had ended", extra=logs.about(answer.claim.request))
         self._release(answer.claim.request.id)
 
     # --- the sink of the engine threads ----------------------------------------------------------
@@ -353,7 +354,7 @@ class Worker:
 
     def ran(self, rows: Sequence[Any], seconds: float, lone: bool) -> None:
         self._students.observe(rows, seconds, lone)
-        count_call(self._metrics, rows, seconds, self._students.backend)
+        count_call(self._metrics, rows, seconds, self._students.backend, self._traces.called(rows, seconds))
         if rows[0].lane.stage == "denoise":
             self.moved()  # a full worker looks at every step boundary for what is more urgent
 

@@ -19,7 +19,7 @@ from engines.errors import InvalidRequest, NotBuilt
 from engines.graph import GraphStore
 from engines.loader import Loader
 from engines.registry.base import Registry, open_registry
-from server import metrics
+from server import metrics, tracing
 from server.brokers.base import new_identity, open_broker
 from server.settings import WorkerSettings
 from server.stall import StallMeter
@@ -50,12 +50,12 @@ async def serve(settings: WorkerSettings) -> None:
         lease_s=settings.lease_s,
         result_ttl_s=settings.result_ttl_s,
     )
-    with _metrics_port(settings, measured), _meter(settings) as meter:
+    with tracing.opened("worker") as traced, _metrics_port(settings, measured), _meter(settings) as meter:
         await broker.start()
         try:
             loader = await asyncio.to_thread(make_loader, settings, registry)
-            students = Students(settings, broker, registry, loader, measured)
-            await Worker(settings, broker, students, measured, meter).run(stop)
+            students = Students(settings, broker, registry, loader, measured, traced)
+            await Worker(settings, broker, students, measured, meter, traced).run(stop)
         finally:
             await broker.close()
 

@@ -26,6 +26,7 @@ from server.brokers.base import Broker, Claim
 from server.brokers.memory import MemoryBroker, MemoryServer
 from server.messages import ErrorBody, GenerateRequest, GenerateResult, Refined, StepEvent, Timing
 from server.settings import GatewaySettings
+from server.tracing import Tracing
 from tests.eventually import eventually
 
 T = TypeVar("T")
@@ -149,6 +150,7 @@ def running(
     jobs_router: APIRouter | Callable[[Authorise], APIRouter] | None = None,
     worker: bool = True,
     brokers: tuple[Broker, Broker] | None = None,
+    tracing: Tracing | None = None,
     **settings: Any,
 ) -> Iterator[GatewayStack]:
     """A stack that serves these revisions, whose students must be in `registry`.
@@ -169,7 +171,7 @@ def running(
     for revision in revisions:
         served.setdefault(revision.deployment, []).extend(revision.versions)
     painter = Painter(worker_side, served)
-    app = create_app(chosen, gateway_side, registry, jobs_router=jobs_router)
+    app = create_app(chosen, gateway_side, registry, jobs_router=jobs_router, tracing=tracing)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
     loop = asyncio.new_event_loop()
 

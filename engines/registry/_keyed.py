@@ -215,6 +215,7 @@ class KeyedRegistry:
         allowed: Mapping[str, list[int]],
         base_revision: int,
         note: str = "",
+        traceparent: str | None = None,
     ) -> Candidate:
         for version in {*allowed, *(target.student for target in tiers.values())}:
             self._count_on_student(version)
@@ -227,8 +228,11 @@ class KeyedRegistry:
             swap_id=f"sw_{time.time_ns():016x}{secrets.token_hex(2)}",
             base_revision=base_revision,
             note=note,
+            traceparent=traceparent,
         )
-        self._store.create(candidate_file(name, candidate.swap_id), candidate.model_dump_json().encode())
+        # Without what is None: workers of the release before refuse fields that they do not know.
+        data = candidate.model_dump_json(exclude_none=True).encode()
+        self._store.create(candidate_file(name, candidate.swap_id), data)
         for older in self.pending(name):
             if older.swap_id < candidate.swap_id:
                 self._supersede(older, candidate)

@@ -72,6 +72,7 @@ class Candidate(_TierMap):
     swap_id: str
     base_revision: int = Field(ge=0, description="the revision it was made from; 0: there was none")
     note: str = ""
+    traceparent: str | None = Field(None, description="whose trace the swap belongs to, where it is traced")
 
     def revision(self, number: int, *, created_at: str) -> Revision:
         """The revision that this candidate becomes."""
@@ -182,6 +183,7 @@ class Registry(Protocol):
         allowed: Mapping[str, list[int]],
         base_revision: int,
         note: str = "",
+        traceparent: str | None = None,
     ) -> Candidate:
         """Creates a candidate; candidates of this deployment that are older and pending end as superseded.
 

@@ -7,15 +7,19 @@ import contextlib
 import signal
 import threading
 from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from engines import aside
 from engines.errors import RevisionConflict
 from engines.registry.base import open_registry
-from server import logs
+from server import logs, tracing
 from server.settings import GatewaySettings, WorkerSettings, load
+from server.tracing import Tracing
+
+if TYPE_CHECKING:
+    from distill_jobs.jobs import DistillJob
 
 _GRACE_S = 30
 
@@ -29,20 +33,21 @@ def gateway() -> None:
     settings = load(GatewaySettings)
     logs.configure("gateway", settings.log_level)
     logs.log_settings(settings)
-    app = _gateway_app(settings)
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=_GRACE_S,
-    )
-    RefusingServer(config, app.state.gateway.refuse, settings.drain_s).run()
+    with tracing.opened("gateway") as traced:
+        app = _gateway_app(settings, traced)
+        config = uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_GRACE_S,
+        )
+        RefusingServer(config, app.state.gateway.refuse, settings.drain_s).run()
 
 
-def _gateway_app(settings: GatewaySettings) -> Any:
+def _gateway_app(settings: GatewaySettings, traced: Tracing | None) -> Any:
     from distill_jobs import api
     from distill_jobs.queue import JobQueue, connect
     from distill_jobs.records import JobRecords
@@ -52,7 +57,7 @@ def _gateway_app(settings: GatewaySettings) -> Any:
     redis_url = settings.redis_url
     registry = open_registry(settings.registry_url)
     broker = open_broker(redis_url, new_identity(settings.id or "gateway"), result_ttl_s=settings.result_ttl_s)
-    app = create_app(settings, broker, registry)
+    app = create_app(settings, broker, registry, tracing=traced)
     app.include_router(api.router(JobQueue(connect(redis_url), JobRecords(registry)), app.state.gateway.authorise))
     serving = app.router.lifespan_context
 
@@ -99,7 +104,18 @@ def distiller() -> None:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    Service(settings, registry, JobQueue(connect(settings.redis_url), JobRecords(registry))).run_forever(stop)
+    queue = JobQueue(connect(settings.redis_url), JobRecords(registry))
+    with tracing.opened("distiller") as traced:
+        Service(settings, registry, queue, ended=lambda job: trace_job(traced, job)).run_forever(stop)
+
+
+def trace_job(traced: Tracing | None, job: "DistillJob") -> None:
+    """A job as a span, with a part for each state that it was in."""
+    if traced is not None:
+        told = {"fewstep.job.id": job.id, "fewstep.job.status": str(job.state)}
+        error = job.log[-1].error
+        said = f"{error['code']}: {error['message']}" if error else None
+        traced.record("job", job.marks, job.traceparent, attributes=told, error=said)
 
 
 def seed(

@@ -164,7 +164,7 @@ class _Endpoints:
         def propose() -> Candidate:
             current = self._current(name, body.if_revision)
             proposal = merged(self._registry, name, current, targets, body.default_tier)
-            return self._propose(name, current, proposal, body.note)
+            return self._propose(name, current, proposal, body.note, request.headers.get("traceparent"))
 
         return await self._started(request, principal, data, propose)
 
@@ -181,7 +181,7 @@ class _Endpoints:
                 raise Conflict(f"{name} has one revision only: there is nothing to go back to")
             previous = self._registry.revision(name, earlier[-1])
             note = f"rollback to revision {previous.number}"
-            return self._propose(name, current, Proposal.of(previous), note)
+            return self._propose(name, current, Proposal.of(previous), note, request.headers.get("traceparent"))
 
         return await self._started(request, principal, data, propose, needs_current=True)
 
@@ -199,7 +199,9 @@ class _Endpoints:
             )
         return current
 
-    def _propose(self, name: str, current: Revision | None, proposal: Proposal, note: str) -> Candidate:
+    def _propose(
+        self, name: str, current: Revision | None, proposal: Proposal, note: str, traceparent: str | None
+    ) -> Candidate:
         return self._registry.propose(
             name,
             proposal.tiers,
@@ -207,6 +209,7 @@ class _Endpoints:
             allowed=proposal.allowed,
             base_revision=current.number if current else 0,
             note=note,
+            traceparent=traceparent,
         )
 
     async def _started(

@@ -119,7 +119,8 @@ class _Endpoints:
         return await self.ready(request)
 
     async def metrics(self, request: Request) -> Response:
-        return Response(self._gateway.metrics.text(), media_type="text/plain; version=0.0.4")
+        text, content_type = self._gateway.metrics.exposition(request.headers.get("accept", ""))
+        return Response(text, headers={"content-type": content_type})
 
     async def server(self, request: Request) -> Response:
         return base.respond(ServerMetadata(version=_release()))

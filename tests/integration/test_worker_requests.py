@@ -89,7 +89,7 @@ async def test_many_at_once_are_all_answered_with_their_own_picture(
     assert {result.status for result in results} == {"succeeded"}
     for name, seed, steps, prompt in wanted:
         same(await picture(up, name), sample(up.student(), [prompt], [seed], steps)[0])
-    text = up.metrics.text().decode()
+    text = up.metrics.exposition()[0].decode()
     assert f'fewstep_running{{model="{MODEL}"}} 0.0' in text
     assert await up.gateway.pins(MODEL) == {}
 

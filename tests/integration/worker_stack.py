@@ -22,6 +22,7 @@ from server.messages import GenerateRequest, GenerateResult
 from server.metrics import Metrics
 from server.settings import WorkerSettings
 from server.students import Students
+from server.tracing import Tracing
 from server.worker import Worker
 from tests import tiny_sd
 from tests.eventually import aeventually
@@ -85,7 +86,7 @@ class Running:
         return found
 
 
-def propose(registry: Registry, version: str, steps: int = 1) -> Candidate:
+def propose(registry: Registry, version: str, steps: int = 1, traceparent: str | None = None) -> Candidate:
     """A candidate whose only tier is `version` at `steps`."""
     current = registry.current(MODEL)
     return registry.propose(
@@ -94,6 +95,7 @@ def propose(registry: Registry, version: str, steps: int = 1) -> Candidate:
         default_tier="low",
         allowed={version: sorted(registry.student(version).schedules)},
         base_revision=current.number if current else 0,
+        traceparent=traceparent,
     )
 
 
@@ -118,6 +120,7 @@ async def running(
     wait: bool = True,
     backend: str = "eager",
     streams: int = 1,
+    tracing: Tracing | None = None,
     **given: Any,
 ) -> AsyncIterator[Running]:
     """A worker whose registry deploys the tiny teacher; stopped and drained at the end."""
@@ -128,8 +131,8 @@ async def running(
     profile = Profile(batches=chosen.batch_sizes, threads=1, streams=streams)
     loader = Loader(registry, Choice(backend, "fp32"), profile, teacher.graphs)
     measured = metrics.make()
-    students = Students(chosen, broker, registry, loader, measured)
-    worker, stop = Worker(chosen, broker, students, measured), asyncio.Event()
+    students = Students(chosen, broker, registry, loader, measured, tracing)
+    worker, stop = Worker(chosen, broker, students, measured, tracing=tracing), asyncio.Event()
     task = asyncio.create_task(worker.run(stop))
     made = Running(worker, students, loader, gateway, registry, measured, stop, task)
     try:

@@ -4,9 +4,25 @@ import logging
 from collections.abc import Iterator
 
 import pytest
+from msgspec.structs import replace
 
 from server import logs
+from server.messages import GenerateRequest
 from server.settings import GatewaySettings
+
+REQUEST = GenerateRequest(
+    id="r1",
+    model="shapes",
+    version="shapes@3f",
+    tier="low",
+    steps=1,
+    prompt="x",
+    width=32,
+    height=32,
+    seed=1,
+    budget_ms=1000,
+    reply_to="gateway",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +56,20 @@ def test_the_start_logs_settings_without_their_secrets() -> None:
     logs.log_settings(GatewaySettings(redis_url="redis://:hunter2@db", registry_url="r"))
     assert lines(stream)[0]["settings"]["registry_url"] == "r"  # type: ignore[index]
     assert "hunter2" not in stream.getvalue()
+
+
+def test_a_line_about_a_request_among_many_has_its_ids_and_its_trace() -> None:
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    carried = f"00-{trace}-b7ad6b7169203331-01"
+    assert logs.about(replace(REQUEST, traceparent=carried)) == {"request_id": "r1", "trace_id": trace}
+    for nothing in (None, "00-trace"):
+        assert logs.about(replace(REQUEST, traceparent=nothing)) == {"request_id": "r1"}
+
+
+def test_what_is_logged_while_a_request_is_traced_has_its_trace() -> None:
+    stream = io.StringIO()
+    logs.configure("gateway", "info", stream)
+    token = logs.trace_id.set("0af7651916cd43dd8448eb211c80319c")
+    logging.getLogger("x").info("done")
+    logs.trace_id.reset(token)
+    assert lines(stream)[0]["trace_id"] == "0af7651916cd43dd8448eb211c80319c"

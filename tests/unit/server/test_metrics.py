@@ -13,7 +13,7 @@ NAMES = (
 
 
 def test_every_name_that_the_dashboard_reads_is_there() -> None:
-    text = make().text().decode()
+    text = make().exposition()[0].decode()
     assert [name for name in NAMES.split() if f"# TYPE fewstep_{name} " not in text] == []
 
 
@@ -36,7 +36,7 @@ def test_the_series_of_a_version_that_is_gone_are_removed() -> None:
     metrics.student_quality.labels("shapes", "a@1", "fd").set(3)
     metrics.request_seconds.labels("shapes", "low", "a@1").observe(0.1)
     metrics.forget_version("shapes", "a@1")
-    text = metrics.text().decode()
+    text = metrics.exposition()[0].decode()
     assert "a@1" not in text
     assert "b@2" in text
 
