@@ -157,8 +157,8 @@ class EngineLoop:
             with self._lock:
                 for ticket in {row.ticket: None for row in batch}:
                     setattr(ticket, f"{lane.stage}_s", getattr(ticket, f"{lane.stage}_s") + seconds)
+                self._sink.ran(batch, seconds, lone)  # first: what follows may be answered at once
                 settle()
-                self._sink.ran(batch, seconds, lone)
         with self._lock:
             self.meter.stepped(
                 self._now_s(),
