@@ -92,27 +92,6 @@ def test_one_worker_is_replaced_only_by_one_that_is_ready() -> None:
     assert several["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
 
 
-def test_redis_takes_only_pods_of_the_release_in_and_lets_nothing_out() -> None:
-    release = Release(ci_values("minimal"))
-    spec = release.one("NetworkPolicy", "-redis")["spec"]
-    (rule,) = spec["ingress"]
-    (peer,) = rule["from"]
-    inside = {pod["metadata"]["labels"]["app.kubernetes.io/component"] for pod in release.pods}
-    taken = {name for name in inside if selects(peer["podSelector"], labels_of(release, name))}
-    assert taken == inside - {"redis"}
-    assert "egress" not in spec
-    assert spec["policyTypes"] == ["Ingress", "Egress"]
-
-
-def test_without_policies_there_are_none() -> None:
-    assert with_values("minimal", networkPolicy={"enabled": False}).all("NetworkPolicy") == []
-
-
-def labels_of(release: Release, component: str) -> dict[str, str]:
-    all_labels: list[dict[str, str]] = [pod["metadata"]["labels"] for pod in release.pods]
-    return next(labels for labels in all_labels if labels["app.kubernetes.io/component"] == component)
-
-
 def claim(volume: Object) -> bool:
     return "persistentVolumeClaim" in volume
 

@@ -15,6 +15,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("minimal", {"redis": {"url": "redis://elsewhere:6379/0"}}, "set redis.enabled to false"),
     ("minimal", {"redis": {"enabled": False}, "networkPolicy": OPEN}, "redis.url, or redis.existingSecret"),
     ("external", {"networkPolicy": {"egress": []}}, "networkPolicy.egress"),
+    ("full", {"networkPolicy": {"metricsFrom": []}}, "gatewayFrom shuts Prometheus out"),
     ("external", {"registry": {"existingClaim": "students"}}, "url and existingClaim contradict"),
     ("external", {"distiller": {"enabled": True}}, "training needs a registry in a shared folder"),
     ("minimal", {"pools": [{"name": "a"}, {"name": "a"}]}, "two are called a"),

@@ -184,6 +184,11 @@ envFrom:
 {{- if and .Values.networkPolicy.enabled (not .Values.networkPolicy.egress) (or .Values.registry.url (not $redis.enabled)) -}}
 {{- fail "networkPolicy.egress: pods may reach DNS and the Redis of this chart only; allow the other Redis or the registry's store" -}}
 {{- end -}}
+{{- with .Values.networkPolicy -}}
+{{- if and .enabled .gatewayFrom (not .metricsFrom) (or $.Values.monitoring.monitors $.Values.monitoring.prometheusUrl) -}}
+{{- fail "networkPolicy.metricsFrom: gatewayFrom shuts Prometheus out of the gateways; name it in metricsFrom" -}}
+{{- end -}}
+{{- end -}}
 {{- $names := list -}}
 {{- range .Values.pools -}}
 {{- if has .name $names -}}{{- fail (printf "pools: two are called %s" .name) -}}{{- end -}}
