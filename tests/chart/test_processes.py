@@ -8,11 +8,13 @@ import pytest
 from pydantic_settings import BaseSettings
 
 from distill_jobs.settings import DistillerSettings
+from server import tracing
 from server.settings import GatewaySettings, WorkerSettings, load
 from tests.chart.release import CI, Object, Release, ci_values, container, env, with_values
 
 AnySettings = TypeVar("AnySettings", bound=BaseSettings)
 CPU_LIMIT = "6"
+PROCESSES = ("gateway", "worker", "distiller")
 
 
 def settings(cls: type[AnySettings], release: Release, workload: Object, patch: pytest.MonkeyPatch) -> AnySettings:
@@ -96,6 +98,13 @@ def test_a_pool_has_what_it_says_and_the_rest_of_worker(monkeypatch: pytest.Monk
     spec = gpu["spec"]["template"]["spec"]
     assert (spec["runtimeClassName"], spec["tolerations"][0]["key"]) == ("nvidia", "nvidia.com/gpu")
     assert "runtimeClassName" not in cpu["spec"]["template"]["spec"]
+
+
+def test_every_process_is_told_where_its_spans_go() -> None:
+    workloads = [each for each in Release(ci_values("full")).workloads if container(each)["command"][-1] in PROCESSES]
+    assert len(workloads) == len(["gateway", "cpu", "gpu", "distiller"])
+    for each in workloads:
+        assert tracing.wanted({name: entry.get("value", "") for name, entry in env(each).items()})
 
 
 def test_a_password_that_changes_brings_new_pods() -> None:

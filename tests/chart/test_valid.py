@@ -86,6 +86,8 @@ def test_the_chart_has_the_version_of_the_package() -> None:
 def test_the_schema_knows_every_value() -> None:
     with Chart.load(CHART) as chart:
         chart.validate_schema({"pools": [{"name": "gpu", "cache": {"persistent": True}}]})
+        for process in ("gateway", "worker", "distiller"):
+            chart.validate_schema({process: {"env": {"OTEL_TRACES_SAMPLER": "always_off"}}})
         unknown: list[Object] = [
             {"gatway": {}},
             {"gateway": {"replica": 2}},
