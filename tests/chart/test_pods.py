@@ -21,6 +21,18 @@ def test_pods_have_no_rights(name: str) -> None:
             }
 
 
+def test_every_pod_may_pull_its_image_from_where_a_password_is_needed() -> None:
+    for pod in Release(ci_values("full")).pods:
+        assert pod["spec"]["imagePullSecrets"] == [{"name": "regcred"}]
+
+
+def test_redis_runs_as_the_user_of_its_own_image() -> None:
+    for workload in with_values("minimal", pod={"user": 1234}, redis={"user": 567}).workloads:
+        security = workload["spec"]["template"]["spec"]["securityContext"]
+        user = 567 if workload["metadata"]["name"] == "demo-fewstep-redis" else 1234
+        assert [security[key] for key in ("runAsUser", "runAsGroup", "fsGroup")] == [user] * 3
+
+
 @pytest.mark.parametrize("name", CI)
 def test_nothing_is_bound_to_a_role(name: str) -> None:
     kinds = {each["kind"] for each in Release(ci_values(name)).objects}

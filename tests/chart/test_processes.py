@@ -113,6 +113,30 @@ def test_a_password_that_changes_brings_new_pods() -> None:
         assert annotations(old)["checksum/secrets"] != annotations(new)["checksum/secrets"]
 
 
+def test_a_key_that_changes_brings_new_gateways_alone() -> None:
+    before, after = (
+        with_values("minimal", auth={"apiKeys": [{"name": "web", "sha256": digit * 64}]}).workloads for digit in "ab"
+    )
+    changed = [new["metadata"]["name"] for old, new in zip(before, after, strict=True) if old != new]
+    assert changed == ["demo-fewstep-gateway"]
+
+
+def test_no_password_can_be_tried_on_what_those_see_who_see_no_secrets() -> None:
+    """A sum holds what nobody guesses, too; where there is no such thing, there is no sum."""
+
+    def seen(**auth: str) -> list[list[Object]]:
+        changes: dict[str, Any] = {"auth": auth, "registry": {"seed": "shapes"}}
+        return [with_values("minimal", redis={"password": each}, **changes).workloads for each in ("one", "two")]
+
+    kept_elsewhere, again = seen(existingSecret="kept-elsewhere")
+    assert kept_elsewhere == again
+    for salted, otherwise in zip(seen(urlSecret="x" * 32)[0], seen(urlSecret="y" * 32)[0], strict=True):
+        if salted["kind"] == "Job":
+            assert salted == otherwise
+        else:
+            assert annotations(salted)["checksum/secrets"] != annotations(otherwise)["checksum/secrets"]
+
+
 def test_a_seed_for_other_values_is_another_job() -> None:
     names = [
         with_values("full", registry={"seed": seed}).all("Job")[0]["metadata"]["name"] for seed in ("shapes", "digits")

@@ -44,7 +44,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end }}
 {{- end }}
 
-{{- /* Metadata of the pods of (root, component, checksum?), under `template:`. */ -}}
+{{- /* Metadata of the pods of (root, component, pool?, secrets?), under `template:`. Pods start anew when a value of the
+list `secrets` changes. Who may see pods could try passwords on a sum of those alone, but not with auth.urlSecret in it;
+where that is kept elsewhere there is no sum. */ -}}
 {{- define "fewstep.podMetadata" -}}
 labels:
   {{- include "fewstep.labels" .root | nindent 2 }}
@@ -52,15 +54,21 @@ labels:
   {{- with .pool }}
   fewstep/pool: {{ . }}
   {{- end }}
-{{- $annotations := merge (.annotations | default dict) .root.Values.pod.annotations }}
+{{- $auth := .root.Values.auth }}
+{{- $annotations := .root.Values.pod.annotations }}
+{{- if and .secrets (not $auth.existingSecret) }}
+{{- $sum := toJson (list $auth.urlSecret .secrets) | sha256sum }}
+{{- $annotations = merge (dict "checksum/secrets" $sum) $annotations }}
+{{- end }}
 {{- with $annotations }}
 annotations:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
 
-{{- /* What the pods of (root, at) have alike; `at` says where they are placed. */ -}}
+{{- /* What the pods of (root, at, user?) have alike; `at` says where they are placed. */ -}}
 {{- define "fewstep.podCommon" -}}
+{{- $user := .user | default .root.Values.pod.user -}}
 serviceAccountName: {{ include "fewstep.serviceAccount" .root }}
 automountServiceAccountToken: false
 enableServiceLinks: false
@@ -88,9 +96,9 @@ affinity:
 {{- end }}
 securityContext:
   runAsNonRoot: true
-  runAsUser: {{ .root.Values.pod.user }}
-  runAsGroup: {{ .root.Values.pod.user }}
-  fsGroup: {{ .root.Values.pod.user }}
+  runAsUser: {{ $user }}
+  runAsGroup: {{ $user }}
+  fsGroup: {{ $user }}
   fsGroupChangePolicy: OnRootMismatch
   seccompProfile:
     type: RuntimeDefault
