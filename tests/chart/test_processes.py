@@ -1,14 +1,18 @@
 """Each process starts from the environment that its pod would have: its own settings read it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 from pydantic_settings import BaseSettings
+from typer.testing import CliRunner
 
 from distill_jobs.settings import DistillerSettings
+from helm.values_table import README
 from server import tracing
+from server.cli import app
 from server.settings import GatewaySettings, WorkerSettings, load
 from tests.chart.release import CI, Object, Release, ci_values, container, env, with_values
 
@@ -105,6 +109,20 @@ def test_every_process_is_told_where_its_spans_go() -> None:
     assert len(workloads) == len(["gateway", "cpu", "gpu", "distiller"])
     for each in workloads:
         assert tracing.wanted({name: entry.get("value", "") for name, entry in env(each).items()})
+
+
+def test_what_the_readme_says_to_delete_with_is_run_by_a_worker(tmp_path: Path) -> None:
+    said = re.search(r"exec deploy/fewstep(\S+) -- fewstep (gc [^`]+)`", README.read_text())
+    assert said is not None
+    there = env(Release(ci_values("minimal")).one("Deployment", said[1]))
+    arguments = said[2].split()
+    for option, variable in {"--registry-url": "WORKER_REGISTRY_URL", "--cache-dir": "WORKER_CACHE_DIR"}.items():
+        at = arguments.index(option) + 1
+        assert arguments[at] == there[variable]["value"]
+        arguments[at] = str(tmp_path / arguments[at].strip("/"))
+    (tmp_path / "registry").mkdir()
+    done = CliRunner().invoke(app, arguments)
+    assert (done.exit_code, done.output.strip().splitlines()[-1]) == (0, "nothing to delete")
 
 
 def test_a_password_that_changes_brings_new_pods() -> None:
