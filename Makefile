@@ -6,6 +6,8 @@ BIN    := $(VENV)/bin
 TORCH_PIP_ARGS ?=
 # Tests start many processes at once, and two OpenMP teams on the same cores collapse: one thread each.
 ONE_THREAD := OMP_NUM_THREADS=1
+# With REPORTS=folder what tests found is written there, in the format of JUnit.
+report = $(if $(REPORTS),--junitxml=$(REPORTS)/$(1).xml)
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev system-packages demo test test-unit test-faults test-tensorrt test-gpu check fmt bench bench-serve bench-swap bench-soak bench-student bench-distill bench-searches bench-growth bench-policies bench-fidelity bench-peers bench-tensorrt bench-gpu teacher dashboards chart-table chart-test clean
@@ -41,8 +43,8 @@ demo: install  ## the whole loop on this machine: teacher, job, gate, swap under
 	$(BIN)/fewstep demo
 
 test: install-dev system-packages test-tensorrt  ## every test
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 tests/unit/distill_jobs tests/unit/engines
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/unit/distill_jobs --ignore tests/unit/engines --ignore tests/tensorrt
+	$(ONE_THREAD) $(BIN)/python -m pytest $(call report,units) -n 2 tests/unit/distill_jobs tests/unit/engines
+	$(ONE_THREAD) $(BIN)/python -m pytest $(call report,tests) -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/unit/distill_jobs --ignore tests/unit/engines --ignore tests/tensorrt
 
 test-unit: install-dev  ## only the quick ones
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/unit tests/test_architecture.py
@@ -51,7 +53,7 @@ test-faults: install-dev  ## kill -9 and SIGSTOP of every process, under load
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/faults
 
 test-tensorrt: install-dev  ## real plans of every graph of every family, without a GPU
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadgroup tests/tensorrt
+	$(ONE_THREAD) $(BIN)/python -m pytest $(call report,tensorrt) -n 2 --dist loadgroup tests/tensorrt
 
 test-gpu: install-dev  ## what takes an NVIDIA GPU: the contract of backends, refit, CUDA graphs
 	$(BIN)/python -m pytest -rs tests/gpu tests/contract/test_backends.py
@@ -118,7 +120,7 @@ chart-table: install-dev  ## write the table of the chart's values anew, from th
 	$(BIN)/python -m helm.values_table
 
 chart-test: install-dev system-packages  ## the Helm chart: rendered, validated at three versions of Kubernetes, linted, packaged, run
-	$(ONE_THREAD) $(BIN)/python -m pytest tests/chart
+	$(ONE_THREAD) $(BIN)/python -m pytest $(call report,chart) tests/chart
 
 clean:  ## everything that can be made again, but the virtual environment
 	rm -rf build dist demo .fewstep .pytest_cache .mypy_cache .ruff_cache *.egg-info
