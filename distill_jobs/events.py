@@ -14,6 +14,7 @@ from typing import Any
 
 from distill_jobs.plan import Plan
 from distill_jobs.records import EVENTS, PROGRESS, utc_now
+from engines import space
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +54,7 @@ class EventLog:
 
     def write(self, kind: str, **data: Any) -> None:
         line = json.dumps(_finite({"event": kind, "at": self._now(), **data}), separators=(",", ":"))
-        fd = os.open(self._folder / EVENTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(fd, line.encode() + b"\n")
-        finally:
-            os.close(fd)
+        space.append(self._folder / EVENTS, line.encode() + b"\n")
 
     def _progress(self, step: int, event: Mapping[str, Any]) -> None:
         data = {

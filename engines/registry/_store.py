@@ -99,14 +99,7 @@ class LocalStore:
         _fsync_folder(target.parent)
 
     def append(self, name: str, data: bytes) -> None:
-        with space.needed(self._root), self._target(name).open("ab", buffering=0) as file:
-            before = os.fstat(file.fileno()).st_size
-            try:
-                if file.write(data) < len(data):
-                    raise space.full(self._root)
-            except BaseException:
-                file.truncate(before)  # half a line would spoil the next one too
-                raise
+        space.append(self._target(name), data)
 
     def read(self, name: str) -> bytes | None:
         try:
