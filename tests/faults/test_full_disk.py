@@ -4,6 +4,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -19,16 +20,23 @@ from tests.contract.test_registry import manifest_of, revision_of
 MIB = 2**20
 
 
+def no_disk(why: str) -> NoReturn:
+    """Only where nobody counts on these tests may they be passed over."""
+    if "CI" in os.environ:
+        pytest.fail(why)
+    pytest.skip(why)
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """Two megabytes."""
     if os.geteuid():
-        pytest.skip("mounting a tmpfs needs root")
+        no_disk("mounting a tmpfs needs root")
     folder = tmp_path / "disk"
     folder.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True)
     if done.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
+        no_disk(f"no tmpfs can be mounted here: {done.stderr.strip()}")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
 
