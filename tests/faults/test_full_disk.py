@@ -1,5 +1,6 @@
 """Disks that really are full: a tmpfs of a megabyte or two, which only root can mount."""
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ import torch
 
 from distill_jobs import checkpoint
 from distill_jobs.checkpoint import Checkpoint
+from distill_jobs.events import EventLog
+from distill_jobs.plan import Plan, StagePlan
 from distill_jobs.records import JobRecords
 from engines.cache import DiskCache
 from engines.errors import StorageFull
@@ -18,6 +21,7 @@ from engines.registry.files import FilesRegistry
 from tests.contract.test_registry import manifest_of, revision_of
 
 MIB = 2**20
+PLAN = Plan((StagePlan("kd", 1, seconds=1.0),), eval_every=1, bf16=False)
 
 
 def no_disk(why: str) -> NoReturn:
@@ -89,6 +93,18 @@ class TestRegistry:
         events = records.events(job.id)
         assert len(events) == said + 1
         assert events[-1]["message"] == "after"
+
+    def test_so_do_those_of_a_trainer(self, disk: Path) -> None:
+        log, said = EventLog(disk, PLAN), 0
+        fill(disk, leave=6 * 1024)
+        with pytest.raises(StorageFull):  # noqa: PT012 - the pages that are left are filled first
+            while True:
+                log.write("note", message="x" * 1000)
+                said += 1
+        (disk / "filler").unlink()
+        log.write("note", message="after")
+        events = [json.loads(line) for line in (disk / "events.jsonl").read_text().splitlines()]
+        assert [event["message"][:5] for event in events] == ["xxxxx"] * said + ["after"]
 
 
 class TestCheckpoints:
