@@ -40,7 +40,7 @@ _Stamp = tuple[int, int, int]
 
 
 class KeyedRegistry:
-    """`Registry` over a `Store`. Thread-safe: its memories only ever gain equal entries."""
+    """`Registry` over a `Store`. Thread-safe: its memories only gain equal entries, and lose removed students."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -90,14 +90,17 @@ class KeyedRegistry:
         path = self._store.local(f"blobs/{plain(sha)}")
         if path is None:
             raise _no_blob(sha)
-        stat = path.stat()
-        stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
-        if self._checked.get(sha) != stamp:
-            found = _sha256(path)
-            if found != sha:
-                self._store.forget(f"blobs/{sha}")
-            _check(sha, found)
-            self._checked[sha] = stamp
+        try:
+            stat = path.stat()
+            stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+            if self._checked.get(sha) != stamp:
+                found = _sha256(path)
+                if found != sha:
+                    self._store.forget(f"blobs/{sha}")
+                _check(sha, found)
+                self._checked[sha] = stamp
+        except FileNotFoundError:  # retention has taken it since it was there
+            raise _no_blob(sha) from None
         return path
 
     # --- students --------------------------------------------------------------------------------
@@ -116,8 +119,7 @@ class KeyedRegistry:
         match = VERSION.match(version)
         if match is None or len(match["digest"]) < 64:  # a base may be anything that has a name
             return
-        if not self._count_on(student_file(version)) and version in self._manifests:
-            del self._manifests[version]
+        if not self._count_on(student_file(version)) and self._manifests.pop(version, None):
             raise StudentNotFound(f"{shown(version)} was removed a moment ago: import it again", param="student")
 
     def student(self, version: str) -> StudentManifest:

@@ -1,6 +1,7 @@
 """What every registry may lose, and what it keeps while others write."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +9,7 @@ from engines.errors import Conflict, CorruptBlob, NotFound, StudentNotFound
 from engines.manifest import StudentManifest
 from engines.registry._keyed import KeyedRegistry
 from engines.registry._names import fresh, student_file
+from engines.registry._store import LocalStore
 from engines.registry.retention import Garbage, Retention
 from tests.contract.test_registry import manifest_of, outcome_of, revision_of, tier_map
 
@@ -29,6 +31,15 @@ def student(registry: KeyedRegistry, text: str, **changes: object) -> StudentMan
     manifest = manifest_of(registry, text=text).model_copy(update=changes)
     registry.publish(manifest)
     return manifest
+
+
+class Taken(LocalStore):
+    """From which a file goes as soon as somebody has seen it."""
+
+    def local(self, name: str) -> Path | None:
+        path = super().local(name)
+        self.remove(name)
+        return path
 
 
 def names(found: list[Garbage]) -> list[str]:
@@ -88,6 +99,14 @@ class TestBlobs:
         later(registry)
         assert registry.read_blob(sha) == b"12345"
         assert registry.store.held(".aside") == []
+
+    def test_one_that_goes_while_it_is_looked_at_is_written_again(self, tmp_path: Path) -> None:
+        registry = KeyedRegistry(Taken(tmp_path))
+        sha = registry.put_blob(b"12345")
+        assert registry.put_blob(b"12345") == sha
+        assert registry.read_blob(sha) == b"12345"
+        with pytest.raises(NotFound, match="no blob"):
+            registry.blob_path(sha)
 
 
 def serves(registry: KeyedRegistry, version: str) -> None:
