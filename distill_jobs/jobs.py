@@ -30,15 +30,14 @@ ENDED = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELED})
 UNOWNED = frozenset({JobState.QUEUED, JobState.PAUSED})
 """States in which no distiller works on the job, so that anybody may continue its log."""
 
-_WORKING = (JobState.PREPARING, JobState.RUNNING, JobState.EXPORTING, JobState.EVALUATING, JobState.PUBLISHING)
 _NEXT: dict[JobState, frozenset[JobState]] = {
     JobState.QUEUED: frozenset({JobState.PREPARING, JobState.RUNNING, JobState.PAUSED, *ENDED}),
     JobState.PAUSED: frozenset({JobState.QUEUED, JobState.CANCELED, JobState.FAILED}),
     JobState.PREPARING: frozenset({JobState.RUNNING, JobState.PAUSED, JobState.FAILED, JobState.CANCELED}),
     JobState.RUNNING: frozenset({JobState.EXPORTING, JobState.PAUSED, JobState.FAILED, JobState.CANCELED}),
-    JobState.EXPORTING: frozenset({JobState.EVALUATING, JobState.FAILED, JobState.CANCELED}),
-    JobState.EVALUATING: frozenset({JobState.PUBLISHING, JobState.FAILED, JobState.CANCELED}),
-    JobState.PUBLISHING: frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELED}),
+    JobState.EXPORTING: frozenset({JobState.EVALUATING, JobState.PAUSED, JobState.FAILED, JobState.CANCELED}),
+    JobState.EVALUATING: frozenset({JobState.PUBLISHING, JobState.PAUSED, JobState.FAILED, JobState.CANCELED}),
+    JobState.PUBLISHING: frozenset({JobState.SUCCEEDED, JobState.PAUSED, JobState.FAILED, JobState.CANCELED}),
 }
 _NEXT[JobState.QUEUED] -= {JobState.SUCCEEDED}
 

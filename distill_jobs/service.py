@@ -22,6 +22,7 @@ from distill_jobs.queue import JobQueue, Lease
 from distill_jobs.run import JobRun, Surroundings
 from distill_jobs.settings import DistillerSettings
 from distill_jobs.watch import Interrupted, Watch
+from engines import space
 from engines.errors import FewstepError, InternalError, LeaseLost, StorageFull
 from engines.registry.base import Registry
 
@@ -93,9 +94,12 @@ class Service:
                 self._out_of_space(job, error)
             except FewstepError as error:
                 self._failed(job, error)
-            except Exception:
-                log.exception("a job failed on an error of ours", extra={"job_id": job.id})
-                self._failed(job, InternalError("an error in the distiller itself; its log has the traceback"))
+            except Exception as error:
+                log.exception("work on a job ended in an error of ours", extra={"job_id": job.id})
+                if (full := self._full(job.id, error)) is not None:
+                    self._out_of_space(job, full)
+                else:
+                    self._failed(job, InternalError("an error in the distiller itself; its log has the traceback"))
         self._leave(job)
 
     def _interrupted(self, job: DistillJob, interrupted: Interrupted) -> None:
@@ -105,12 +109,15 @@ class Service:
             self._settle(job, JobState.PAUSED)
 
     def _out_of_space(self, job: DistillJob, error: StorageFull) -> None:
-        """Its last checkpoint is whole: it waits for somebody who makes room and resumes it, rather than fail."""
+        """What it has made is whole: it waits for somebody who makes room and resumes it, rather than fail."""
         log.error("a job has no space left", extra={"job_id": job.id, "reason": error.message})
-        if self._can_pause(job.id):
-            self._settle(job, JobState.PAUSED, note=error.message)
-        else:
-            self._failed(job, error)
+        self._settle(job, JobState.PAUSED, note=error.message)
+
+    def _full(self, job_id: str, error: Exception) -> StorageFull | None:
+        """What an error of ours was if one of the disks that a job is worked on has no room left."""
+        folders = (self.registry.job_path(job_id), self.settings.work_dir)
+        full = [folder for folder in folders if folder and folder.is_dir() and space.is_full(error, folder)]
+        return space.full(full[0]) if full else None
 
     def _failed(self, job: DistillJob, error: FewstepError) -> None:
         log.warning("a job failed", extra={"job_id": job.id, "code": error.code, "reason": error.message})

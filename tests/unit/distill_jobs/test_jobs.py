@@ -43,6 +43,12 @@ def test_no_state_is_skipped(state: JobState, to: JobState) -> None:
         moved(job(state), to, at=AT, fence=1)
 
 
+@pytest.mark.parametrize("state", sorted(frozenset(JobState) - ENDED - {JobState.PAUSED}))
+def test_work_may_be_laid_aside_at_any_point(state: JobState) -> None:
+    paused = moved(job(state), JobState.PAUSED, at=AT, fence=1)
+    assert moved(extended(job(state), paused), JobState.QUEUED, at=AT).state is JobState.QUEUED
+
+
 @pytest.mark.parametrize("state", sorted(ENDED))
 def test_nothing_follows_an_end(state: JobState) -> None:
     for to in JobState:

@@ -1,5 +1,6 @@
 """What becomes of a job whose work was interrupted or failed, and what a distiller says of its jobs."""
 
+import errno
 import os
 import socket
 import threading
@@ -126,16 +127,43 @@ def test_an_error_of_ours_fails_the_job_and_not_the_service(server: RedisServer,
 class _Full(FilesRegistry):
     """Has no room for whatever becomes of its students."""
 
+    def __init__(self, folder: Path, error: Exception) -> None:
+        super().__init__(folder)
+        self._error = error
+
     def student(self, version: str) -> StudentManifest:
-        raise StorageFull("no space is left")
+        raise self._error
 
 
-def test_a_job_without_space_is_paused_and_says_why(server: RedisServer, tmp_path: Path) -> None:
-    made = service(server, _Full(str(tmp_path)), tmp_path)
-    state, error = run(made, SPEC)
-    assert (state, error) == (JobState.PAUSED, None)
-    assert made.records.all()[0].log[-1].note == "no space is left"
+FULL = StorageFull("no space is left")
+
+
+@pytest.mark.parametrize("error", [FULL, OSError(errno.ENOSPC, "of a library")])
+def test_a_job_without_space_is_paused_and_says_why(server: RedisServer, tmp_path: Path, error: Exception) -> None:
+    made = service(server, _Full(tmp_path, error), tmp_path)
+    state, failure = run(made, SPEC)
+    assert (state, failure) == (JobState.PAUSED, None)
+    note = made.records.all()[0].log[-1].note
+    assert note is not None
+    assert note.startswith("no space is left")
     assert made.queue.claim("another") is None
+
+
+def test_one_that_is_judged_is_paused_too_and_does_nothing_twice_when_it_goes_on(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    made = service(server, _Full(tmp_path, FULL), tmp_path)
+    job_id = made.queue.submit(SPEC).id
+    made.records.write(job_id, "result.json", {"schedule": {}, "student": "small"})
+    made.records.write(job_id, "trained/result.json", {})
+    for _ in range(2):
+        job = made.queue.claim(made.owner)
+        assert job is not None
+        made.run_one(job, threading.Event())
+        assert made.records.get(job_id).state is JobState.PAUSED
+        made.queue.command(job_id, "resume")
+    states = [str(entry.state) for entry in made.records.get(job_id).log if not entry.claim]
+    assert states == ["queued", *2 * ["running", "exporting", "evaluating", "paused", "queued"]]
 
 
 def test_a_stopping_service_leaves_the_job_to_the_next_at_once(server: RedisServer, tmp_path: Path) -> None:
