@@ -15,7 +15,8 @@ from distill_jobs.records import PLAN, PROGRESS, JobRecords
 from distill_jobs.settings import DistillerSettings
 from distill_jobs.trainer_process import Phase, TrainerProcess, command
 from distill_jobs.watch import Interrupted
-from engines.errors import FewstepError, JobFailed, by_code
+from engines import space
+from engines.errors import FewstepError, JobFailed, StorageFull, by_code
 
 log = logging.getLogger(__name__)
 
@@ -55,17 +56,27 @@ class TrainerKeeper:
         Raises:
             Interrupted, LeaseLost: from the watch; the trainer is gone, checkpointed unless the job is canceled.
             JobFailed: it died too often without getting further.
+            StorageFull: it had no room.
             FewstepError: it said itself that it gives up.
         """
         while not done():
             self._count(phase)
-            code = self._live(phase)
-            if code == REFUSED:
-                raise self._refusal()
-            if code != FINISHED:
-                self.metrics.deaths.inc()
-                log.warning("the trainer died", extra={"job_id": self.job_id, "code": code})
-                self.records.event(self.job_id, "note", message=f"the trainer ended with code {code}; one more try")
+            try:
+                self._try(phase)
+            except StorageFull:
+                self._forgive()
+                raise
+
+    def _try(self, phase: Phase) -> None:
+        code = self._live(phase)
+        if code != FINISHED and space.exhausted(self.folder):
+            raise space.full(self.folder)  # it may have had no room to say so
+        if code == REFUSED:
+            raise self._refusal()
+        if code != FINISHED:
+            self.metrics.deaths.inc()
+            log.warning("the trainer died", extra={"job_id": self.job_id, "code": code})
+            self.records.event(self.job_id, "note", message=f"the trainer ended with code {code}; one more try")
 
     def _live(self, phase: Phase) -> int:
         told = self._program(
@@ -81,7 +92,7 @@ class TrainerKeeper:
         except Interrupted as interrupted:
             if interrupted.why != "cancel":
                 process.checkpoint(_GRACE_S)
-                self.records.write(self.job_id, _TRIES, {})  # an end that was asked for is no try
+                self._forgive()
             raise
         finally:
             process.kill()
@@ -96,6 +107,10 @@ class TrainerKeeper:
                 f"its last words: {self._last_words()}"
             )
         self.records.write(self.job_id, _TRIES, {"marker": marker, "lives": lives})
+
+    def _forgive(self) -> None:
+        """An end that was asked for, or that a full disk has brought, is no try."""
+        (self.folder / _TRIES).unlink(missing_ok=True)
 
     def _milestones(self) -> list[str]:
         """What a trainer leaves when it gets further: checkpoints, pairs, schedule and plan."""

@@ -44,7 +44,7 @@ from distill_jobs.small_evaluation import SmallEvaluation, learnt
 from distill_jobs.spec import DistillJobSpec, inputs
 from distill_jobs.teachers import diffusers
 from distill_jobs.trainer import Result, TrainConfig, Trainer
-from engines import priority
+from engines import priority, space
 from engines.denoiser import BaseDenoiser
 from engines.errors import FewstepError
 from engines.grid import SCALES
@@ -55,6 +55,7 @@ from engines.slimming import Slimmed
 log = logging.getLogger(__name__)
 
 _PANEL_COLUMNS = 8
+_TRAINED, _HALF = "trained", "weights.partial"
 
 
 class TrainerRun:
@@ -205,7 +206,7 @@ class TrainerRun:
     def _keep(self, result: Result, plan: Plan, student: BaseDenoiser) -> None:
         """The student for the export: weights under the names of its blob, then what is said of them. Of a LoRA the
         adapter too, of weights on a grid its scales, of experts each one's weights."""
-        folder, lora = self.folder / "trained", self.spec.student.lora
+        folder, lora = self.folder / _TRAINED, self.spec.student.lora
         folder.mkdir(exist_ok=True)
         parts = weights_of(student, result.weights)
         weights = diffusers.blob_weights(parts.pop(FIRST))
@@ -218,8 +219,8 @@ class TrainerRun:
         if lora is not None:
             save_file(portable(weights, lora), folder / "adapter.safetensors")
             weights = merged(diffusers.blob_weights(self.teacher.denoiser.state_dict()), weights, lora)
-        save_file(_whole(weights), folder / "weights.partial")
-        (folder / "weights.partial").replace(folder / "weights.safetensors")
+        save_file(_whole(weights), folder / _HALF)
+        (folder / _HALF).replace(folder / "weights.safetensors")
         slim = self._slim()
         said = {
             "config": None if slim is None else slim.config,
@@ -267,13 +268,24 @@ def main(argv: list[str] | None = None) -> int:
             if args.phase == "prepare":
                 return FINISHED if run.prepare() else PAUSED
             return FINISHED if run.train().state == "finished" else PAUSED
-    except FewstepError as error:
-        log.exception("the trainer gives up")
+    except Exception as error:
+        said = _reason(error, args.folder)
+        if said is None:
+            raise
         if group.leads:
-            preparation.write(args.folder / FAILURE, {"code": error.code, "message": error.message})
+            (args.folder / _TRAINED / _HALF).unlink(missing_ok=True)  # the disk may be full of it
+            preparation.write(args.folder / FAILURE, {"code": said.code, "message": said.message})
+        log.exception("the trainer gives up")
         return REFUSED
     finally:
         group.leave()
+
+
+def _reason(error: Exception, folder: Path) -> FewstepError | None:
+    """What a trainer that gives up has to say; None if it just died."""
+    if isinstance(error, FewstepError):
+        return error
+    return space.full(folder) if space.is_full(error, folder) else None
 
 
 def _attention() -> contextlib.AbstractContextManager[None]:

@@ -19,6 +19,7 @@ from engines.cache import DiskCache
 from engines.errors import StorageFull
 from engines.registry.files import FilesRegistry
 from tests.contract.test_registry import manifest_of, revision_of
+from tests.unit.distill_jobs.test_keeper import Trainer
 
 MIB = 2**20
 PLAN = Plan((StagePlan("kd", 1, seconds=1.0),), eval_every=1, bf16=False)
@@ -119,6 +120,16 @@ class TestCheckpoints:
         assert found is not None
         assert found.meta["iteration"] == 1
         assert torch.equal(found.tensors["x"], small)
+
+
+class TestTrainer:
+    def test_one_that_ends_on_a_full_disk_is_not_tried_again_whatever_its_code(self, disk: Path) -> None:
+        fills = "import sys; open(sys.argv[1] + '/filler', 'wb').write(bytes(4 * 2**20))"
+        trainer = Trainer(disk, fills)
+        with pytest.raises(StorageFull):
+            trainer.keeper.run("train", lambda: False)
+        assert trainer.lives == 1
+        assert trainer.records.read(trainer.job.id, "tries.json") is None
 
 
 class TestEngineCache:

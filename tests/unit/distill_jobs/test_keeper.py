@@ -13,7 +13,7 @@ from distill_jobs.records import JobRecords
 from distill_jobs.settings import DistillerSettings
 from distill_jobs.trainer_process import Phase, TrainerProcess, Usage
 from distill_jobs.watch import Interrupted
-from engines.errors import Diverged, JobFailed
+from engines.errors import Diverged, JobFailed, StorageFull
 from engines.registry.files import FilesRegistry
 from tests.eventually import eventually
 
@@ -92,6 +92,16 @@ def test_a_trainer_that_gives_up_is_not_tried_again(tmp_path: Path) -> None:
     assert trainer.lives == 1
 
 
+def test_a_trainer_without_space_has_all_its_tries_again(tmp_path: Path) -> None:
+    trainer = Trainer(tmp_path, REFUSES.replace("diverged", "storage_full"))
+    trainer.records.write(trainer.job.id, "tries.json", {"marker": ["train"], "lives": 2})
+    for _ in range(2):
+        with pytest.raises(StorageFull, match="no number"):
+            trainer.keeper.run("train", lambda: False)
+    assert trainer.lives == 2
+    assert trainer.records.read(trainer.job.id, "tries.json") is None
+
+
 @pytest.mark.parametrize(("why", "saves"), [("pause", True), ("stop", True), ("cancel", False)])
 def test_an_interrupted_trainer_is_gone_and_saves_unless_canceled(tmp_path: Path, why: str, saves: bool) -> None:
     began: list[Path] = []
@@ -105,7 +115,7 @@ def test_an_interrupted_trainer_is_gone_and_saves_unless_canceled(tmp_path: Path
     with pytest.raises(Interrupted):
         trainer.keeper.run("train", lambda: False)
     assert (trainer.folder / "saved").exists() is saves
-    assert trainer.records.read(trainer.job.id, "tries.json") == ({} if saves else {"marker": ["train"], "lives": 1})
+    assert trainer.records.read(trainer.job.id, "tries.json") == (None if saves else {"marker": ["train"], "lives": 1})
 
 
 def test_work_that_is_done_starts_nothing(tmp_path: Path) -> None:
