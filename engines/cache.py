@@ -32,7 +32,7 @@ class _Entry(PosixPath):
 
 
 class DiskCache:
-    """Entries under `root`: `<key>/` holds the files, `<key>.lock` is never deleted.
+    """Entries under `root`: `<key>/` holds the files, `<key>.lock` is never deleted and tells them from other folders.
 
     A build that takes them over `max_bytes` (None: no limit) has those longest unused deleted.
     """
@@ -75,7 +75,7 @@ class DiskCache:
 
     def size_bytes(self) -> int:
         """Of all entries."""
-        return sum(map(_size, self._entries()))
+        return sum(map(_size, self._folders()))
 
     def evict(self, max_bytes: int) -> list[str]:
         """Deletes the entries longest unused until at most `max_bytes` are left; what somebody reads or builds stays.
@@ -83,7 +83,7 @@ class DiskCache:
         Also what interrupted builds have left behind.
         """
         with self._locked(_EVICTING, fcntl.LOCK_EX):  # one at a time: two would both make room for the same bytes
-            for scratch in self.root.glob("*.tmp"):
+            for scratch in self._folders(".tmp"):
                 self._delete_if_free(scratch, scratch.stem)
             return [name for name, _ in self._over(max_bytes, self._delete_if_free)]
 
@@ -93,7 +93,7 @@ class DiskCache:
 
     def _over(self, max_bytes: int, take: Callable[[Path, str], bool]) -> Iterator[tuple[str, int]]:
         """Entries longest unused that `take` could take, until at most `max_bytes` are left."""
-        entries = sorted(self._entries(), key=_last_used)
+        entries = sorted(self._folders(), key=_last_used)
         sizes = {folder: _size(folder) for folder in entries}
         total = sum(sizes.values())
         for folder in entries:
@@ -156,8 +156,10 @@ class DiskCache:
             fcntl.flock(lock, how)
             yield
 
-    def _entries(self) -> list[Path]:
-        return [path for path in self.root.iterdir() if path.is_dir() and not path.name.endswith(".tmp")]
+    def _folders(self, suffix: str = "") -> list[Path]:
+        """Those whose key was ever locked: the root may hold what is no part of a cache."""
+        folders = (self.root / f"{lock.stem}{suffix}" for lock in self.root.glob("*.lock"))
+        return [folder for folder in folders if folder.is_dir()]
 
 
 def _unkept(build: Callable[[Path], None]) -> Path:

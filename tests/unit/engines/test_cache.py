@@ -23,6 +23,13 @@ class Builder:
         (folder / "sub" / "data").write_text(self.text)
 
 
+def interrupted(root: Path, key: str) -> None:
+    """What a build leaves whose process is killed."""
+    (root / f"{key}.lock").touch()
+    (root / f"{key}.tmp").mkdir()
+    (root / f"{key}.tmp" / "half").write_text("x")
+
+
 def read(folder: Path) -> str:
     return (folder / "sub" / "data").read_text()
 
@@ -95,8 +102,8 @@ def test_an_entry_that_several_read_stays_until_the_last_lets_it_go(tmp_path: Pa
 def test_eviction_and_builders_may_take_away_the_same_leftovers(tmp_path: Path) -> None:
     """The builder begins at the end of the listing that eviction goes through, so that they meet."""
     for i in range(50):
-        (tmp_path / f"{i}.tmp").mkdir()
-    keys = [path.stem for path in tmp_path.glob("*.tmp")]
+        interrupted(tmp_path, str(i))
+    keys = [path.stem for path in tmp_path.glob("*.lock")]
 
     def builds() -> None:
         for key in reversed(keys):
@@ -143,8 +150,7 @@ def test_a_build_makes_room_and_a_read_does_not(tmp_path: Path) -> None:
 
 
 def test_eviction_takes_what_an_interrupted_build_left_and_not_what_is_being_built(tmp_path: Path) -> None:
-    (tmp_path / "dead.tmp").mkdir()
-    (tmp_path / "dead.tmp" / "half").write_text("x")
+    interrupted(tmp_path, "dead")
 
     def evicts(folder: Path) -> None:
         (folder / "data").write_text("x")
@@ -152,6 +158,18 @@ def test_eviction_takes_what_an_interrupted_build_left_and_not_what_is_being_bui
 
     assert (DiskCache(tmp_path).get("k", evicts) / "data").read_text() == "x"
     assert not (tmp_path / "dead.tmp").exists()
+
+
+def test_folders_of_others_are_no_entries(tmp_path: Path) -> None:
+    for name in ("registry", "work.tmp", ".tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data").write_text("x")
+    cache = DiskCache(tmp_path)
+    cache.get("k", build("x"))
+    assert cache.size_bytes() == 1
+    assert cache.evictable(max_bytes=0) == [("k", 1)]
+    assert cache.evict(max_bytes=0) == ["k"]
+    assert len(list(tmp_path.glob("*/data"))) == 3
 
 
 def _fill(root: Path, name: str, limit: int, started: Any) -> None:
