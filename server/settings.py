@@ -135,10 +135,9 @@ class GcSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="GC_", frozen=True, extra="forbid")
 
-    registry_url: str = ".fewstep/registry"
     cache_dir: Path | None = Field(None, description="an engine cache of workers; none: caches are left alone")
     cache_bytes: int = Field(20 * 2**30, ge=0, description="of cache_dir, as WORKER_CACHE_BYTES")
-    grace_s: float = Field(24 * 3600, ge=60, description="what is younger stays: somebody may be about to refer to it")
+    grace_s: float = Field(24 * 3600, ge=3600, description="what is younger stays: somebody may refer to it soon")
     keep_revisions: int = Field(10, ge=2, description="of each deployment, whose students stay")
     checkpoints_s: float = Field(7 * 24 * 3600, ge=0, description="how long checkpoints outlive the end of their job")
     unused_students_s: float | None = Field(

@@ -144,7 +144,7 @@ def report(
 
 @app.command()
 def cancel(job_id: JobId, url: Url = DEFAULT_URL, api_key: Key = None) -> None:
-    """Stop a job for good; its checkpoints stay."""
+    """Stop a job for good; its checkpoints stay until `fewstep gc` deletes them."""
     _command(job_id, "cancel", url, api_key)
 
 

@@ -13,10 +13,11 @@ from rich.table import Table
 from distill_jobs import retention as jobs
 from distill_jobs.records import JobRecords
 from engines.cache import DiskCache
+from engines.errors import InvalidRequest
 from engines.manifest import shown
 from engines.registry.files import FilesRegistry
 from engines.registry.retention import Garbage, Retention
-from server.commands.students import known
+from server.commands.students import DEFAULT_REGISTRY, RegistryUrl, known
 from server.commands.terminal import out
 from server.settings import GcSettings, load
 
@@ -27,7 +28,7 @@ def gc(
         list[str] | None, typer.Option("--student", help="Remove this one, name@digest; repeat it.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
-    registry_url: Annotated[str | None, typer.Option(help="A folder or fsspec URL; else GC_REGISTRY_URL.")] = None,
+    registry_url: RegistryUrl = DEFAULT_REGISTRY,
     cache_dir: Annotated[Path | None, typer.Option(help="An engine cache; else GC_CACHE_DIR.")] = None,
 ) -> None:
     """Delete what nothing refers to: blobs, checkpoints of ended jobs, cached engines beyond their limit.
@@ -38,10 +39,10 @@ def gc(
 
     Example: fewstep gc --dry-run --cache-dir .fewstep/work/engines
     """
-    given: dict[str, Any] = {"registry_url": registry_url, "cache_dir": cache_dir}
-    settings = load(GcSettings, **{name: value for name, value in given.items() if value is not None})
-    known(settings.registry_url)
-    collected = Collection(settings)
+    given: dict[str, Any] = {} if cache_dir is None else {"cache_dir": cache_dir}
+    settings = load(GcSettings, **given)
+    known(registry_url)
+    collected = Collection(registry_url, settings)
     found = list(collected.plan(student or ()) if dry_run else collected.remove(student or ()))
     if as_json:
         out.print_json(json.dumps(_as_json(found, dry_run)))
@@ -53,9 +54,9 @@ def gc(
 class Collection:
     """One pass over a registry and an engine cache."""
 
-    def __init__(self, settings: GcSettings) -> None:
+    def __init__(self, registry_url: str, settings: GcSettings) -> None:
         self._settings = settings
-        registry = FilesRegistry(settings.registry_url)
+        registry = FilesRegistry(registry_url)
         self._store, self._records = registry.store, JobRecords(registry)
         self._retention = Retention(
             registry,
@@ -63,7 +64,7 @@ class Collection:
             keep_revisions=settings.keep_revisions,
             unused_students_s=settings.unused_students_s,
         )
-        self._cache = DiskCache(settings.cache_dir) if settings.cache_dir else None
+        self._cache = None if settings.cache_dir is None else _cache(settings.cache_dir)
 
     def plan(self, named: Iterable[str]) -> Iterable[Garbage]:
         """What would go now."""
@@ -93,6 +94,14 @@ class Collection:
             needed = jobs.needs(self._records) if one.kind == "student" else {}
             if self._retention.remove(one, needed):
                 yield one
+
+
+def _cache(folder: Path) -> DiskCache:
+    """Refuses one that is not there: opening it would make an empty cache in the wrong place."""
+    if not folder.is_dir():
+        message = f"there is no engine cache at {folder}: name a folder that is there, such as WORKER_CACHE_DIR"
+        raise InvalidRequest(message, param="cache_dir")
+    return DiskCache(folder)
 
 
 def _engine(name: str, size: int) -> Garbage:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from distill_jobs.jobs import JobState
 from distill_jobs.records import JobRecords
 from engines.cache import DiskCache
-from engines.errors import Conflict
+from engines.errors import Conflict, InvalidRequest
 from engines.registry.files import FilesRegistry
 from server.cli import app
 from tests.contract.test_registry import manifest_of, revision_of
@@ -122,6 +122,33 @@ def test_cached_engines_go_down_to_the_limit_and_one_that_is_read_stays(
     gc(root, "--cache-dir", str(root / "engines"))
     assert not (root / "engines" / "idle").exists()
     assert (reading / "x").exists()
+
+
+def test_a_cache_that_is_not_there_is_refused_and_nothing_goes(root: Path) -> None:
+    before = files(root)
+    with pytest.raises(InvalidRequest, match="no engine cache"):
+        gc(root, "--cache-dir", str(root / "nowhere"))
+    assert files(root) == before
+    assert not (root / "nowhere").exists()
+
+
+def test_the_folder_of_a_whole_system_is_no_cache_to_empty(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GC_CACHE_BYTES", "0")
+    serving = FilesRegistry(root / "registry").students()
+    gc(root, "--cache-dir", str(root))
+    assert FilesRegistry(root / "registry").students() == serving
+
+
+def test_a_grace_in_which_no_import_ends_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GC_GRACE_S", "60")
+    with pytest.raises(InvalidRequest, match="GC_GRACE_S"):
+        gc(root)
+
+
+def test_the_registry_is_told_as_to_every_other_command(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEWSTEP_REGISTRY_URL", str(root / "registry"))
+    done = CliRunner().invoke(app, ["gc", "--dry-run", "--json"])
+    assert json.loads(done.stdout)["bytes"] == 12
 
 
 def test_people_get_a_table_and_a_sum(root: Path) -> None:
