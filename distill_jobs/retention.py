@@ -17,8 +17,7 @@ from distill_jobs.estimate import teacher_version
 from distill_jobs.jobs import DistillJob
 from distill_jobs.records import RESULT, TRAINER, JobRecords
 from engines.errors import NotFound
-from engines.registry._store import Store
-from engines.registry.retention import Garbage
+from engines.registry.retention import Garbage, Retention
 
 _VERSION = re.compile(r"[a-z0-9][a-z0-9._-]*@[0-9a-f]{12,64}")
 
@@ -40,13 +39,14 @@ def _versions(records: JobRecords, job: DistillJob) -> set[str]:
     return found
 
 
-def left_behind(records: JobRecords, store: Store, after_s: float, now_s: float) -> list[Garbage]:
-    """Checkpoints and trained weights of jobs that ended more than `after_s` before `now_s` (seconds since 1970)."""
+def left_behind(records: JobRecords, retention: Retention, after_s: float) -> list[Garbage]:
+    """Checkpoints and trained weights of jobs that ended more than `after_s` ago."""
+    before = datetime.fromtimestamp(max(retention.now_s() - after_s, 0.0), UTC)
     found = []
     for job in records.all():
-        if job.finished_at is None or datetime.fromisoformat(job.finished_at) > _at(now_s - after_s):
+        if job.finished_at is None or datetime.fromisoformat(job.finished_at) > before:
             continue
-        files = {one.name: one.bytes for one in store.held(f"jobs/{job.id}") if _heavy(one.name)}
+        files = {name: size for name, size in retention.sizes(f"jobs/{job.id}").items() if _heavy(name)}
         if files:
             names = tuple(f"jobs/{job.id}/{name}" for name in sorted(files))
             found.append(Garbage("checkpoint", job.id, sum(files.values()), f"job has {job.state}", names))
@@ -54,8 +54,6 @@ def left_behind(records: JobRecords, store: Store, after_s: float, now_s: float)
 
 
 def _heavy(name: str) -> bool:
-    return name.startswith("checkpoints/") or (name.startswith("trained/") and name.endswith(".safetensors"))
-
-
-def _at(seconds: float) -> datetime:
-    return datetime.fromtimestamp(max(seconds, 0.0), UTC)
+    if name.startswith("checkpoints/"):
+        return True
+    return name.startswith("trained/") and name.endswith((".safetensors", ".partial"))  # whole or half-written

@@ -13,6 +13,7 @@ import fsspec
 from engines.errors import StoreUnsafe
 from engines.registry._store import Held, scratch_folder, whole
 
+_CLOCK = ".clock"
 _ROUNDS = 4
 
 
@@ -95,6 +96,10 @@ class RemoteStore:
             return float(self._fs.modified(self._path(name)).timestamp())
         except FileNotFoundError:
             return None
+
+    def now_s(self) -> float:
+        self.replace(_CLOCK, b"")
+        return self.modified_s(_CLOCK) or 0.0
 
     def move(self, name: str, to: str) -> bool:
         try:

@@ -2,7 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ from rich.table import Table
 from distill_jobs import retention as jobs
 from distill_jobs.records import JobRecords
 from engines.cache import DiskCache
-from engines.errors import InvalidRequest
+from engines.errors import InvalidRequest, StorageFull
 from engines.manifest import shown
 from engines.registry.files import FilesRegistry
 from engines.registry.retention import Garbage, Retention
@@ -35,7 +36,8 @@ def gc(
 
     Safe beside a running system. What serves, is tried, may be rolled back to, is needed by a job or is the base of
     another student stays. Limits are GC_* variables: GC_GRACE_S, GC_KEEP_REVISIONS, GC_CHECKPOINTS_S, GC_CACHE_BYTES …
-    Exit code 0: done, or nothing to do; 1: a student that was named is needed, or a file cannot be read: nothing went.
+    Exit code 0: done, or nothing to do; 1: a student that was named is needed, a file cannot be read, or another one is
+    at work: nothing went.
 
     Example: fewstep gc --dry-run --cache-dir .fewstep/work/engines
     """
@@ -57,7 +59,7 @@ class Collection:
     def __init__(self, registry_url: str, settings: GcSettings) -> None:
         self._settings = settings
         registry = FilesRegistry(registry_url)
-        self._store, self._records = registry.store, JobRecords(registry)
+        self._records = JobRecords(registry)
         self._retention = Retention(
             registry,
             grace_s=settings.grace_s,
@@ -68,29 +70,45 @@ class Collection:
 
     def plan(self, named: Iterable[str]) -> Iterable[Garbage]:
         """What would go now."""
+        yield from self._left_behind()
         students = self._retention.students(jobs.needs(self._records), named)
         yield from students
         yield from self._retention.blobs(going=[one.name for one in students])
-        yield from self._left_behind()
         for name, size in self._cache.evictable(self._settings.cache_bytes) if self._cache else ():
             yield _engine(name, size)
 
     def remove(self, named: Iterable[str]) -> Iterable[Garbage]:
-        """What has gone. Blobs are looked for when the students are gone: one may have been kept after all."""
-        students = self._retention.students(jobs.needs(self._records), named)
-        yield from self._removed(students)
-        yield from self._removed(self._retention.blobs())
-        yield from self._removed(self._left_behind())
+        """What has gone. Students are looked through before anything goes, and blobs when the students are gone: one
+        may have been kept after all. Where there is no space even for that, checkpoints go before: they need none."""
+        left = self._left_behind()
+        with ExitStack() as stack:
+            try:
+                renew = stack.enter_context(self._retention.alone())
+            except StorageFull:
+                if not left:
+                    raise
+                yield from self._dropped(left)
+                left, renew = [], stack.enter_context(self._retention.alone())
+            students = self._retention.students(jobs.needs(self._records), named)
+            yield from self._dropped(left)
+            yield from self._removed(students, renew)
+            yield from self._removed(self._retention.blobs(), renew)
         if self._cache:
             sizes = dict(self._cache.evictable(self._settings.cache_bytes))
             for name in self._cache.evict(self._settings.cache_bytes):
                 yield _engine(name, sizes.get(name, 0))
 
     def _left_behind(self) -> list[Garbage]:
-        return jobs.left_behind(self._records, self._store, self._settings.checkpoints_s, self._retention.now_s())
+        return jobs.left_behind(self._records, self._retention, self._settings.checkpoints_s)
 
-    def _removed(self, garbage: Iterable[Garbage]) -> Iterable[Garbage]:
+    def _dropped(self, garbage: Iterable[Garbage]) -> Iterable[Garbage]:
         for one in garbage:
+            self._retention.drop(one)
+            yield one
+
+    def _removed(self, garbage: Iterable[Garbage], renew: Callable[[], None]) -> Iterable[Garbage]:
+        for one in garbage:
+            renew()
             needed = jobs.needs(self._records) if one.kind == "student" else {}
             if self._retention.remove(one, needed):
                 yield one

@@ -9,7 +9,7 @@ from engines.errors import Conflict, CorruptBlob, NotFound, StudentNotFound
 from engines.manifest import StudentManifest
 from engines.registry._keyed import KeyedRegistry
 from engines.registry._names import fresh, student_file
-from engines.registry._store import LocalStore
+from engines.registry._store import DictStore, LocalStore
 from engines.registry.retention import Garbage, Retention
 from tests.contract.test_registry import manifest_of, outcome_of, revision_of, tier_map
 
@@ -31,6 +31,18 @@ def student(registry: KeyedRegistry, text: str, **changes: object) -> StudentMan
     manifest = manifest_of(registry, text=text).model_copy(update=changes)
     registry.publish(manifest)
     return manifest
+
+
+class Watched(DictStore):
+    """Remembers what was moved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved: list[str] = []
+
+    def move(self, name: str, to: str) -> bool:
+        self.moved.append(name)
+        return super().move(name, to)
 
 
 class Taken(LocalStore):
@@ -96,7 +108,8 @@ class TestBlobs:
     def test_what_a_killed_run_had_taken_aside_comes_back(self, registry: KeyedRegistry) -> None:
         sha = registry.put_blob(b"12345")
         registry.store.move(f"blobs/{sha}", f".aside/blobs/{sha}")
-        later(registry)
+        with later(registry).alone():
+            pass
         assert registry.read_blob(sha) == b"12345"
         assert registry.store.held(".aside") == []
 
@@ -152,14 +165,39 @@ class TestStudents:
             later(registry).students({"dj_1": [version]}, named=[version])
 
     def test_one_that_is_referred_to_by_its_base_alone_takes_it_along(self, registry: KeyedRegistry) -> None:
-        base = student(registry, "base")
-        derived = student(registry, "derived", base=base.version)
+        base = student(registry, "base", name="a")
+        derived = student(registry, "derived", name="b", base=base.version)
         retention = later(registry)
         found = retention.students({}, named=[base.version, derived.version])
-        assert names(found) == sorted([base.version, derived.version])
+        assert names(found) == [derived.version, base.version]
         assert all(retention.remove(one, {}) for one in found)
         assert registry.students() == []
         assert set(names(retention.blobs())) == set(base.blobs | derived.blobs)
+
+    def test_the_base_of_one_that_is_kept_after_all_stays_too(self, registry: KeyedRegistry) -> None:
+        base = student(registry, "base").version
+        derived = student(registry, "derived", base=base).version
+        retention = Retention(registry, grace_s=DAY_S, keep_revisions=2)
+        found = retention.students({}, named=[base, derived])
+        registry.store.remove(fresh(student_file(base)))  # it was made from it long ago
+        registry.store.replace(fresh(student_file(derived)), b"")  # what `propose` does first
+        assert [retention.remove(one, {}) for one in found] == [False, False]
+        assert registry.students() == sorted([base, derived])
+
+    def test_one_that_cannot_be_read_is_found_before_any_goes(self, registry: KeyedRegistry) -> None:
+        student(registry, "one")
+        registry.store.create(f"students/shapes/{'a' * 64}/student.json", b"{}")
+        with pytest.raises(CorruptBlob):
+            later(registry, unused_s=0).students({})
+
+    def test_one_that_is_counted_on_is_there_all_the_time(self) -> None:
+        store = Watched()
+        registry = KeyedRegistry(store)
+        version = student(registry, "one").version
+        (garbage,) = later(registry).students({}, named=[version])
+        serves(registry, version)
+        assert not later(registry).remove(garbage, {})
+        assert store.moved == []
 
     def test_older_revisions_and_ended_candidates_hold_nothing(self, registry: KeyedRegistry) -> None:
         old, dropped = student(registry, "old").version, student(registry, "dropped").version
@@ -201,3 +239,26 @@ class TestStudents:
         assert registry.pending("shapes") == []
         with pytest.raises(StudentNotFound):
             registry.student(version)
+
+
+class TestTurns:
+    def test_of_two_runs_one_takes_things_away(self, registry: KeyedRegistry) -> None:
+        first, second = (Retention(registry, grace_s=DAY_S, keep_revisions=2) for _ in range(2))
+        sha = registry.put_blob(b"12345")
+        with first.alone() as renew:
+            registry.store.move(f"blobs/{sha}", f".aside/blobs/{sha}")
+            with pytest.raises(Conflict, match="another `fewstep gc`"), second.alone():
+                pass
+            renew()
+            assert not registry.has_blob(sha)  # nobody gave back what the first is about to look at
+            registry.store.remove(f".aside/blobs/{sha}")
+        with second.alone():
+            pass
+
+    def test_the_turn_of_a_run_that_seems_dead_ends(self, registry: KeyedRegistry) -> None:
+        with Retention(registry, grace_s=DAY_S, keep_revisions=2).alone() as renew, later(registry).alone() as other:
+            with pytest.raises(Conflict):
+                renew()
+            other()
+        with later(registry).alone():
+            pass
