@@ -31,6 +31,9 @@ TORCH_FREE = (
     "distill_jobs.spec",
     "distill_jobs.jobs",
     "distill_jobs.queue",
+    "distill_jobs.retention",
+    "server.commands.gc",
+    "server.cli",
 )
 MAX_LINES = 400
 

@@ -1,23 +1,28 @@
 """Disks that really are full: a tmpfs of a megabyte or two, which only root can mount."""
 
+import itertools
 import json
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from distill_jobs import checkpoint
 from distill_jobs.checkpoint import Checkpoint
 from distill_jobs.events import EventLog
+from distill_jobs.jobs import JobState
 from distill_jobs.plan import Plan, StagePlan
 from distill_jobs.records import JobRecords
 from engines.cache import DiskCache
 from engines.errors import StorageFull
 from engines.registry.files import FilesRegistry
+from server.cli import app
 from tests.contract.test_registry import manifest_of, revision_of
 from tests.unit.distill_jobs.test_keeper import Trainer
 
@@ -34,12 +39,13 @@ def no_disk(why: str) -> NoReturn:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """Two megabytes."""
+    """Two megabytes in at most 500 files."""
     if os.geteuid():
         no_disk("mounting a tmpfs needs root")
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True)
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m,nr_inodes=500", "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         no_disk(f"no tmpfs can be mounted here: {done.stderr.strip()}")
     yield folder
@@ -53,6 +59,13 @@ def fill(disk: Path, leave: int = 0) -> Path:
         free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
         file.write(b"\1" * max(free - leave, 0))
     return path
+
+
+def fill_names(disk: Path) -> None:
+    """Makes every file that can still be made."""
+    with suppress(OSError):
+        for number in itertools.count():
+            (disk / f"empty-{number}").touch()
 
 
 def used(disk: Path) -> set[str]:
@@ -120,6 +133,30 @@ class TestCheckpoints:
         assert found is not None
         assert found.meta["iteration"] == 1
         assert torch.equal(found.tensors["x"], small)
+
+
+class TestCollection:
+    def test_it_makes_room_where_not_even_an_empty_file_can_be_made(self, disk: Path) -> None:
+        registry = FilesRegistry(disk)
+        version = registry.publish(manifest_of(registry))
+        registry.commit(revision_of(1, version))
+        orphan = registry.put_blob(b"12345")
+        long_ago = JobRecords(registry, now=lambda: "2026-01-01T00:00:00Z")
+        job = long_ago.create({"a": 1})
+        for number in range(8):
+            registry.write_job_file(job.id, f"checkpoints/{number}/tensors.safetensors", b"1")
+        long_ago.move(job.id, JobState.CANCELED)
+        for path in disk.rglob("*"):
+            os.utime(path, (0, 0))
+        fill(disk)
+        fill_names(disk)
+        with pytest.raises(StorageFull):
+            registry.put_blob(b"more")
+        done = CliRunner().invoke(app, ["gc", "--json", "--registry-url", str(disk)])
+        assert done.exit_code == 0, done.exception
+        assert [one["kind"] for one in json.loads(done.stdout)["items"]] == ["checkpoint", "blob"]
+        assert not registry.has_blob(orphan)
+        assert all(registry.read_blob(sha) for sha in registry.student(version).blobs)
 
 
 class TestTrainer:

@@ -1,5 +1,6 @@
 """`fewstep gc` over a real registry of files: what it says, what it deletes, its exit codes."""
 
+import hashlib
 import json
 import os
 from functools import partial
@@ -14,6 +15,7 @@ from distill_jobs.records import JobRecords
 from engines.cache import DiskCache
 from engines.errors import Conflict, InvalidRequest
 from engines.registry.files import FilesRegistry
+from engines.registry.retention import Retention
 from server.cli import app
 from tests.contract.test_registry import manifest_of, revision_of
 
@@ -149,6 +151,33 @@ def test_the_registry_is_told_as_to_every_other_command(root: Path, monkeypatch:
     monkeypatch.setenv("FEWSTEP_REGISTRY_URL", str(root / "registry"))
     done = CliRunner().invoke(app, ["gc", "--dry-run", "--json"])
     assert json.loads(done.stdout)["bytes"] == 12
+
+
+def test_half_written_weights_of_an_ended_job_go(root: Path) -> None:
+    records = JobRecords(FilesRegistry(root / "registry"))
+    job = next(job for job in records.all() if job.ended)
+    records.registry.write_job_file(job.id, "trained/weights.partial", b"half")
+    gc(root)
+    assert f"jobs/{job.id}/trained/weights.partial" not in files(root)
+
+
+def test_of_two_at_once_one_is_refused_and_what_would_go_can_be_told_beside_it(root: Path) -> None:
+    before = files(root)
+    with Retention(FilesRegistry(root / "registry"), grace_s=3600, keep_revisions=2).alone():
+        assert gc(root, "--dry-run")["bytes"] == 12
+        with pytest.raises(Conflict, match="another `fewstep gc`"):
+            gc(root)
+    assert files(root) == before
+
+
+def test_a_dry_run_leaves_alone_what_a_killed_run_had_taken_aside(root: Path) -> None:
+    store = FilesRegistry(root / "registry").store
+    sha = hashlib.sha256(b"12345").hexdigest()
+    store.move(f"blobs/{sha}", f".aside/blobs/{sha}")
+    gc(root, "--dry-run")
+    assert [one.name for one in store.held(".aside")] == [f"blobs/{sha}"]
+    gc(root)
+    assert store.held(".aside") == []
 
 
 def test_people_get_a_table_and_a_sum(root: Path) -> None:
