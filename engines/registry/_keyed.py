@@ -119,7 +119,7 @@ class KeyedRegistry:
         match = VERSION.match(version)
         if match is None or len(match["digest"]) < 64:  # a base may be anything that has a name
             return
-        if not self._count_on(student_file(version)) and self._manifests.pop(version, None):
+        if not self._count_on(student_file(version)) and self._manifests.pop(version, None) is not None:
             raise StudentNotFound(f"{shown(version)} was removed a moment ago: import it again", param="student")
 
     def student(self, version: str) -> StudentManifest:
