@@ -76,7 +76,7 @@ def main() -> None:
             threads=given.threads,
             weights=given.peer_weights,
         )
-        cells, slo_ms = _measured(options, config, Ledger(path, settings))
+        cells, slo_ms, left_out = _measured(options, config, Ledger(path, settings))
     report |= {
         "engine": f"{found.backend} {found.precision}, {given.threads} threads, batches {list(BATCHES)}, "
         f"denoiser weights of the peers {given.peer_weights}",
@@ -86,6 +86,7 @@ def main() -> None:
         "slo_ms": {kind: round(ms, 1) for kind, ms in slo_ms.items()},
         "summary": summary.summary(cells, options.cells),
         "cells": cells,
+        "left_out": left_out,
         "given": {FEWSTEP: _OURS, TOLD: _TOLD, **{name: _docstring(peer.module) for name, peer in PEERS.items()}},
     }
     given.out.write_text(json.dumps(report, indent=1) + "\n")
@@ -122,7 +123,9 @@ def _chosen(wanted: str, all_of: Any, names: Any) -> list[Any]:
     return [one for one in all_of if not asked or asked & set(names(one))]
 
 
-def _measured(options: Options, config: Config, ledger: Ledger) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def _measured(
+    options: Options, config: Config, ledger: Ledger
+) -> tuple[list[dict[str, Any]], dict[str, float], list[str]]:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, TimeRemainingColumn(), console=out) as progress:
         bar = progress.add_task("windows")
@@ -133,7 +136,7 @@ def _measured(options: Options, config: Config, ledger: Ledger) -> tuple[list[di
 
         bench = Bench(options, config, Painter(config), ledger, tick)
         progress.update(bar, total=bench.windows())
-        return bench.run(), bench.slo_ms()
+        return bench.run(), bench.slo_ms(), bench.left_out()
 
 
 def _docstring(module: str) -> str:

@@ -51,6 +51,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     for place in dict.fromkeys((one["workload"], one["load"]) for one in report["cells"]):
         mine = [one for one in report["cells"] if (one["workload"], one["load"]) == place]
         lines += [f"## {place[0]}, {place[1]}", "", *_table(mine), ""]
+    if report.get("left_out"):
+        lines += ["## Not measured", "", *(f"- {one}" for one in report["left_out"]), ""]
     lines += ["## What each was given", "", *(f"- **{name}**: {text}" for name, text in report["given"].items()), ""]
     return "\n".join(lines)
 
