@@ -2,7 +2,7 @@
 
 import typer
 
-from server.commands import calibrate, deployments, distill, gc, imports, processes, stack, students
+from server.commands import backup, calibrate, deployments, distill, gc, imports, processes, stack, students
 from server.commands.generate import generate
 from server.commands.terminal import one_sentence_errors
 
@@ -27,6 +27,8 @@ app.command(rich_help_panel=_USE)(deployments.deployments)
 app.command(rich_help_panel=_USE)(deployments.promote)
 app.command(rich_help_panel=_USE)(deployments.rollback)
 app.command(rich_help_panel=_UPKEEP)(gc.gc)
+app.command(rich_help_panel=_UPKEEP)(backup.backup)
+app.command(rich_help_panel=_UPKEEP)(backup.restore)
 app.command(rich_help_panel=_PROCESSES)(processes.gateway)
 app.command(rich_help_panel=_PROCESSES)(processes.worker)
 app.command(rich_help_panel=_PROCESSES)(processes.distiller)

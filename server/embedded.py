@@ -25,6 +25,8 @@ from server.supervisor import Child, Supervisor
 
 _LOOPBACK = "127.0.0.1"
 _FIRST_BUILD_S = 600.0
+REDIS_URL, URL_SECRET = "redis-url", "url-secret"
+"""Files in the data folder: where its own Redis answers now, and what urls are signed with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,7 @@ class Stack:
     def _start(self) -> None:
         if self.options.redis_url is None:
             self.supervisor.start(self._redis())
+            (self.options.data / REDIS_URL).write_text(self.redis_url)
         self._seed()
         for name in self.ports:
             self.supervisor.start(self._gateway(name))
@@ -154,7 +157,7 @@ class Stack:
 
     def _url_secret(self) -> str:
         """The same over restarts, so that signed urls stay good; readable by its owner alone."""
-        path = self.options.data / "url-secret"
+        path = self.options.data / URL_SECRET
         if not path.exists():
             path.touch(mode=0o600)
             path.write_text(secrets.token_hex(32))

@@ -27,7 +27,7 @@ from engines.errors import (
     StudentNotFound,
 )
 from engines.manifest import VERSION, StudentManifest, parse, shown
-from engines.registry._names import candidate_file, fresh, job_file, plain, student_file, student_folder
+from engines.registry._names import candidate_file, fresh, job_file, job_folder, plain, student_file, student_folder
 from engines.registry._store import Store
 from engines.registry.base import Candidate, Outcome, Revision, TierTarget
 
@@ -288,7 +288,7 @@ class KeyedRegistry:
         return sorted(self._store.children("jobs"))
 
     def job_files(self, job_id: str) -> list[str]:
-        return sorted(self._store.walk(f"jobs/{plain(job_id)}"))
+        return sorted(self._store.walk(job_folder(job_id)))
 
     def write_job_file(self, job_id: str, name: str, data: bytes, *, exclusive: bool = False) -> None:
         path = job_file(job_id, name)
@@ -304,7 +304,7 @@ class KeyedRegistry:
         return self._store.read(job_file(job_id, name))
 
     def job_path(self, job_id: str) -> Path | None:
-        return self._store.folder(f"jobs/{plain(job_id)}")
+        return self._store.folder(job_folder(job_id))
 
 
 def _sha256(data: bytes | Path) -> str:

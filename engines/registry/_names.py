@@ -32,5 +32,9 @@ def candidate_file(deployment: str, swap_id: str) -> str:
     return f"deployments/{plain(deployment)}/candidates/{plain(swap_id)}.json"
 
 
+def job_folder(job_id: str) -> str:
+    return f"jobs/{plain(job_id)}"
+
+
 def job_file(job_id: str, name: str) -> str:
-    return "/".join(("jobs", plain(job_id), *(plain(part) for part in name.split("/"))))
+    return "/".join((job_folder(job_id), *(plain(part) for part in name.split("/"))))

@@ -25,6 +25,7 @@ from engines.loader import load_student
 from engines.registry.base import Revision, TierTarget
 from engines.registry.files import FilesRegistry
 from engines.student import sample
+from server.client import Client
 from server.embedded import Stack, StackOptions
 from server.messages import ENDINGS
 from tests import tiny_sd
@@ -60,15 +61,35 @@ def published(data: Path) -> str:
 def serving(data: Path, **env: str) -> Iterator[tuple[Stack, str]]:
     """Redis with AOF, one gateway, two workers on the reference backend."""
     version = published(data)
+    with Stack(options(data, workers=2, **env)) as stack:
+        yield stack, version
+
+
+def options(data: Path, *, workers: int, gateways: int = 1, **env: str) -> StackOptions:
     chosen = {
         "WORKER_BACKEND": "eager",
         "WORKER_LEASE_S": "2",
         "WORKER_BATCH_SIZES": "[1, 2, 4]",
         "GATEWAY_DEFAULT_TIMEOUT_MS": "60000",
     }
-    options = StackOptions(data=data, port=0, workers=2, distiller=False, threads=1, env=chosen | env)
-    with Stack(options) as stack:
-        yield stack, version
+    return StackOptions(
+        data=data, port=0, workers=workers, gateways=gateways, distiller=False, threads=1, env=chosen | env
+    )
+
+
+def num_workers(stack: Stack) -> int:
+    """How many have a lease."""
+    with redis.Redis.from_url(stack.redis_url) as client:
+        return client.exists(*[name for name in client.scan_iter("fewstep:v1:worker:*")] or ["none"])
+
+
+def restarted(stack: Stack, name: str, before: int) -> None:
+    """The supervisor has started it again, and all gateways can serve."""
+    eventually(lambda: stack.supervisor.pids().get(name, before) != before, 60)
+    for port in stack.ports.values():
+        client = Client(f"http://127.0.0.1:{port}")
+        eventually(client.ready, 120)
+        client.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +109,9 @@ class Asked:
 
 @dataclass
 class Clients:
-    """Clients in a thread of their own, each asking again as soon as it is answered."""
+    """Clients in a thread of their own, each asking again as soon as it is answered, by turns at each of `urls`."""
 
-    url: str
+    urls: tuple[str, ...]
     answers: list[Asked] = field(default_factory=list)
     unanswered: list[str] = field(default_factory=list)
     _stopped: threading.Event = field(default_factory=threading.Event)
@@ -111,7 +132,7 @@ class Clients:
         eventually(lambda: len(self.answers) >= wanted, within_s)
 
     async def _run(self) -> None:
-        async with httpx.AsyncClient(base_url=self.url, timeout=httpx.Timeout(60.0, connect=2.0)) as http:
+        async with httpx.AsyncClient(timeout=httpx.Timeout(60.0, connect=2.0)) as http:
             await asyncio.gather(*[self._client(http, number) for number in range(_CLIENTS)])
 
     async def _client(self, http: httpx.AsyncClient, number: int) -> None:
@@ -127,9 +148,10 @@ class Clients:
         try:
             async with asyncio.timeout(_GIVE_UP_S):
                 while True:
+                    url = self.urls[(seed + tries) % len(self.urls)]
                     tries += 1
                     try:
-                        response = await http.post("/v1/generations", json=asked, headers=headers)
+                        response = await http.post(f"{url}/v1/generations", json=asked, headers=headers)
                     except httpx.TransportError:
                         await asyncio.sleep(0.1)
                         continue

@@ -5,12 +5,10 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-import redis
 
-from server.client import Client
 from server.embedded import Stack
 from tests.eventually import eventually
-from tests.faults.serving import Clients, check, serving
+from tests.faults.serving import Clients, check, num_workers, restarted, serving
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
@@ -23,19 +21,6 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Stack, str]]:
         yield made
 
 
-def num_workers(stack: Stack) -> int:
-    with redis.Redis.from_url(stack.redis_url) as client:
-        return client.exists(*[name for name in client.scan_iter("fewstep:v1:worker:*")] or ["none"])
-
-
-def restarted(stack: Stack, name: str, before: int) -> None:
-    """The supervisor has started it again, and it serves."""
-    eventually(lambda: stack.supervisor.pids().get(name, before) != before, 60)
-    client = Client(stack.url)
-    eventually(client.ready, 120)
-    client.close()
-
-
 def kill(stack: Stack, name: str) -> int:
     pid = stack.supervisor.pid(name)
     os.kill(pid, signal.SIGKILL)
@@ -44,7 +29,7 @@ def kill(stack: Stack, name: str) -> int:
 
 def test_a_killed_worker_loses_no_request(up: tuple[Stack, str]) -> None:
     stack, version = up
-    with Clients(stack.url) as clients:
+    with Clients((stack.url,)) as clients:
         clients.further(10)
         for name in ("worker-0", "worker-1"):
             before = kill(stack, name)
@@ -56,7 +41,7 @@ def test_a_killed_worker_loses_no_request(up: tuple[Stack, str]) -> None:
 
 def test_a_killed_gateway_loses_no_request_of_a_client_that_asks_again(up: tuple[Stack, str]) -> None:
     stack, version = up
-    with Clients(stack.url) as clients:
+    with Clients((stack.url,)) as clients:
         for _ in range(2):
             clients.further(10)
             before = kill(stack, "gateway")
@@ -68,7 +53,7 @@ def test_a_killed_gateway_loses_no_request_of_a_client_that_asks_again(up: tuple
 
 def test_a_killed_redis_loses_no_request(up: tuple[Stack, str]) -> None:
     stack, version = up
-    with Clients(stack.url) as clients:
+    with Clients((stack.url,)) as clients:
         for _ in range(2):
             clients.further(10)
             before = kill(stack, "redis")
@@ -81,7 +66,7 @@ def test_a_worker_that_stands_still_past_its_lease_loses_no_request_and_answers_
     up: tuple[Stack, str],
 ) -> None:
     stack, version = up
-    with Clients(stack.url) as clients:
+    with Clients((stack.url,)) as clients:
         clients.further(10)
         pid = stack.supervisor.pid("worker-0")
         os.kill(pid, signal.SIGSTOP)
