@@ -113,7 +113,7 @@ bench-gpu: install-dev  ## pictures through the gateway and steps of SDXL-, Sana
 teacher: install-dev  ## train the embedded teacher of shapes again (two hours), or of ARGS="--task digits"
 	$(BIN)/python -m distill_jobs.teachers.training.train all --out .fewstep/teacher $(ARGS)
 
-dashboards: install-dev  ## write the Grafana dashboard anew
+dashboards: install-dev  ## write the Grafana dashboards anew
 	$(BIN)/python docker/grafana/dashboard.py
 
 chart-table: install-dev  ## write the table of the chart's values anew, from their comments

@@ -66,7 +66,7 @@ def hints(stack: Stack) -> str:
             f"  OpenAI SDK: {sdk}",
             f"  fewstep distill submit examples/shapes-fast.yaml --url {url}",
             f"  metrics: {url}/metrics, {metrics}",
-            "  dashboard: docker/grafana/dashboards/fewstep.json, scrape file docker/prometheus/prometheus.yml",
+            "  dashboards: docker/grafana/dashboards/, scrape file docker/prometheus/prometheus.yml",
         )
     )
 
