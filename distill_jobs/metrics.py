@@ -49,7 +49,7 @@ class DistillMetrics:
         for role, value in (event.get("losses") or {}).items():
             self.loss.labels(job_id, role).set(value)
         for name, value in (event.get("metrics") or {}).items():
-            if isinstance(value, int | float):
+            if isinstance(value, int | float) and not isinstance(value, bool):
                 self.metric.labels(job_id, name, "student").set(value)
 
     def entered(self, job_id: str, state: JobState, now_s: float) -> None:
@@ -63,7 +63,7 @@ class DistillMetrics:
         for who, by_count in (("student", figures["metrics"]), ("teacher", teacher)):
             for count, metrics in by_count.items():
                 for name, value in metrics.items():
-                    if isinstance(value, int | float):
+                    if isinstance(value, int | float) and not isinstance(value, bool):
                         self.metric.labels(job_id, f"{name}@{count}" if count else name, who).set(value)
 
     def watch(self, job_id: str, used: Callable[[], Usage]) -> None:

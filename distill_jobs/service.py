@@ -135,16 +135,16 @@ class Service:
         """Off the queue if it ended or is paused; else anybody may go on with it at once."""
         now = self.records.get(job.id)
         over = now.ended or now.state is JobState.PAUSED
+        self.metrics.forget(job.id)
         if now.ended:
             self._report(now)
-            self._ended(now)
-        if over:
-            self.metrics.forget(job.id)
         try:
             (self.queue.done if over else self.queue.release)(job.id, self.owner)
         except redis.RedisError as error:
             log.warning("redis is away", extra={"job_id": job.id, "error": str(error)})
         log.info("left a job", extra={"job_id": job.id, "state": now.state})
+        if now.ended:
+            self._ended(now)
 
     def _report(self, job: DistillJob) -> None:
         """Leaves the report beside the job's files. The job has ended, so nothing that goes wrong here may end more."""

@@ -46,6 +46,8 @@ class TrainerProcess:
     def usage(self) -> Usage:
         """Zero once it has ended."""
         cpu_s, memory_bytes = 0.0, 0
+        if self._process.returncode is not None:  # its id may be another process' by now
+            return Usage(cpu_s, memory_bytes)
         with suppress(psutil.NoSuchProcess):
             trainer = psutil.Process(self.pid)
             for process in (trainer, *trainer.children(recursive=True)):

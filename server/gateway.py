@@ -253,8 +253,11 @@ class Gateway:
         if ticket.decision is not None:
             self.catalog.ended(ticket.model, ticket.decision.request_class, ticket.decision.cost_s, ticket.owner)
         if result.status == "succeeded" and ticket.decision is not None:
-            latency = self.metrics.request_seconds.labels(ticket.model, result.tier, shown(result.version))
-            latency.observe(seconds, tracing.exemplar.get())
+            if (
+                self.catalog.manifest(result.version) is not None
+            ):  # else its series are gone, and nobody would remove them
+                latency = self.metrics.request_seconds.labels(ticket.model, result.tier, shown(result.version))
+                latency.observe(seconds, tracing.exemplar.get())
             self._dispatcher.waited(ticket.decision, result.timing.queue_ms / 1000)
             if ticket.decision.work is not None:
                 self.latencies.add(ticket.decision.work, ticket.decision.wait_s, seconds * 1000)
@@ -287,6 +290,8 @@ class Gateway:
     async def _show_quality(self, deployment: str, versions: list[str]) -> None:
         for version in versions:
             report = await asyncio.to_thread(self.registry.report, version)
+            if self.catalog.manifest(version) is None:
+                continue
             for metric, value in quality(report or {}).items():
                 self.metrics.student_quality.labels(deployment, shown(version), metric).set(value)
 

@@ -45,7 +45,7 @@ class RequestTraces:
         """None where it is not sampled. Its span begins when the request was queued."""
         if self._tracing is None:
             return None
-        queued_ns = now_ns() - (self._now_ms() - claim.enqueued_ms) * _MS
+        queued_ns = now_ns() - max(0, self._now_ms() - claim.enqueued_ms) * _MS  # of two clocks
         span = self._tracing.begin("generate", claim.request.traceparent, at_ns=queued_ns, kind="CONSUMER")
         return RequestTrace(span, queued_ns) if span.sampled else None
 
@@ -90,7 +90,8 @@ class RequestTraces:
         }
         error = f"{result.error.code}: {result.error.message}" if result.error else None
         parts = [*trace.waited(result), *trace.parts] if result.timing.total_ms else trace.parts
-        trace.span.end(now_ns(), parts, attributes=told, error=error)
+        ended_ns = max([now_ns(), *(part.ended_ns for part in parts)])
+        trace.span.end(ended_ns, parts, attributes=told, error=error)
 
     def canceled(self, ticket: "Ticket") -> None:
         """Somebody else has ended a request that is here."""

@@ -287,6 +287,7 @@ def sources_of(ticket: Ticket) -> list[SourceRow]:
             deadline_s=ticket.deadline_s,
             alone=ticket.claim.returned,
             feeds=ticket.lane(ticket.first),
+            network_rows=2 if ticket.student.family.sees else 1,  # the picture, and what is beneath the mask
             ticket=ticket,
         )
     ]

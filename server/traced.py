@@ -40,6 +40,9 @@ class Traced:
         tokens = logs.trace_id.set(span.trace_id), tracing.exemplar.set(span.exemplar)
         try:
             await self._app(scope, receive, noted)
+        except Exception:
+            said["http.response.status_code"] = 500  # whatever had been said before
+            raise
         finally:
             tracing.exemplar.reset(tokens[1])
             logs.trace_id.reset(tokens[0])

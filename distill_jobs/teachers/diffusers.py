@@ -20,7 +20,7 @@ from engines import plugins, policy, process
 from engines.artefact import FRESH
 from engines.denoiser import AtWeight, BaseDenoiser, Denoiser, Guided
 from engines.errors import NotBuilt
-from engines.families.base import ComponentNetwork, Family
+from engines.families.base import SEEN, ComponentNetwork, Family
 from engines.graph import ComponentGraph, ComponentSpec, spec
 from engines.manifest import Guidance, Schedule, StudentManifest, shown
 from engines.parts import load_weights, reader
@@ -149,7 +149,7 @@ def load(registry: Registry, version: str) -> Teacher:
 
     Raises:
         StudentNotFound, CorruptBlob, GraphMismatch: as the registry and the loader say.
-        NotBuilt: it has several networks, or makes videos.
+        NotBuilt: it has several networks, makes videos, or inpaints by what it reads.
     """
     manifest = registry.student(version)
     if manifest.experts:
@@ -162,6 +162,8 @@ def load(registry: Registry, version: str) -> Teacher:
     read = reader(registry, manifest)
     graphs = {role: spec(manifest, role, read) for role in ("encoder", "denoiser", "decoder")}
     parts = {role: _network(registry, manifest, role, graph) for role, graph in graphs.items()}
+    if any(port.name == SEEN for port in parts["denoiser"].ports):
+        raise NotBuilt(f"{shown(version)} reads what it inpaints, and only networks that read x alone are distilled")
     family = plugins.load("engines.families", manifest.family, "FAMILY")
     denoiser = Denoiser(parts["denoiser"], process.make(manifest.process), manifest.prediction, manifest.inputs)
     denoiser.reads_instead = True

@@ -87,7 +87,7 @@ class RedisBroker(GatewaySide, WorkerSide, SwapSide):
         info = dict(line.split(":", 1) for line in (await self._link.call("INFO")).decode().splitlines() if ":" in line)
         return Store(
             memory_bytes=int(info["used_memory"]),
-            limit_bytes=int(info["maxmemory"]) or int(info["total_system_memory"]),
+            limit_bytes=int(info["maxmemory"]) or int(info.get("total_system_memory", 0)),
             durable=info["aof_enabled"] == "1"
             and all(info[f"aof_last_{what}_status"] == "ok" for what in ("write", "bgrewrite")),
         )

@@ -42,7 +42,7 @@ def test_what_it_cannot_do_is_refused(given: dict[str, str], said: str) -> None:
 
 def test_a_missing_package_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setitem(sys.modules, "opentelemetry.exporter", None)
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     said = r"^OTEL_EXPORTER_OTLP_ENDPOINT is set and OpenTelemetry is missing .*pip install 'fewstep\[tracing\]'"
     with pytest.raises(InvalidRequest, match=said), tracing.opened("gateway"):
         pass
