@@ -24,8 +24,8 @@ _CAPTIONS = 4000  # more than a window asks, so that hardly a prompt comes twice
 _LONE_S = 3.0
 _PLAIN = "fastapi naive"
 _HOPELESS = 2.0
-"""Times its own rate: where more is asked under Poisson arrivals a server is not measured. It would answer nobody in time,
-and take minutes for those who wait."""
+"""Times its own rate: where more is asked under Poisson arrivals a server is not measured. It would answer nobody in
+time, and take minutes for those who wait."""
 
 
 @dataclass(frozen=True, slots=True)
