@@ -120,7 +120,7 @@ def test_what_the_readme_says_to_delete_with_is_run_by_a_worker(tmp_path: Path) 
         at = arguments.index(option) + 1
         assert arguments[at] == there[variable]["value"]
         arguments[at] = str(tmp_path / arguments[at].strip("/"))
-    (tmp_path / "registry").mkdir()
+        Path(arguments[at]).mkdir(parents=True)
     done = CliRunner().invoke(app, arguments)
     assert (done.exit_code, done.output.strip().splitlines()[-1]) == (0, "nothing to delete")
 

@@ -1,6 +1,7 @@
 """Spans as a collector gets them: of a request through real gateway, Redis and worker, of a swap, of a job."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
 
 import httpx
@@ -83,9 +84,10 @@ async def test_a_request_is_one_trace_from_the_client_to_its_steps(collector: Re
     assert http.error is None
     assert generate.error is None
 
-    steps = collector.below(generate.span_id, "denoise")
-    assert [step.attributes["fewstep.step"] for step in steps] == [1, 2, 3, 4]
-    assert {step.attributes["fewstep.rows"] for step in steps} == {2}
+    rows = Counter[int]()  # its two pictures may share a call or not
+    for step in collector.below(generate.span_id, "denoise"):
+        rows[step.attributes["fewstep.step"]] += step.attributes["fewstep.rows"]
+    assert rows == {1: 2, 2: 2, 3: 2, 4: 2}
     pictures = collector.below(generate.span_id, "image")
     assert {picture.attributes["fewstep.picture"] for picture in pictures} == {0, 1}
     assert f'trace_id="{TRACE}"' in line_of(series, "fewstep_request_seconds_bucket")
