@@ -83,6 +83,7 @@ class Stack:
     def stop(self) -> None:
         """Gateway refuses, workers drain, the trainer checkpoints, Redis goes last."""
         self.supervisor.stop([*self.ports, *self._worker_names(), "distiller", "redis"])
+        (self.options.data / REDIS_URL).unlink(missing_ok=True)
         for client in self._clients:
             client.close()
         self._locked.__exit__(None, None, None)
@@ -99,9 +100,11 @@ class Stack:
         return [f"worker-{index}" for index in range(self.options.workers)]
 
     def _start(self) -> None:
+        told = self.options.data / REDIS_URL
+        told.unlink(missing_ok=True)  # of a start that was killed: its port may be another server's by now
         if self.options.redis_url is None:
             self.supervisor.start(self._redis())
-            (self.options.data / REDIS_URL).write_text(self.redis_url)
+            told.write_text(self.redis_url)
         self._seed()
         for name in self.ports:
             self.supervisor.start(self._gateway(name))

@@ -253,9 +253,7 @@ class Gateway:
         if ticket.decision is not None:
             self.catalog.ended(ticket.model, ticket.decision.request_class, ticket.decision.cost_s, ticket.owner)
         if result.status == "succeeded" and ticket.decision is not None:
-            if (
-                self.catalog.manifest(result.version) is not None
-            ):  # else its series are gone, and nobody would remove them
+            if self.catalog.manifest(result.version) is not None:  # else its series are gone, and would stay for good
                 latency = self.metrics.request_seconds.labels(ticket.model, result.tier, shown(result.version))
                 latency.observe(seconds, tracing.exemplar.get())
             self._dispatcher.waited(ticket.decision, result.timing.queue_ms / 1000)

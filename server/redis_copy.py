@@ -5,6 +5,7 @@ reaches it, and with the rights of a replica (`+sync`).
 """
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from socket import socket
@@ -31,14 +32,23 @@ def snapshot(url: str, path: Path) -> int:
     try:
         connection = client.connection_pool.get_connection()
         try:
-            connection.send_command("SYNC")  # type: ignore[no-untyped-call]
+            connection.send_command("SYNC")  # type: ignore[no-untyped-call]  # redis-py types neither
             return _receive(cast(socket, connection._sock), path)
         finally:
             connection.disconnect()  # type: ignore[no-untyped-call]
-    except (redis.RedisError, TimeoutError) as error:
+    except (redis.RedisError, TimeoutError, ConnectionError) as error:
         raise Unavailable(f"no copy of what Redis holds: {error}") from error
     finally:
         client.close()
+
+
+def check_empty(folder: Path) -> None:
+    """
+    Raises:
+        Conflict: there is something in the folder.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise Conflict(f"{folder} has something in it: a copy is laid out in an empty folder")
 
 
 def lay_out(copied: Path, folder: Path) -> None:
@@ -48,12 +58,11 @@ def lay_out(copied: Path, folder: Path) -> None:
         Conflict: there is something in it.
         StorageFull: there is no room.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise Conflict(f"{folder} has something in it: a copy is laid out in an empty folder")
+    check_empty(folder)
     made = folder / "appendonlydir"
     with needed(folder.parent):
         made.mkdir(parents=True)
-        (made / _BASE).write_bytes(copied.read_bytes())
+        shutil.copyfile(copied, made / _BASE)
         (made / _INCREMENT).touch()
         manifest = f"file {_BASE} seq 1 type b\nfile {_INCREMENT} seq 1 type i\n"
         (made / f"{_AOF}.manifest").write_text(manifest)

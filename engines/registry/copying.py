@@ -37,6 +37,8 @@ class Copied:
 def back_up(source: KeyedRegistry, target: KeyedRegistry) -> Copied:
     """Adds all of `source` to `target`, an empty registry or an earlier copy, of which blobs are not copied again.
 
+    A trainer that replaces its checkpoints faster than they are copied may leave none in the copy: its job begins anew.
+
     Raises:
         Conflict: something was removed meanwhile that the copy names: copy once more.
         StorageFull: there is no room.
@@ -94,9 +96,11 @@ class _Copy:
         for job in self._source.job_ids():
             for _ in range(_TRIES):  # a trainer replaces its oldest checkpoint by a newer one
                 names = self._source.job_files(job)
-                # What a job has reached is written after what it has made.
-                ordered = sorted(names, key=lambda name: name.startswith(_STATES), reverse=True)
+                # What a job has reached is written after what it has made; and the newest checkpoint stays the longest.
+                ordered = sorted(names, key=lambda name: (name.startswith(_STATES), name), reverse=True)
                 if all([self._one(f"{job_folder(job)}/{name}") for name in ordered]):
+                    for old in set(self._target.job_files(job)).difference(names):  # what an earlier copy had
+                        self._to.remove(f"{job_folder(job)}/{old}")
                     break
 
     def students(self) -> None:

@@ -17,7 +17,7 @@ from engines.registry.files import FilesRegistry
 from server.commands.students import known
 from server.commands.terminal import out
 from server.embedded import REDIS_URL, URL_SECRET
-from server.redis_copy import lay_out, snapshot
+from server.redis_copy import check_empty, lay_out, snapshot
 
 _REDIS, _REGISTRY, _DONE = "redis.rdb", "registry", "backup.json"
 Folder = Annotated[Path, typer.Argument(help="A folder for the copy.")]
@@ -34,8 +34,8 @@ def backup(
     """Copy registry and Redis while they are used; nothing is lost that was acknowledged before the copy began.
 
     First Redis as of one moment, then the registry: students, deployments, jobs with their checkpoints. A second copy
-    into the same folder copies only weights that are new. Pictures are kept in Redis for RESULT_TTL_S alone, so from an
-    older copy they are gone.
+    into the same folder copies only weights that are new. Pictures are kept for WORKER_RESULT_TTL_S alone, so an older
+    copy has them no more.
 
     Example: fewstep backup /backups/today --data .fewstep
     """
@@ -73,8 +73,9 @@ def restore(
         registry_url, redis_dir = registry_url or str(data / "registry"), redis_dir or data / "redis"
     if registry_url is None or redis_dir is None:
         raise InvalidRequest("say where to: --data, or --registry-url and --redis-dir")
-    lay_out(folder / _REDIS, redis_dir)
+    check_empty(redis_dir)  # before anything is written anywhere
     copied = restore_registry(FilesRegistry(folder / _REGISTRY), FilesRegistry(registry_url))
+    lay_out(folder / _REDIS, redis_dir)
     if data and (folder / URL_SECRET).exists():
         shutil.copy2(folder / URL_SECRET, data / URL_SECRET)
     out.print(f"{registry_url}: {_told(copied)}; Redis starts from {redis_dir}", highlight=False)

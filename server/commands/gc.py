@@ -39,7 +39,7 @@ def gc(
     Exit code 0: done, or nothing to do; 1: a student that was named is needed, a file cannot be read, or another one is
     at work: nothing went.
 
-    Example: fewstep gc --dry-run --cache-dir .fewstep/work/engines
+    Example: fewstep gc --dry-run
     """
     given: dict[str, Any] = {} if cache_dir is None else {"cache_dir": cache_dir}
     settings = load(GcSettings, **given)

@@ -154,6 +154,17 @@ def test_a_checkpoint_that_is_replaced_meanwhile_leaves_the_newer_one(
     assert copy.read_job_file(job, new) == b"newer"
 
 
+def test_a_checkpoint_that_has_gone_goes_from_the_next_copy_too(source: KeyedRegistry, copy: FilesRegistry) -> None:
+    filled(source)
+    copying.back_up(source, copy)
+    [job] = source.job_ids()
+    [old] = [name for name in source.job_files(job) if name.startswith("checkpoints/")]
+    source.write_job_file(job, old.replace("00000001", "00000002"), b"newer")
+    source.store.remove(f"jobs/{job}/{old}")
+    copying.back_up(source, copy)
+    assert copy.job_files(job) == source.job_files(job)
+
+
 def test_nothing_is_restored_over_what_is_there(copy: FilesRegistry, tmp_path: Path) -> None:
     used = FilesRegistry(tmp_path / "used")
     filled(copy)

@@ -11,7 +11,7 @@ import httpx
 import pytest
 import redis
 
-from server.embedded import Stack
+from server.embedded import REDIS_URL, Stack
 from tests.eventually import eventually
 from tests.faults.serving import MODEL, PROMPTS, STEPS, Asked, check_pictures, options, published, unfinished
 
@@ -51,6 +51,8 @@ def test_a_restored_system_answers_all_that_was_accepted_before_the_copy(tmp_pat
         with redis.Redis.from_url(stack.redis_url, decode_responses=True) as client:
             assert len(unfinished(client)) >= _ASKED // 2
         stack.supervisor.kill()
+
+    assert not (old / REDIS_URL).exists()  # nobody copies what has this port next
 
     fewstep("restore", str(copy), "--data", str(new))
     with Stack(options(new, workers=1)) as stack, httpx.Client(base_url=stack.url) as http:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from engines.errors import DeadlineExceeded, Gone, InvalidRequest, NotFound, Overloaded, Unavailable
-from engines.manifest import StudentManifest
+from engines.manifest import StudentManifest, shown
 from engines.registry.base import Revision
 from engines.registry.memory import MemoryRegistry
 from server import leases, metrics
@@ -157,6 +157,36 @@ async def test_the_next_look_counts_them_once() -> None:
     await stand.gateway.catalog.refresh()
     assert stand.gateway.catalog.waiting_s("shapes", "normal") == pytest.approx(0.05)
     await stand.gateway.stop()
+
+
+async def test_what_is_answered_counts_no_more_before_the_next_look(stand: Stand) -> None:
+    catalog, ticket = stand.gateway.catalog, await stand.gateway.submit(INTENT, WEB)
+    assert catalog.waiting_s("shapes", "normal") > 0
+    await answered(stand, OLD.version)
+    await stand.gateway.answer(ticket)
+    assert catalog.waiting_s("shapes", "normal") == 0
+    assert catalog.view.published_by_s["shapes", "normal"] == {"web": pytest.approx(0.0)}
+
+
+async def answered(stand: Stand, version: str) -> None:
+    [claim] = await stand.worker.claim(["shapes"], 8, 0)
+    result = GenerateResult(id=claim.request.id, status="succeeded", version=version, tier="medium", num_images=1)
+    await stand.worker.finish(claim, result, [b"a picture"])
+
+
+async def test_latency_is_told_of_versions_that_are_deployed_and_of_no_other(stand: Stand) -> None:
+    """The series of a version go with it: one that came back with a late answer would stay for good."""
+
+    def versions() -> set[str]:
+        families = stand.metrics.registry.collect()
+        [latency] = [family for family in families if family.name == "fewstep_request_seconds"]
+        return {sample.labels["version"] for sample in latency.samples}
+
+    for version in (NEW.version, OLD.version):
+        ticket = await stand.gateway.submit(INTENT, WEB)
+        await answered(stand, version)
+        await stand.gateway.answer(ticket)
+    assert versions() == {shown(OLD.version)}
 
 
 async def test_high_requests_do_not_wait_for_normal_ones() -> None:
