@@ -102,14 +102,20 @@ class Meddled:
 def test_a_copy_names_nothing_that_it_lacks_whatever_is_published_meanwhile(
     source: KeyedRegistry, copy: FilesRegistry
 ) -> None:
-    """At every single file another student is published, deployed and proposed, and a job ends with one."""
+    """At every single file another student is published, proposed and deployed, and a job ends with one."""
     first = filled(source)
     records, made = JobRecords(source), [first]
 
     def publish(_: str) -> None:
         number = len(made) + 1
+        if number > 30:  # by then it is at the blobs
+            return
         made.append(source.publish(manifest_of(source, name=f"s{number}", text=str(number))))
-        source.commit(revision_of(number, made[-1]))
+        revision = revision_of(number, made[-1])
+        named: dict[str, Any] = {"default_tier": "low", "allowed": revision.allowed, "base_revision": number - 1}
+        candidate = source.propose("shapes", revision.tiers, **named)
+        source.commit(revision)
+        source.settle("shapes", candidate.swap_id, outcome_of(candidate.swap_id, revision=number))
         job = records.create(SPEC, idempotency_key=str(number))
         source.write_job_file(job.id, "result.json", made[-1].encode())
         records.move(job.id, JobState.CANCELED)
@@ -121,6 +127,11 @@ def test_a_copy_names_nothing_that_it_lacks_whatever_is_published_meanwhile(
     assert held.keys() <= set(copy.students())
     for version in copy.students():
         assert all(copy.has_blob(sha) for sha in copy.student(version).blobs)
+    for name in copy.store.walk("deployments"):
+        swap_id = Path(name).name.removesuffix(".outcome.json")
+        if name.endswith(".outcome.json") and (ended := copy.outcome("shapes", swap_id)) and ended.revision:
+            assert copy.candidate("shapes", swap_id).swap_id == swap_id
+            assert copy.revision("shapes", ended.revision).number == ended.revision
     for job in copy.job_ids():
         if JobRecords(copy).get(job).state is JobState.CANCELED:
             assert copy.read_job_file(job, "result.json") is not None
@@ -146,7 +157,7 @@ def test_a_checkpoint_that_is_replaced_meanwhile_leaves_the_newer_one(
     old, new = (f"checkpoints/00-0000000{i}-00000001/tensors.safetensors" for i in (1, 2))
 
     def replace(name: str) -> None:
-        if source.store.exists(f"jobs/{job}/{old}"):
+        if name.startswith("jobs/") and source.store.exists(f"jobs/{job}/{old}"):
             source.write_job_file(job, new, b"newer")
             source.store.remove(f"jobs/{job}/{old}")
 
