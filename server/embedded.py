@@ -24,7 +24,6 @@ from server.client import Client
 from server.supervisor import Child, Supervisor
 
 _LOOPBACK = "127.0.0.1"
-_FIRST_BUILD_S = 600.0
 REDIS_URL, URL_SECRET = "redis-url", "url-secret"
 """Files in the data folder: where its own Redis answers now, and what urls are signed with."""
 
@@ -146,7 +145,7 @@ class Stack:
         client = self._client(self.url)
         # The first start on a machine exports and compiles every graph; on a busy one that takes minutes.
         child_env = self._env("WORKER", env) | threads
-        return Child(name, _fewstep("worker"), ready=client.ready, env=child_env, start_within_s=_FIRST_BUILD_S)
+        return Child(name, _fewstep("worker"), ready=client.ready, env=child_env)
 
     def _distiller(self) -> Child:
         env = {

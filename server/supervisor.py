@@ -33,7 +33,7 @@ class Child:
     ready: Callable[[], bool]
     env: Mapping[str, str] = field(default_factory=dict)
     nice: int = 0
-    start_within_s: float = 120.0
+    start_within_s: float = 600.0  # a first start compiles every engine, on a slow machine for minutes
     grace_s: float = 20.0
 
 

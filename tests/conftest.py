@@ -9,6 +9,7 @@ from xdist.scheduler import LoadFileScheduling
 
 from server.client import Client
 from server.embedded import Stack, StackOptions
+from tests.eventually import PATIENCE
 
 _SHARING_THE_STACK = "tests/e2e"
 
@@ -26,11 +27,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _Files 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Files that may take longest come first: at the end one of them would keep a single process busy."""
+    """Files that may take longest come first: at the end one of them would keep a single process busy.
+
+    Each may take what it says times `PATIENCE` before it counts as one that hangs.
+    """
     longest: dict[Path, float] = {}
     for item in items:
         mark = item.get_closest_marker("timeout")
         within_s = float(mark.args[0] if mark else config.getini("timeout"))
+        item.add_marker(pytest.mark.timeout(within_s * PATIENCE), append=False)
         longest[item.path] = max(longest.get(item.path, 0.0), within_s)
     items.sort(key=lambda item: -longest[item.path])
 

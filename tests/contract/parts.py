@@ -25,7 +25,7 @@ COMPILERS = {
     "eager": (),
     "onnxruntime": ("onnxruntime.InferenceSession",),
     "tensorrt": ("subprocess.run",),
-    "openvino": ("openvino.Core.read_model", "openvino.Core.compile_model"),
+    "openvino": ("openvino.Core.read_model", "openvino.Core.compile_model", "openvino.Core.import_model"),
     "torch_compile": ("subprocess.run",),
 }
 

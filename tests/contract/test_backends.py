@@ -97,7 +97,7 @@ def test_each_weight_acts_under_its_own_name(part: Part) -> None:
 
 def test_other_weights_of_a_known_graph_pass_no_exporter_and_no_compiler(part: Part) -> None:
     compilers = COMPILERS[part.choice.backend]
-    kept = part.choice.backend == "torch_compile"  # on disk, perhaps since an earlier run
+    kept = part.choice.backend in ("openvino", "torch_compile")  # on disk, perhaps since an earlier run
     assert kept or bool(compilers) == any(part.calls[name] for name in compilers), "the graph itself must pass one"
     first = next(iter(part.weights))
     with counting(*part.watched) as calls:
@@ -255,6 +255,15 @@ def test_a_call_that_is_alone_waits_for_none_of_the_streams(teacher: tiny_sd.Tea
             tuple(model.get_property(name) for name in ("NUM_STREAMS", "INFERENCE_NUM_THREADS")) for model in models
         ]
         assert told == [(1, 1), (1, 1), (1, 2)]
+
+
+def test_openvino_compiles_a_graph_once_for_all_streams_and_starts(teacher: tiny_sd.Teacher) -> None:
+    loader = Loader(teacher.registry, Choice("openvino", "fp32"), PROFILE, teacher.graphs)
+    backend, graph = load_backend("openvino"), loader.graphs(teacher.manifest)["denoiser"]
+    backend.build(graph, Profile((1, 2, 4), threads=1))
+    with counting("openvino.Core.read_model", "openvino.Core.compile_model", "openvino.Core.import_model") as calls:
+        backend.build(graph, Profile((1, 2, 4), threads=1, streams=3))
+    assert calls.keys() == {"openvino.Core.import_model"}
 
 
 def allowed(student: LoadedStudent) -> Tolerance:
