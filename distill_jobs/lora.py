@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from distill_jobs.student_spec import LoraSpec
@@ -57,6 +56,8 @@ def adapted(denoiser: Denoiser, lora: LoraSpec) -> Adapted:
     Raises:
         InvalidRequest: a target is no layer that can be adapted.
     """
+    from peft import LoraConfig, inject_adapter_in_model  # takes seconds, and most students are whole networks
+
     net = _sharing(_module(denoiser), {})
     exactly = "|".join(map(re.escape, layers(denoiser, lora)))  # a list would mean ends of names, and match more
     config = LoraConfig(r=lora.rank, lora_alpha=lora.factor * lora.rank, target_modules=exactly)
