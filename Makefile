@@ -6,6 +6,9 @@ BIN    := $(VENV)/bin
 TORCH_PIP_ARGS ?=
 # Tests start many processes at once, and two OpenMP teams on the same cores collapse: one thread each.
 ONE_THREAD := OMP_NUM_THREADS=1
+# What failed is tried once more, by itself: on a machine that others use too a test may be late. To fail twice is red.
+pytest = $(ONE_THREAD) $(BIN)/python -m pytest $(1)
+tests = $(call pytest,$(1)) || { echo "Once more, what failed:"; $(call pytest,--last-failed --last-failed-no-failures none $(filter-out -n 2 --junitxml%,$(1))); }
 # With REPORTS=folder what tests found is written there, in the format of JUnit.
 report = $(if $(REPORTS),--junitxml=$(REPORTS)/$(1).xml)
 
@@ -43,8 +46,8 @@ demo: install  ## the whole loop on this machine: teacher, job, gate, swap under
 	$(BIN)/fewstep demo
 
 test: install-dev system-packages test-tensorrt  ## every test
-	$(ONE_THREAD) $(BIN)/python -m pytest $(call report,units) -n 2 tests/unit/distill_jobs tests/unit/engines
-	$(ONE_THREAD) $(BIN)/python -m pytest $(call report,tests) -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/unit/distill_jobs --ignore tests/unit/engines --ignore tests/tensorrt
+	$(call tests,$(call report,units) -n 2 tests/unit/distill_jobs tests/unit/engines)
+	$(call tests,$(call report,tests) -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/unit/distill_jobs --ignore tests/unit/engines --ignore tests/tensorrt)
 
 test-unit: install-dev  ## only the quick ones
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/unit tests/test_architecture.py

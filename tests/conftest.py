@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
+from xdist.workermanage import WorkerController
 
 from server.client import Client
 from server.embedded import Stack, StackOptions
@@ -20,6 +21,13 @@ class _Files(LoadFileScheduling):
     def _split_scope(self, nodeid: str) -> str:
         return _SHARING_THE_STACK if nodeid.startswith(f"{_SHARING_THE_STACK}/") else super()._split_scope(nodeid)
 
+    def remove_node(self, node: WorkerController) -> str | None:
+        """What a process that died had finished is not handed out again: one that is given nothing waits for ever."""
+        units = self.assigned_work[node]
+        for scope in [scope for scope, done in units.items() if all(done.values())]:
+            del units[scope]
+        return super().remove_node(node)
+
 
 @pytest.hookimpl(optionalhook=True)  # of a plugin that may be off
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _Files | None:
@@ -29,7 +37,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _Files 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Files that may take longest come first: at the end one of them would keep a single process busy.
 
-    Each may take what it says times `PATIENCE` before it counts as one that hangs.
+    Each may take `PATIENCE` times what it says before it counts as one that hangs.
     """
     longest: dict[Path, float] = {}
     for item in items:

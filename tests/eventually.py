@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 T = TypeVar("T")
-PATIENCE = 5  # times are those of a quiet machine; a host that others use too may be this much slower
+PATIENCE = 3  # times are those of a quiet machine; a host that others use too may be this much slower
 _PAUSE_S = 0.02
 
 
