@@ -51,7 +51,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     data: Path = tmp_path_factory.mktemp("stack")
-    with Stack(StackOptions(data=data, port=0)) as running:
+    # Trainers yield to all else, and beside other tests they would hardly move.
+    with Stack(StackOptions(data=data, port=0, env={"DISTILLER_NICE": "0"})) as running:
         yield running
 
 
