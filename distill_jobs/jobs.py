@@ -10,6 +10,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
+from engines import traceparent
 from engines.errors import AlreadyEnded, Conflict, LeaseLost
 
 
@@ -75,6 +76,10 @@ class DistillJob:
     @property
     def fence(self) -> int:
         return max(entry.fence for entry in self.log)
+
+    @property
+    def trace_id(self) -> str | None:
+        return traceparent.trace_id(self.traceparent)
 
     @property
     def ended(self) -> bool:

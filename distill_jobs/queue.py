@@ -8,6 +8,7 @@ Only the lease is decided here. What it protects, the state log, protects itself
 Redis lose everything, two distillers may start the same job, and the first claim can write no more.
 """
 
+import contextvars
 import logging
 import threading
 import time
@@ -175,7 +176,9 @@ class Lease:
         self._job_id = job_id
         self._owner = owner
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._renew, name=f"lease-{job_id}", daemon=True)
+        # What it logs belongs to the same job and trace.
+        told = contextvars.copy_context()
+        self._thread = threading.Thread(target=told.run, args=(self._renew,), name=f"lease-{job_id}", daemon=True)
         self.lost = threading.Event()
 
     def __enter__(self) -> "Lease":

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import psutil
 import redis
@@ -42,12 +43,13 @@ class Service:
         queue: JobQueue,
         *,
         metrics: DistillMetrics | None = None,
+        working: Callable[[DistillJob], AbstractContextManager[object]] = nullcontext,
         ended: Callable[[DistillJob], None] = lambda job: None,
     ) -> None:
-        """`ended` hears of each job that ends here."""
+        """`working` is entered for as long as a job is worked on; `ended` hears of each job that ends here."""
         self.settings, self.registry, self.queue = settings, registry, queue
         queue.lease_s = settings.lease_s
-        self._ended = ended
+        self._working, self._ended = working, ended
         self.records = queue.records
         self.metrics = metrics or make()
         self.metrics.follow(_Remembered(lambda: [job.state for job in self.records.all()]))
@@ -75,7 +77,8 @@ class Service:
                 stop.wait(self.settings.poll_s)
             else:
                 idle = 0
-                self.run_one(job, stop)
+                with self._working(job):
+                    self.run_one(job, stop)
 
     def run_one(self, job: DistillJob, stop: threading.Event) -> None:
         """Works on a claimed job until it ends, is paused, or somebody else should go on."""

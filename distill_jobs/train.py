@@ -44,7 +44,7 @@ from distill_jobs.small_evaluation import SmallEvaluation, learnt
 from distill_jobs.spec import DistillJobSpec, inputs
 from distill_jobs.teachers import diffusers
 from distill_jobs.trainer import Result, TrainConfig, Trainer
-from engines import priority, space
+from engines import priority, space, traceparent
 from engines.denoiser import BaseDenoiser
 from engines.errors import FewstepError
 from engines.grid import SCALES
@@ -246,6 +246,12 @@ def spec_of(folder: Path) -> DistillJobSpec:
     return DistillJobSpec.model_validate(json.loads((folder / "spec.json").read_bytes())["spec"])
 
 
+def log_format(folder: Path) -> str:
+    """Lines name the trace of the request that submitted the job, where there is one."""
+    trace = traceparent.trace_id(json.loads((folder / "spec.json").read_bytes()).get("traceparent"))
+    return f"%(asctime)s %(levelname)s %(name)s {f'trace_id={trace} ' if trace else ''}%(message)s"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
@@ -258,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     die_with(args.parent)  # a checkpoint is never older than its interval, and nobody would read more
     priority.lower(args.nice)
     torch.set_num_threads(args.threads)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.basicConfig(level=logging.INFO, format=log_format(args.folder))
     told: list[Wish] = []
     signal.signal(signal.SIGTERM, lambda *_: told.append("pause"))
     group = Group.join(shards=spec_of(args.folder).train.shard)

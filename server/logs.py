@@ -5,13 +5,13 @@ message repeats them.
 """
 
 import logging
-import re
 from contextvars import ContextVar
 from typing import TextIO
 
 from pydantic_settings import BaseSettings
 from pythonjsonlogger.json import JsonFormatter
 
+from engines import traceparent
 from server.messages import GenerateRequest
 from server.settings import redacted
 
@@ -19,7 +19,6 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 job_id: ContextVar[str | None] = ContextVar("job_id", default=None)
 trace_id: ContextVar[str | None] = ContextVar("trace_id", default=None)
 
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 _IDS = (("request_id", request_id), ("job_id", job_id), ("trace_id", trace_id))
 _QUIET = ("uvicorn.access",)  # one line a request costs more than the request
 
@@ -58,8 +57,8 @@ def configure(process: str, level: str = "info", stream: TextIO | None = None) -
 def about(request: GenerateRequest) -> dict[str, str]:
     """The ids that a line has of a request in a worker, which has many of them at once: `extra=about(request)`."""
     ids = {"request_id": request.id}
-    if (carried := _TRACEPARENT.match(request.traceparent or "")) is not None:
-        ids["trace_id"] = carried[1]
+    if (carried := traceparent.trace_id(request.traceparent)) is not None:
+        ids["trace_id"] = carried
     return ids
 
 

@@ -6,7 +6,8 @@
 import contextlib
 import signal
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -106,7 +107,19 @@ def distiller() -> None:
         signal.signal(number, lambda *_: stop.set())
     queue = JobQueue(connect(settings.redis_url), JobRecords(registry))
     with tracing.opened("distiller") as traced:
-        Service(settings, registry, queue, ended=lambda job: trace_job(traced, job)).run_forever(stop)
+        ended = partial(trace_job, traced)
+        Service(settings, registry, queue, working=log_job, ended=ended).run_forever(stop)
+
+
+@contextlib.contextmanager
+def log_job(job: "DistillJob") -> Iterator[None]:
+    """Every line meanwhile names the job and its trace."""
+    tokens = logs.job_id.set(job.id), logs.trace_id.set(job.trace_id)
+    try:
+        yield
+    finally:
+        logs.trace_id.reset(tokens[1])
+        logs.job_id.reset(tokens[0])
 
 
 def trace_job(traced: Tracing | None, job: "DistillJob") -> None:

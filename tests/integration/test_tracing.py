@@ -1,20 +1,31 @@
 """Spans as a collector gets them: of a request through real gateway, Redis and worker, of a swap, of a job."""
 
 import asyncio
+import io
+import json
+import logging
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
 
+from distill_jobs import train
 from distill_jobs.jobs import JobState
+from distill_jobs.queue import JobQueue, connect
 from distill_jobs.records import JobRecords
+from distill_jobs.service import Service
+from distill_jobs.settings import DistillerSettings
 from engines.registry.base import Registry
+from engines.registry.files import FilesRegistry
 from engines.registry.memory import MemoryRegistry
-from server import tracing
+from server import logs, tracing
 from server.brokers.base import new_identity
 from server.brokers.redis import RedisBroker
-from server.commands.processes import trace_job
+from server.commands.processes import log_job, trace_job
 from tests import gateway_stack, tiny_sd
 from tests.eventually import aeventually, eventually
 from tests.integration.worker_stack import MODEL, Running, copied, propose, running, student
@@ -199,6 +210,39 @@ def test_a_job_is_a_span_with_its_states(collector: Receiver) -> None:
     states = collector.below(span.span_id)
     assert [state.name for state in states] == ["queued", "preparing", "running"]
     assert sum(state.ms for state in states) == span.ms > 0
+
+
+def test_every_line_about_a_job_names_its_trace(redis: RedisServer, tmp_path: Path) -> None:
+    records = JobRecords(FilesRegistry(tmp_path / "registry"))
+    queue = JobQueue(connect(redis.url), records)
+    settings = DistillerSettings(redis_url=redis.url, registry_url=str(tmp_path / "registry"), work_dir=tmp_path)
+    job = queue.submit({"teacher": "x"}, traceparent=f"00-{TRACE}-{CLIENT}-01")
+    stop, written = threading.Event(), io.StringIO()
+    service = Service(settings, records.registry, queue, working=log_job, ended=lambda job: stop.set())
+    with logging_to(written):
+        service.run_forever(stop)
+    lines = [json.loads(line) for line in written.getvalue().splitlines()]
+    assert [line["message"] for line in lines if line["level"] == "INFO"] == ["claimed a job", "left a job"]
+    assert {(line["job_id"], line["trace_id"]) for line in lines} == {(job.id, TRACE)}
+
+
+def test_the_trainers_own_lines_name_it_too(tmp_path: Path) -> None:
+    registry = FilesRegistry(tmp_path)
+    job = JobRecords(registry).create({"teacher": "x"}, traceparent=f"00-{TRACE}-{CLIENT}-01")
+    other = JobRecords(registry).create({"teacher": "x"}, traceparent="nonsense")
+    formats = [train.log_format(registry.job_path(one.id) or tmp_path) for one in (job, other)]
+    assert [f"trace_id={TRACE}" in one for one in formats] == [True, False]
+
+
+@contextmanager
+def logging_to(stream: io.StringIO) -> Iterator[None]:
+    root = logging.getLogger()
+    before = root.handlers, root.level
+    logs.configure("distiller", "info", stream)
+    try:
+        yield
+    finally:
+        root.handlers, root.level = before
 
 
 def line_of(series: str, name: str) -> str:
