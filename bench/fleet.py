@@ -85,6 +85,8 @@ class Policy:
     slack: Slack = production
     queue: Callable[[], FairQueue[Told]] = FairQueue
     batcher: Decide = Batcher
+    giving_up: bool = True  # a row that cannot be in time any more leaves
+    urgency: bool = True  # admission knows that what is less urgent comes later
     overtaking: bool = True  # what is more urgent than something held may use the place that is kept for class high
 
 
@@ -124,6 +126,10 @@ class Fleet:
         """A request of one picture on an idle worker."""
         encode = 0.0 if asked.prompt_known else self.seconds("encode", asked.network_rows)
         return encode + asked.steps * self.seconds("denoise", asked.network_rows) + self.seconds("decode", 1)
+
+    def least_s(self, stage: Stage) -> float:
+        """The quickest call of a stage."""
+        return min(self.seconds(stage, size) for size in self.sizes)
 
     def queued_s(self, asked: Asked) -> float:
         """As gateways predict it: each row's share of the largest batches, as many as run at once."""

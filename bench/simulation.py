@@ -19,6 +19,7 @@ from server.batcher import LaneKey, Stage
 from server.fair_queue import Source, Waiting, in_turn, passed_s, take
 from server.intake import Room
 from server.messages import CLASSES, RequestClass
+from server.urgency import Urgency
 
 Then = Callable[[Told], Iterable[Asked]]
 """What its client asks when a request has ended."""
@@ -34,6 +35,7 @@ class Simulation:
         self._queues = {each: policy.queue() for each in CLASSES}
         self._waiting = 0  # requests in the queues
         self._owed_s: dict[RequestClass, dict[str, float]] = {each: {} for each in CLASSES}  # predicted, by owner
+        self._urgency = {each: Urgency() for each in CLASSES}
         self._workers = [Worker(i, fleet, policy.batcher) for i in range(fleet.workers)]
         self._idle = dict.fromkeys(self._workers)
         self._open = dict.fromkeys(self._workers)  # those with room for every class, longest waiting first
@@ -72,8 +74,10 @@ class Simulation:
         if not self._admitted(told):
             self._over(told, "shed")
             return
+        slack_s = self.policy.slack(told, 0)
         self._owe(asked, told.queued_s)
-        waiting = Waiting(told, asked.owner, asked.n, self.now_s, self.policy.slack(told, 0), told.queued_s)
+        self._urgency[asked.request_class].add(told.id, slack_s, told.queued_s, self.now_s + asked.budget_s)
+        waiting = Waiting(told, asked.owner, asked.n, self.now_s, slack_s, told.queued_s)
         self._queues[asked.request_class].add(waiting)
         self._waiting += 1
         self._at(self.now_s + asked.budget_s, partial(self._give_up, told, "expired"))
@@ -85,9 +89,12 @@ class Simulation:
         fleet, asked = self.fleet, told.asked
         if fleet.max_wait_s is None:
             return True
-        ahead = CLASSES[: CLASSES.index(asked.request_class) + 1]
-        owed_s = sum(sum(self._owed_s[each].values()) for each in ahead)
-        owed_s -= passed_s(self._owed_s[asked.request_class], asked.owner, fleet.queued_s(asked))
+        above = CLASSES[: CLASSES.index(asked.request_class)]
+        mine = self._owed_s[asked.request_class]
+        owed_s = sum(mine.values()) - passed_s(mine, asked.owner, told.queued_s)
+        if self.policy.urgency:
+            owed_s *= 1 - self._urgency[asked.request_class].later_share(self.policy.slack(told, 0), self.now_s)
+        owed_s += sum(sum(self._owed_s[each].values()) for each in above)
         load = Load(fleet.workers, owed_s / fleet.workers, fleet.alone_s(asked))
         try:
             admit(load, Limits(fleet.max_wait_s, worker_grace_s=0.0), budget_s=asked.budget_s)
@@ -122,6 +129,7 @@ class Simulation:
     def _end(self, told: Told, ending: Ending) -> None:
         self._over(told, ending)
         self._owe(told.asked, -told.queued_s)
+        self._urgency[told.asked.request_class].remove(told.id)
         if told.worker is not None:
             worker = self._workers[told.worker]
             worker.turns.batcher.remove([told.id])
@@ -175,10 +183,19 @@ class Simulation:
             lane=network if stage == "denoise" else LaneKey(stage, stage),
             due_s=self._due_s(told, told.asked.steps if stage == "decode" else 0),
             deadline_s=told.asked.at_s + told.asked.budget_s,
+            needs_s=self._needs_s(stage, told.asked.steps),
             network_rows=told.asked.network_rows if stage == "denoise" else 1,
             feeds=network if stage == "encode" else None,
             told=told,
         )
+
+    def _needs_s(self, stage: Stage, steps: int) -> float:
+        """The least that a row takes which is at this stage, with so many steps to do."""
+        if not self.policy.giving_up:
+            return 0.0
+        least_s = self.fleet.least_s
+        first_s = least_s("encode") if stage == "encode" else 0.0
+        return first_s + (0 if stage == "decode" else steps) * least_s("denoise") + least_s("decode")
 
     def _listen(self, worker: Worker, *, last: bool = False) -> None:
         """Puts a worker among those that wait for requests it has room for; `last` behind the others."""
@@ -194,6 +211,8 @@ class Simulation:
 
     def _turn_of(self, worker: Worker) -> None:
         """Begins calls on a worker's free streams."""
+        for row in worker.turns.batcher.expire(self.now_s):
+            self._give_up(row.told, "expired")
         begun = False
         while call := worker.begin(self.now_s):
             begun = True
@@ -232,6 +251,7 @@ class Simulation:
             row.step += 1
             told.evaluations += row.network_rows
             row.due_s = self._due_s(told, row.step)
+            row.needs_s = self._needs_s("denoise", told.asked.steps - row.step)
             worker.turns.batcher.add(row if row.step < told.asked.steps else self._row(told, "decode"))
         else:
             told.decoded += 1

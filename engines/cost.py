@@ -32,9 +32,11 @@ class CostModel:
     def __init__(self) -> None:
         self._seconds: dict[CostKey, dict[int, float]] = {}
         self._lone: dict[CostKey, dict[int, float]] = {}
+        self._least: dict[CostKey, float] = {}
 
     def observe(self, key: CostKey, size: int, seconds: float, *, lone: bool = False) -> None:
         """A call with a batch of `size` (as the engine saw it, padding included) took this long."""
+        self._least[key] = min(seconds, self._least.get(key, seconds))
         known = (self._lone if lone else self._seconds).setdefault(key, {})
         before = known.get(size)
         if before is None:
@@ -49,6 +51,8 @@ class CostModel:
         for table in (self._seconds, self._lone):
             if key not in table and other in table:
                 table[key] = dict(table[other])
+        if key not in self._least and other in self._least:
+            self._least[key] = self._least[other]
 
     def seconds(self, key: CostKey, size: int) -> float | None:
         """One call of exactly this batch size."""
@@ -57,6 +61,10 @@ class CostModel:
     def lone_s(self, key: CostKey, size: int) -> float | None:
         """The same of a lone call; where none was measured, of any."""
         return self._lone.get(key, {}).get(size) or self.seconds(key, size)
+
+    def least_s(self, key: CostKey) -> float:
+        """What the quickest call so far took, of any size; 0 where none was measured."""
+        return self._least.get(key, 0.0)
 
     def predict(self, key: CostKey, rows: int) -> float | None:
         """Seconds for `rows` rows in as few calls as possible; None if nothing of this lane was measured."""
@@ -70,7 +78,7 @@ class CostModel:
     def forget(self, blobs: Iterable[str]) -> None:
         """Drops what is known of blobs that are no longer here."""
         gone = frozenset(blobs)
-        for table in (self._seconds, self._lone):
+        for table in (self._seconds, self._lone, self._least):
             for key in [key for key in list(table) if key.blob in gone]:
                 table.pop(key, None)
 

@@ -8,7 +8,7 @@ Lanes are kept in order, and a decision looks at the front of each, so that it c
 """
 
 from bisect import insort
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
@@ -30,14 +30,16 @@ class LaneKey:
 class Row:
     """One picture of one request, between two engine calls.
 
-    `due_s` orders rows (see `due`), `deadline_s` ends them. `network_rows` is what the next call weighs: a guided
-    step is two. `alone` rows share no batch with other requests. `feeds` is the lane that an encoded row joins.
+    `due_s` orders rows (see `due`), `deadline_s` ends them, and `needs_s` is the least that what is left of them takes.
+    `network_rows` is what the next call weighs: a guided step is two. `alone` rows share no batch with other requests.
+    `feeds` is the lane that an encoded row joins.
     """
 
     request_id: str
     lane: LaneKey
     due_s: float
     deadline_s: float
+    needs_s: float = 0.0
     network_rows: int = 1
     alone: bool = False
     feeds: LaneKey | None = None
@@ -70,14 +72,15 @@ class Batcher(Generic[R]):
     sizes: tuple[int, ...]
     cost_of: CostOf = lambda _lane, _size: None
     _lanes: dict[LaneKey, list[R]] = field(default_factory=dict)  # each most urgent first, then in order of arrival
-    _next_deadline_s: float = float("inf")  # of no waiting row is the deadline earlier
+    _next_late_s: float = float("inf")  # before that none of the waiting rows is too late
+    _late: bool = False  # whether all that waited when it was last looked at were
 
     def __len__(self) -> int:
         return sum(map(len, self._lanes.values()))
 
     def add(self, row: R) -> None:
         insort(self._lanes.setdefault(row.lane, []), row, key=_due)
-        self._next_deadline_s = min(self._next_deadline_s, row.deadline_s)
+        self._next_late_s = float("-inf") if self._late else min(self._next_late_s, _last_s(row))
 
     def remove(self, request_ids: Iterable[str]) -> list[R]:
         """Removes and returns the waiting rows of these requests."""
@@ -85,12 +88,18 @@ class Batcher(Generic[R]):
         return self._take(lambda row: row.request_id in gone)
 
     def expire(self, now_s: float) -> list[R]:
-        """Removes and returns the rows whose deadline has passed."""
-        if now_s < self._next_deadline_s:
+        """Removes and returns the rows whose deadline has passed, or will have when they are done.
+
+        Where nothing else waits the latter stay: they keep nobody waiting, and what is measured may be surpassed.
+        """
+        if now_s < self._next_late_s:
             return []
         late = self._take(lambda row: row.deadline_s <= now_s)
-        left = (row.deadline_s for lane in self._lanes.values() for row in lane)
-        self._next_deadline_s = min(left, default=float("inf"))
+        self._late = bool(self._lanes) and all(_last_s(row) <= now_s for row in self._rows())
+        if not self._late:
+            late += self._take(lambda row: _last_s(row) <= now_s)
+        ends = (row.deadline_s if self._late else _last_s(row) for row in self._rows())
+        self._next_late_s = min(ends, default=float("inf"))
         return late
 
     def next_batch(self) -> list[R]:
@@ -132,6 +141,9 @@ class Batcher(Generic[R]):
     def _waiting(self, stage: Stage) -> list[R]:
         return [row for key in self._lanes if key.stage == stage for row in self._front(key)]
 
+    def _rows(self) -> Iterator[R]:
+        return (row for lane in self._lanes.values() for row in lane)
+
     def _remove(self, batch: list[R]) -> None:
         gone, lane = set(map(id, batch)), self._lanes[batch[0].lane]
         front = self._front(batch[0].lane)
@@ -153,6 +165,11 @@ class Batcher(Generic[R]):
 
 def _due(row: Row) -> float:
     return row.due_s
+
+
+def _last_s(row: Row) -> float:
+    """When its next call must begin at the latest."""
+    return row.deadline_s - row.needs_s
 
 
 def _weight(rows: Iterable[Row]) -> int:

@@ -192,16 +192,25 @@ class Catalog:
         return max((leases.lump_s(lease, version, steps) for lease in self.view.workers.values()), default=0.0)
 
     def wait_s(
-        self, deployment: str, request_class: RequestClass, owner: str | None = None, cost_s: float = 0.0
+        self,
+        deployment: str,
+        request_class: RequestClass,
+        owner: str | None = None,
+        cost_s: float = 0.0,
+        later_share: float = 0.0,
     ) -> float:
         """When an engine is free for a request of this class: its workers share what is queued.
 
         For a request of `owner` that costs `cost_s`: keys take turns, so each other key gets at most as much before it
-        as its own has, and a flood of one key is a wait for that key alone.
+        as its own has, and a flood of one key is a wait for that key alone. `later_share` of what remains of its class
+        is less urgent.
         """
         waiting_s = self.waiting_s(deployment, request_class)
         if owner is not None:
             waiting_s -= self._passed_s(deployment, request_class, owner, cost_s)
+            above = CLASSES[: CLASSES.index(request_class)]
+            above_s = self.waiting_s(deployment, above[-1]) if above else 0.0
+            waiting_s -= later_share * max(0.0, waiting_s - above_s)
         return waiting_s / max(1, self.num_workers(deployment))
 
     def waiting_s(self, deployment: str, request_class: RequestClass) -> float:

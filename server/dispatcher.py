@@ -12,6 +12,7 @@ from engines.errors import InvalidRequest, Overloaded, Unavailable
 from engines.refine import teacher_of
 from engines.registry.base import TierTarget
 from server import admission, leases
+from server.batcher import due
 from server.catalog import Catalog
 from server.degrader import Degrader, Thresholds
 from server.intent import Decision, Intent
@@ -21,6 +22,7 @@ from server.messages import RequestClass, class_of
 from server.metrics import Metrics
 from server.router import Expected
 from server.settings import GatewaySettings
+from server.urgency import Urgency
 from server.waits import Waits
 
 
@@ -39,10 +41,12 @@ class Dispatcher:
         """`wanted` hears the deployment and version of who is sent away until it is in memory."""
         self._wanted = wanted
         self._catalog, self._latencies, self._metrics, self._clock_s = catalog, latencies, metrics, clock_s
+        self._ageing_s = settings.ageing_s
         self._limits = admission.Limits(settings.max_wait_s, settings.worker_grace_s, look_s=settings.poll_s)
         self._thresholds = Thresholds(settings.degrade_wait_s, settings.degrade_hold_s)
         self._degraders: dict[tuple[str, RequestClass], Degrader] = {}
         self._waits: dict[tuple[str, RequestClass], Waits] = {}
+        self._urgency: dict[tuple[str, RequestClass], Urgency] = {}
 
     def decide(self, intent: Intent, budget_s: float, owner: str) -> Decision:
         """`owner` is the name of the API key that asks: its own requests are what it waits behind.
@@ -54,7 +58,7 @@ class Dispatcher:
         if not intent.wanted.model:
             intent = replace(intent, wanted=replace(intent.wanted, model=self._catalog.default_model()))
         try:
-            ladder = self._catalog.choices(intent.wanted, partial(self._expect, intent, owner))
+            ladder = self._catalog.choices(intent.wanted, partial(self._expect, intent, budget_s, owner))
             if intent.partial_images and ladder[0].form.fps is not None:
                 raise InvalidRequest(
                     f"partial_images={intent.partial_images}: {ladder[0].deployment} makes videos, which are shown "
@@ -73,6 +77,15 @@ class Dispatcher:
         for queue, waits in self._waits.items():
             if not self._catalog.wait_s(*queue):
                 waits.lump_s = 0.0
+
+    def joined(self, decision: Decision, request_id: str, budget_s: float) -> None:
+        """A request that was decided so is queued."""
+        urgency = self._urgency.setdefault((decision.choice.deployment, decision.request_class), Urgency())
+        urgency.add(request_id, decision.due_after_s, decision.cost_s, self._clock_s() + budget_s)
+
+    def ended(self, decision: Decision, request_id: str) -> None:
+        """It is answered, or known to be over: who waits for milliseconds cannot go by a look of half a second ago."""
+        self._urgency[decision.choice.deployment, decision.request_class].remove(request_id)
 
     def waited(self, decision: Decision, seconds: float) -> None:
         """A request that was decided so waited this long for its first engine call."""
@@ -103,7 +116,7 @@ class Dispatcher:
         key, now_s = (rungs[0].deployment, class_of(intent.priority)), self._clock_s()
         waits = self._waits.setdefault(key, Waits())
         for choice in rungs:
-            decision, load = self._weighed(intent, choice, waits, owner)
+            decision, load = self._weighed(intent, choice, waits, budget_s, owner)
             try:
                 admission.admit(load, self._limits, budget_s=budget_s)
             except Overloaded as error:
@@ -117,7 +130,9 @@ class Dispatcher:
         waits.lump_s = max(waits.lump_s, self._catalog.lump_s(decision.choice.version, decision.choice.steps))
         return decision
 
-    def _weighed(self, intent: Intent, choice: Choice, waits: Waits, owner: str) -> tuple[Decision, admission.Load]:
+    def _weighed(
+        self, intent: Intent, choice: Choice, waits: Waits, budget_s: float, owner: str
+    ) -> tuple[Decision, admission.Load]:
         """What a choice would cost, and what stands before it."""
         request_class = class_of(intent.priority)
         catalog, target = self._catalog, TierTarget(student=choice.version, steps=choice.steps)
@@ -127,9 +142,10 @@ class Dispatcher:
         )
         costs = catalog.costs(choice.version)
         cost_s = intent.n * leases.queued_s(costs, rows.expected)
+        due_after_s = self._due_after_s(intent, cost_s, budget_s)
         load = admission.Load(
             num_workers=catalog.num_workers(choice.deployment),
-            wait_s=catalog.wait_s(choice.deployment, request_class, owner, cost_s),
+            wait_s=self._wait_s(choice.deployment, request_class, owner, cost_s, due_after_s),
             service_s=leases.alone_s(costs, rows.most) or 0.0,
             worker_seen_s_ago=catalog.worker_seen_s_ago(choice.deployment),
             loading=catalog.loading(choice.deployment),
@@ -140,9 +156,24 @@ class Dispatcher:
         )
         size = choice.width, choice.height
         work = Work(choice.deployment, choice.version, rows.expected, size) if intent.n == 1 else None
-        return Decision(choice, request_class, cost_s, max(load.wait_s, load.ready_in_s), work), load
+        wait_s = max(load.wait_s, load.ready_in_s)
+        return Decision(choice, request_class, cost_s, due_after_s, wait_s, work), load
 
-    def _expect(self, intent: Intent, owner: str, deployment: str, target: TierTarget) -> Expected | None:
+    def _due_after_s(self, intent: Intent, cost_s: float, budget_s: float) -> float:
+        priority = intent.priority
+        return due(arrived_s=0.0, deadline_s=budget_s, cost_s=cost_s, priority=priority, ageing_s=self._ageing_s)
+
+    def _wait_s(
+        self, deployment: str, request_class: RequestClass, owner: str, cost_s: float, due_after_s: float
+    ) -> float:
+        """Behind what is at least as urgent: of what other gateways queued as large a part as of what this one did."""
+        urgency = self._urgency.get((deployment, request_class))
+        later_share = urgency.later_share(due_after_s, self._clock_s()) if urgency else 0.0
+        return self._catalog.wait_s(deployment, request_class, owner, cost_s, later_share)
+
+    def _expect(
+        self, intent: Intent, budget_s: float, owner: str, deployment: str, target: TierTarget
+    ) -> Expected | None:
         """By what such requests took of late at a load like this; by costs and predicted wait where too few did."""
         catalog, wanted = self._catalog, intent.wanted
         manifests = catalog.deployment(deployment).manifests
@@ -156,7 +187,9 @@ class Dispatcher:
             return None
         row_s = leases.queued_s(costs, rows.expected)
         more_s = (intent.n - 1) * row_s
-        wait_s = catalog.wait_s(deployment, class_of(intent.priority), owner, intent.n * row_s)
+        cost_s = intent.n * row_s
+        due_after_s = self._due_after_s(intent, cost_s, budget_s)
+        wait_s = self._wait_s(deployment, class_of(intent.priority), owner, cost_s, due_after_s)
         wait_s = max(wait_s, catalog.ready_in_s(deployment, target.student))
         size = wanted.size or manifests[target.student].resolutions[0]
         p95_ms = self._latencies.p95_ms(Work(deployment, target.student, rows.expected, size), wait_s)

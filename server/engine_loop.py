@@ -299,7 +299,7 @@ class EngineLoop:
 
     def _again(self, row: PictureRow) -> None:
         row.lane = row.ticket.lane(row.step)
-        row.network_rows = row.ticket.network_rows(row.step)
+        row.network_rows, row.needs_s = row.ticket.network_rows(row.step), row.ticket.needs_s[row.step]
         if row.ticket.plan[row.step].share < 1:  # not every row comes so far
             row.ticket.redone.add(row.index)
         self._batcher.add(row)

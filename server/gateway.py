@@ -19,7 +19,6 @@ from engines.manifest import shown
 from engines.registry.base import Registry
 from server import leases, tracing
 from server.auth import Keys, Principal, Scope
-from server.batcher import due
 from server.brokers.base import Broker, Emitted, StaleVersion, Status
 from server.catalog import Catalog, View
 from server.dispatcher import Dispatcher
@@ -205,7 +204,7 @@ class Gateway:
                 created_at=self._now_s(),
                 traceparent=intent.traceparent,
                 cost_s=decision.cost_s,
-                due_after_s=self._due_after_s(intent, decision.cost_s, timeout_ms / 1000),
+                due_after_s=decision.due_after_s,
                 downgraded_from=choice.downgraded_from,
                 refinement=choice.refinement,
                 teacher=choice.teacher,
@@ -220,19 +219,11 @@ class Gateway:
                 await self.catalog.refresh()
                 continue
             self.catalog.published(choice.deployment, request.request_class, decision.cost_s, request.owner)
+            self._dispatcher.joined(decision, request_id, timeout_ms / 1000)
             if choice.downgraded_from is not None:
                 self.metrics.tier_downgraded.labels(choice.downgraded_from.tier, choice.tier).inc()
             return decision
         raise Unavailable(f"{intent.wanted.model} is being replaced just now: try again in a second", retry_after_s=1.0)
-
-    def _due_after_s(self, intent: Intent, cost_s: float, budget_s: float) -> float:
-        return due(
-            arrived_s=0.0,
-            deadline_s=budget_s,
-            cost_s=cost_s,
-            priority=intent.priority,
-            ageing_s=self.settings.ageing_s,
-        )
 
     async def _give_up(self, ticket: Ticket) -> GenerateResult:
         """Ends a request that nobody ended in time, and says how it ended."""
@@ -252,6 +243,7 @@ class Gateway:
             self.metrics.deadline_missed.labels(ticket.model).inc()
         if ticket.decision is not None:
             self.catalog.ended(ticket.model, ticket.decision.request_class, ticket.decision.cost_s, ticket.owner)
+            self._dispatcher.ended(ticket.decision, ticket.id)
         if result.status == "succeeded" and ticket.decision is not None:
             if self.catalog.manifest(result.version) is not None:  # else its series are gone, and would stay for good
                 latency = self.metrics.request_seconds.labels(ticket.model, result.tier, shown(result.version))

@@ -33,12 +33,14 @@ class Intent:
 class Decision:
     """What was chosen for an admitted request, and what was predicted of it: engine seconds and wait.
 
-    `work` is None where it is of several pictures, which take longer than one.
+    It should be done `due_after_s` after it came. `work` is None where it is of several pictures, which take longer
+    than one.
     """
 
     choice: Choice
     request_class: RequestClass
     cost_s: float
+    due_after_s: float
     wait_s: float
     work: Work | None
 

@@ -42,7 +42,7 @@ class Demand:
 
 
 class Students:
-    """One event loop, but for `lease`, `observe` and `call_s`, which other threads call."""
+    """One event loop, but for `lease`, `observe`, `call_s` and `least_s`, which other threads call."""
 
     def __init__(
         self,
@@ -237,6 +237,10 @@ class Students:
     def call_s(self, lane: LaneKey, size: int) -> float | None:
         """What one call of a lane takes at a warmed size, measured."""
         return self.cost.seconds(_key(lane), size)
+
+    def least_s(self, lane: LaneKey) -> float:
+        """What the quickest call of a lane took so far."""
+        return self.cost.least_s(_key(lane))
 
     def lease(self) -> WorkerLease:
         """What this worker says of itself."""

@@ -1,7 +1,8 @@
 """A claimed request inside a worker, and its rows between engine calls."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from math import prod
 
 from torch import Tensor
@@ -26,7 +27,7 @@ _SEEDS = 2**63
 class Ticket:
     """One claim: what it needs, what is done of it, and where its time went (seconds).
 
-    `teacher` takes the steps that the plan says are its.
+    `teacher` takes the steps that the plan says are its. `least_s`: what the quickest call of a lane took.
     """
 
     claim: Claim
@@ -35,6 +36,7 @@ class Ticket:
     solver: Solver
     due_s: float
     deadline_s: float
+    least_s: Callable[[LaneKey], float] = lambda _lane: 0.0
     teacher: LoadedStudent | None = None
     source: Source | None = None  # what is changed
     looked: Looked | None = None  # and what the VAE sees of it
@@ -55,8 +57,13 @@ class Ticket:
     shown: int = 0  # and of these, those that have left
     over: bool = False  # answered, or given up: what still runs of it is dropped
     trace: RequestTrace | None = None  # of a sampled request
+    needs_s: list[float] = field(init=False)
+    """By step, the least that is left to do from there on takes; of the last, the decoder."""
 
     def __post_init__(self) -> None:
+        calls_s = [0.0 if step.share < 1 else self.least_s(self.lane(i)) for i, step in enumerate(self.plan)]
+        decoded_s = self.least_s(self.decode_lane(self.lane(self.first).shape))
+        self.needs_s = [*accumulate(reversed(calls_s), initial=decoded_s)][::-1]
         self.images = [None] * self.claim.request.n
         self.rows_left = self.claim.request.n
 
@@ -90,6 +97,9 @@ class Ticket:
         request, manifest = self.claim.request, self.performer(i).manifest
         engine = ":".join((manifest.components[self.plan[i].net].weights, *sorted(manifest.inputs)))
         return LaneKey("denoise", engine, manifest.latent_shape(request.width, request.height))
+
+    def decode_lane(self, shape: Sequence[int]) -> LaneKey:
+        return LaneKey("decode", self.student.manifest.components["decoder"].weights, tuple(shape))
 
     def network_rows(self, i: int) -> int:
         """What one row of step `i` weighs in a batch."""
@@ -243,6 +253,7 @@ def rows_of(ticket: Ticket) -> list[PictureRow]:
             lane=lane,
             due_s=ticket.due_s,
             deadline_s=ticket.deadline_s,
+            needs_s=ticket.needs_s[ticket.first],
             network_rows=weight,
             alone=ticket.claim.returned,
             ticket=ticket,
@@ -258,12 +269,14 @@ def prompts_of(ticket: Ticket) -> list[PromptRow]:
     texts = [(request.prompt, False)]
     if ticket.guided:
         texts.append((request.negative_prompt or "", True))
+    lane = LaneKey("encode", manifest.components["encoder"].weights)
     return [
         PromptRow(
             request_id=ticket.id,
-            lane=LaneKey("encode", manifest.components["encoder"].weights),
+            lane=lane,
             due_s=ticket.due_s,
             deadline_s=ticket.deadline_s,
+            needs_s=ticket.least_s(lane) + ticket.needs_s[ticket.first],
             alone=ticket.claim.returned,
             feeds=ticket.lane(ticket.first),
             ticket=ticket,
@@ -285,6 +298,7 @@ def sources_of(ticket: Ticket) -> list[SourceRow]:
             lane=LaneKey("encode", vae, (3, *ticket.source.picture.shape[:2])),
             due_s=ticket.due_s,
             deadline_s=ticket.deadline_s,
+            needs_s=ticket.needs_s[ticket.first],
             alone=ticket.claim.returned,
             feeds=ticket.lane(ticket.first),
             network_rows=2 if ticket.student.family.sees else 1,  # the picture, and what is beneath the mask
@@ -295,12 +309,12 @@ def sources_of(ticket: Ticket) -> list[SourceRow]:
 
 def latent_row(row: PictureRow, latents: Tensor, partial_index: int | None = None) -> LatentRow:
     """What is decoded of a picture after a step."""
-    manifest = row.ticket.student.manifest
     return LatentRow(
         request_id=row.request_id,
-        lane=LaneKey("decode", manifest.components["decoder"].weights, tuple(latents.shape)),
+        lane=row.ticket.decode_lane(latents.shape),
         due_s=row.due_s,
         deadline_s=row.deadline_s,
+        needs_s=row.ticket.needs_s[-1],
         alone=row.alone,
         ticket=row.ticket,
         index=row.index,

@@ -223,14 +223,14 @@ class Worker:
         # keep their order, since rows due at the very same time would take turns and all end last.
         deadline_s = claim.deadline_ms / 1000
         claimed_s = self._now_s() + next(self._claimed) % 1000 * 1e-6
-        due_s = min(deadline_s, claimed_s + request.due_after_s)
         return Ticket(
             claim,
             student,
             solver.plan,
             solver,
-            due_s=due_s,
+            due_s=min(deadline_s, claimed_s + request.due_after_s),
             deadline_s=deadline_s,
+            least_s=self._students.least_s,
             teacher=teacher,
             load_s=load_s,
             source=source,

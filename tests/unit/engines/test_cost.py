@@ -29,6 +29,17 @@ def test_a_new_measurement_moves_the_mean_a_tenth_of_the_way() -> None:
     assert made.seconds(KEY, 1) == pytest.approx(0.011)
 
 
+def test_the_quickest_call_of_any_size_is_remembered_whatever_later_ones_take() -> None:
+    made = model()
+    made.observe(KEY, 4, 0.004)
+    made.observe(KEY, 1, 0.003, lone=True)
+    made.observe(KEY, 1, 9.0)
+    made.inherit(OTHER, KEY)
+    assert made.least_s(KEY) == made.least_s(OTHER) == 0.003
+    made.forget([KEY.blob])
+    assert (made.least_s(KEY), made.least_s(OTHER)) == (0.0, 0.003)
+
+
 def test_the_other_sizes_follow_in_proportion_and_a_little_less() -> None:
     made = model()
     for _ in range(200):

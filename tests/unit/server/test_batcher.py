@@ -20,6 +20,7 @@ def row(
     lane: LaneKey = NET,
     due_s: float = 0.0,
     deadline_s: float = 60.0,
+    needs_s: float = 0.0,
     network_rows: int = 1,
     alone: bool = False,
     feeds: LaneKey | None = None,
@@ -29,6 +30,7 @@ def row(
         lane=lane,
         due_s=due_s,
         deadline_s=deadline_s,
+        needs_s=needs_s,
         network_rows=network_rows,
         alone=alone,
         feeds=feeds,
@@ -133,6 +135,22 @@ def test_expired_rows_leave_and_the_others_stay(batcher: Batcher[Row]) -> None:
     batcher.add(row("in time", deadline_s=1.1))
     assert ids(batcher.expire(now_s=1.0)) == ["late"]
     assert list(batches(batcher)) == [["in time"]]
+
+
+def test_a_row_that_cannot_be_in_time_any_more_leaves_where_another_can(batcher: Batcher[Row]) -> None:
+    batcher.add(row("late", deadline_s=2.0, needs_s=1.5))
+    batcher.add(row("in time", deadline_s=2.0, needs_s=0.5))
+    assert [ids(batcher.expire(now_s)) for now_s in (0.49, 0.5, 0.6)] == [[], ["late"], []]
+    assert list(batches(batcher)) == [["in time"]]
+
+
+def test_one_that_keeps_nobody_waiting_stays_until_its_deadline(batcher: Batcher[Row]) -> None:
+    batcher.add(row("late", deadline_s=2.0, needs_s=1.5))
+    assert [ids(batcher.expire(now_s)) for now_s in (1.0, 1.9)] == [[], []]
+    batcher.add(row("late too", deadline_s=1.95, needs_s=1.5))
+    assert [ids(batcher.expire(now_s)) for now_s in (1.9, 1.95)] == [[], ["late too"]]
+    batcher.add(row("in time", lane=PIXELS))
+    assert [ids(batcher.expire(now_s)) for now_s in (1.96, 2.0, 59.9, 60.0)] == [["late"], [], [], ["in time"]]
 
 
 def test_all_rows_of_a_canceled_request_leave_whatever_their_stage(batcher: Batcher[Row]) -> None:

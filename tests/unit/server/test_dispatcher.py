@@ -238,6 +238,27 @@ async def test_what_has_ended_since_this_gateway_looked_is_no_wait_any_more(desk
     assert here.decide(owner="calm").wait_s == 0
 
 
+async def test_what_may_take_longer_keeps_no_urgent_request_out(desk: Callable[..., Desk]) -> None:
+    here = desk()
+    patient = here.decide(Intent(Wanted("shapes", steps=4), "x", n=4))
+    here.dispatcher.joined(patient, "patient", 60.0)
+    here.wait(5.0)
+    assert here.decide(budget_s=0.1, owner="").wait_s == 0
+    with pytest.raises(Overloaded, match=r"the queue is 5\.0 s long and this request may wait"):
+        here.decide(Intent(Wanted("shapes", steps=4), "x", n=4), budget_s=4.0)
+    here.dispatcher.ended(patient, "patient")
+    with pytest.raises(Overloaded):  # it is somebody else's then, of whom nothing is known
+        here.decide(budget_s=0.1)
+
+
+async def test_what_is_above_its_class_comes_first_however_long_it_may_take(desk: Callable[..., Desk]) -> None:
+    here = desk()
+    here.dispatcher.joined(here.decide(Intent(Wanted("shapes", steps=4), "x", n=4)), "patient", 60.0)
+    here.wait(5.0, "high")
+    with pytest.raises(Overloaded):
+        here.decide(budget_s=0.1)
+
+
 async def test_where_nobody_says_whose_it_is_all_of_it_comes_first(desk: Callable[..., Desk]) -> None:
     here = flooded(desk, flood=100.0)
     here.catalog.view.queues["shapes"].owed_s.clear()

@@ -13,11 +13,11 @@ from engines.errors import FewstepError, InternalError, InvalidRequest
 from engines.manifest import Judge
 from engines.refine import REDO
 from engines.student import Aid, LoadedStudent, sample
-from server.batcher import Batcher
+from server.batcher import Batcher, LaneKey
 from server.engine_loop import EngineLoop
 from server.prompt_cache import PromptCache
 from server.stages import Plans, Stages
-from server.tickets import LatentRow, PictureRow, Ticket
+from server.tickets import LatentRow, PictureRow, Ticket, prompts_of, rows_of
 from tests.eventually import eventually
 from tests.unit.server import toy
 
@@ -80,11 +80,19 @@ class Bench:
         )
 
     def ticket(
-        self, student: LoadedStudent, request_id: str, *, deadline_s: float = 60.0, aid: Aid | None = None, **given: Any
+        self,
+        student: LoadedStudent,
+        request_id: str,
+        *,
+        deadline_s: float = 60.0,
+        least_s: Callable[[LaneKey], float] = lambda _: 0.0,
+        aid: Aid | None = None,
+        **given: Any,
     ) -> Ticket:
         claimed = toy.claim(student, request_id, **given)
         solver, by = Plans().solver(student, claimed.request.steps, claimed.request.guidance, aid), aid and aid.teacher
-        return Ticket(claimed, student, solver.plan, solver, due_s=0.0, deadline_s=deadline_s, teacher=by)
+        times = {"due_s": 0.0, "deadline_s": deadline_s}
+        return Ticket(claimed, student, solver.plan, solver, **times, least_s=least_s, teacher=by)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -132,6 +140,33 @@ def test_a_kept_picture_makes_room_at_once_and_which_were_redone_is_known(bench:
     assert all(torch.equal(bench.sink.pictures["r", k], alone[k]) for k in range(3))
     assert (ticket.redone, ticket.rows_left) == ({1, 2}, 0)
     assert [left for _, left in room][:3] == [3, 3, 2]  # the first of the three ends two steps before its plan
+
+
+def least_s(lane: LaneKey) -> float:
+    return {"encode": 0.5, "denoise": 1.0, "decode": 0.25}[lane.stage]
+
+
+def test_what_a_request_needs_at_least_is_what_the_quickest_calls_took_of_its_steps(bench: Bench) -> None:
+    teacher = toy.student(toy.ToyFamily(slope=0.3), name="teacher", weights="t", guided=True)
+    made = toy.student(toy.ToyFamily(slope=0.7), base=teacher.version, eta=1.0)
+    judge = Judge(steps=4, doubts={2: (0.35,) * 10})
+    student = replace(made, manifest=made.manifest.judged(judge))
+    plain = bench.ticket(student, "r", steps=4, least_s=least_s)
+    assert plain.needs_s == [4.25, 3.25, 2.25, 1.25, 0.25]
+    assert [row.needs_s for row in (*prompts_of(plain), *rows_of(plain))] == [4.75, 4.25]
+    redone = bench.ticket(student, "r", steps=2, aid=Aid(teacher, REDO), least_s=least_s)
+    assert redone.needs_s[0] == 3.25  # its fourth step is for pictures that are doubted
+
+
+def test_a_request_that_cannot_be_in_time_is_given_up_before_its_next_call(bench: Bench) -> None:
+    student = toy.student()
+    late = bench.ticket(student, "late", steps=4, seed=1, deadline_s=4.7, least_s=least_s)
+    good = bench.ticket(student, "good", steps=4, seed=2, deadline_s=4.8, least_s=least_s)
+    with bench.running():
+        bench.loop.submit([late, good])
+        eventually(lambda: bench.sink.pictures)
+    assert bench.sink.late == ["late"]
+    assert set(bench.sink.steps) == {("good", 1), ("good", 2), ("good", 3), ("good", 4)}
 
 
 def test_a_row_joins_those_that_are_under_way(bench: Bench) -> None:
