@@ -37,10 +37,10 @@ install: $(VENV)/.installed  ## a virtual environment with everything that runs
 
 install-dev: $(VENV)/.installed-dev  ## … and what tests and checks need
 
-# Prometheus is a Debian package, used by one test. RUNLEVEL=1 keeps apt from starting it as a service.
+# Debian packages that some tests use: prometheus, and a redis-server with TLS. RUNLEVEL=1 keeps apt from starting them as services.
 system-packages:
-	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v prometheus >/dev/null; then \
-	  apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends prometheus >/dev/null; fi
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { command -v prometheus && command -v redis-server; } >/dev/null; then \
+	  apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends prometheus redis-server iproute2 >/dev/null; fi
 
 demo: install  ## the whole loop on this machine: teacher, job, gate, swap under traffic, students
 	$(BIN)/fewstep demo

@@ -20,6 +20,7 @@ import redis
 
 from distill_jobs.jobs import UNOWNED, DistillJob, JobState, check_command
 from distill_jobs.records import JobRecords
+from engines import redis_address
 from engines.errors import AlreadyEnded, Conflict, Unavailable
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ _RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL
 
 
 def connect(url: str) -> "redis.Redis":
-    return redis.Redis.from_url(url, decode_responses=True, socket_timeout=5.0, socket_connect_timeout=5.0)
+    return redis_address.connect(url, decode_responses=True, socket_timeout=5.0, socket_connect_timeout=5.0)
 
 
 class JobQueue:

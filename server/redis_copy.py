@@ -14,6 +14,7 @@ from typing import cast
 import redis
 
 from engines.errors import Conflict, Unavailable
+from engines.redis_address import connect
 from engines.space import needed
 
 _AOF, _BASE, _INCREMENT = "appendonly.aof", "appendonly.aof.1.base.rdb", "appendonly.aof.1.incr.aof"
@@ -28,7 +29,7 @@ def snapshot(url: str, path: Path) -> int:
         Unavailable: the server is away, or gives no copy.
         StorageFull: there is no room.
     """
-    client = redis.Redis.from_url(url, protocol=2, socket_timeout=_SILENCE_S, socket_connect_timeout=5.0)
+    client = connect(url, protocol=2, socket_timeout=_SILENCE_S, socket_connect_timeout=5.0)
     try:
         connection = client.connection_pool.get_connection()
         try:

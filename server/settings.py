@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import Field, SecretStr, TypeAdapter, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -22,6 +21,8 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 _KEYS: TypeAdapter[tuple[ApiKey, ...]] = TypeAdapter(tuple[ApiKey, ...])
 # Kubernetes puts these into every container for a Service of the same name.
 _SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT(_.*)?)$|_PORT_\d+_(TCP|UDP)(_.*)?$")
+_IN_LOGIN, _IN_QUERY = re.compile(r"(//[^:/@?#]*:)[^/?#]*@"), re.compile(r"(password=)[^&]*")
+_STARS = "**********"
 AnySettings = TypeVar("AnySettings", bound=BaseSettings)
 
 
@@ -30,7 +31,7 @@ class GatewaySettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="GATEWAY_", frozen=True, extra="forbid")
 
-    redis_url: str = Field(description="redis://…, where requests are queued")
+    redis_url: str = Field(description="redis://… or redis+sentinel://…, where requests are queued")
     registry_url: str = Field(description="a folder or fsspec URL with students, deployments and jobs")
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
@@ -178,10 +179,7 @@ def _first_fault(error: ValidationError, prefix: str) -> str:
 
 
 def _without_password(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:**********@{parts.netloc.rpartition('@')[2]}"))
+    return _IN_QUERY.sub(rf"\1{_STARS}", _IN_LOGIN.sub(rf"\1{_STARS}@", url))
 
 
 def _is_loopback(host: str) -> bool:

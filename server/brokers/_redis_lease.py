@@ -12,6 +12,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from engines.redis_address import connect
 from server.brokers._redis_link import BROKEN, Link
 
 _RENEWALS_PER_LEASE = 4
@@ -40,7 +41,7 @@ class LeaseKeeper(AbstractContextManager[None]):
         self._lease_ms = lease_ms
         self._info = info
         self._renewed = renewed
-        self._client: Any = redis.Redis.from_url(
+        self._client: Any = connect(
             url, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=lease_ms / 1000, socket_connect_timeout=1.0
         )
         self._stop = threading.Event()

@@ -15,27 +15,26 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import (
     BusyLoadingError,
     ConnectionError,
+    MasterDownError,
     NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
-    RedisError,
     ResponseError,
     TimeoutError,
 )
 
 from engines.errors import NotBuilt, Unavailable
+from engines.redis_address import connect_async
 
 BROKEN = (ConnectionError, TimeoutError, OSError)
-_NOT_READY = (BusyLoadingError, ReadOnlyError)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
 _CLOCK_AGE_S = 10.0
-_TRIP_TIMEOUT_S = 15.0  # longer than any blocking read
+_TRIP_TIMEOUT_S = 4.0  # a host that went without a word is asked again, wherever it is by then, within the patience
 LONGEST_BLOCK_S = 5.0
 Command = tuple[Any, ...]
 logger = logging.getLogger(__name__)
@@ -56,11 +55,9 @@ class Link:
     """`patience_s` is how long a command is tried before it raises `Unavailable`."""
 
     def __init__(self, url: str, *, prefix: str, patience_s: float) -> None:
-        if url.startswith(("sentinel:", "redis+sentinel:")):
-            raise NotBuilt(f"{url}: Sentinel is not supported yet; name the Redis server itself as redis://host:port")
         self.prefix = prefix
         self._patience_s = patience_s
-        self._client: Any = redis.asyncio.Redis.from_url(
+        self._client: Any = connect_async(
             url,
             protocol=2,
             retry=Retry(NoBackoff(), 0),
@@ -78,13 +75,15 @@ class Link:
         return self.prefix + ":".join(parts)
 
     async def start(self) -> None:
-        info = await self.call("INFO", "cluster")
+        info = await self.call("INFO")
         if b"cluster_enabled:1" in info:
             raise NotBuilt(
                 "this Redis is a Cluster, over whose slots one script cannot act; use a single server or one shard"
             )
         await self.read_clock()
-        await self._warn_of_eviction()
+        policy = _field(info, b"maxmemory_policy")
+        if policy != b"noeviction":
+            logger.warning("broker_evicts", extra={"policy": policy.decode(), "wanted": "noeviction"})
 
     async def close(self) -> None:
         if self._pump is not None:
@@ -122,8 +121,11 @@ class Link:
 
     async def blocking(self, *command: Any) -> Any:
         """A command that waits on the server, on a connection of its own and without retries."""
-        async with asyncio.timeout(_TRIP_TIMEOUT_S):
-            return await self._client.execute_command(*command)
+        async with asyncio.timeout(LONGEST_BLOCK_S + _TRIP_TIMEOUT_S):
+            try:
+                return await self._client.execute_command(*command)
+            except ResponseError as error:
+                raise (ConnectionError(str(error)) if _says_later(error) else error) from None
 
     def pubsub(self) -> Any:
         return self._client.pubsub()
@@ -172,7 +174,7 @@ class Link:
         while True:
             try:
                 return await self._round_trip(commands)
-            except (*BROKEN, *_NOT_READY) as error:
+            except (*BROKEN, _NotReady) as error:
                 if time.monotonic() > give_up_s:
                     raise Unavailable(f"the broker cannot be reached: {error}", retry_after_s=1.0) from error
                 logger.debug("broker_retry", extra={"error": str(error), "commands": len(commands)})
@@ -187,8 +189,8 @@ class Link:
         for i, reply in zip(missing, again, strict=True):
             replies[i] = reply
         for i, reply in enumerate(replies):
-            if isinstance(reply, _NOT_READY):
-                raise reply
+            if _says_later(reply):
+                raise _NotReady(str(reply))
             if isinstance(reply, OutOfMemoryError):
                 replies[i] = Unavailable(f"the broker is full (maxmemory): {reply}", retry_after_s=5.0)
         return replies
@@ -212,13 +214,16 @@ class Link:
         finally:
             await pool.release(connection)
 
-    async def _warn_of_eviction(self) -> None:
-        try:
-            _, policy = await self.call("CONFIG", "GET", "maxmemory-policy")
-        except (RedisError, ValueError):
-            return  # a managed server that does not say
-        if policy != b"noeviction":
-            logger.warning("broker_evicts", extra={"policy": policy.decode(), "wanted": "noeviction"})
+
+class _NotReady(Exception):
+    """The server answers, and will take commands in a while."""
+
+
+def _says_later(reply: Any) -> bool:
+    """It is loading, became a replica (which unblocks who waited), or has too few for its `min-replicas-to-write`."""
+    if isinstance(reply, BusyLoadingError | ReadOnlyError | MasterDownError):
+        return True
+    return isinstance(reply, ResponseError) and str(reply).startswith(("NOREPLICAS", "UNBLOCKED"))
 
 
 class _Named(str):
@@ -231,6 +236,11 @@ def _plain(command: Command) -> Command:
 
 def _with_source(command: Command) -> Command:
     return ("EVAL", _script(str(command[-1])), *command[2:-1])
+
+
+def _field(info: bytes, name: bytes) -> bytes:
+    """One line of what INFO says."""
+    return info.partition(name + b":")[2].partition(b"\r")[0]
 
 
 def _settle(future: asyncio.Future[list[Any]], outcome: list[Any] | Exception) -> None:

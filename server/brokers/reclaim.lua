@@ -1,12 +1,19 @@
 -- Takes over claims whose worker's lease is gone, and own ones whose delivery never arrived.
 -- ARGV: prefix worker max grace_ms lost_after_ms held ("stream entry", comma separated), then streams
--- A server that has just restarted may have let every lease lapse: nothing is taken from others until
--- each has had the time of a lease to renew. Returns {{stream, entry, fields, deliveries}, …}.
+-- A server that has just restarted or become master may have let every lease lapse: nothing is taken from others until
+-- each has had the time of a lease to renew. Its replication id is new then; `master` keeps it with the time it was first
+-- seen. Returns {{stream, entry, fields, deliveries}, …}.
 local prefix, worker, left = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local group, taken, held = 'workers', {}, {}
 for place in string.gmatch(ARGV[6], '[^,]+') do held[place] = true end
-local uptime_s = tonumber(string.match(redis.call('INFO', 'server'), 'uptime_in_seconds:(%d+)'))
-local settled = uptime_s * 1000 >= tonumber(ARGV[4])
+local time, master = redis.call('TIME'), prefix .. 'master'
+local now_ms, replid = time[1] * 1000 + math.floor(time[2] / 1000), string.match(redis.call('INFO', 'replication'), 'master_replid:(%w+)')
+local seen = redis.call('HMGET', master, 'id', 'since_ms')
+if seen[1] ~= replid then
+  seen[2] = string.format('%.0f', now_ms)
+  redis.call('HSET', master, 'id', replid, 'since_ms', seen[2])
+end
+local settled = now_ms - tonumber(seen[2]) >= tonumber(ARGV[4])
 
 local function take(stream, pending, deliveries)
   local entry = pending[1]

@@ -1,4 +1,6 @@
-"""The broker on one Redis (or Valkey) server, 6.2 or newer. Cluster is refused: one script acts on many keys.
+"""The broker on one Redis (or Valkey) server, 6.2 or newer, or on the master that Sentinels name.
+
+Cluster is refused: one script acts on many keys.
 
 Keys, all under `fewstep:v1:` (the major version of the messages):
 
@@ -21,6 +23,7 @@ Keys, all under `fewstep:v1:` (the major version of the messages):
     worker:<id>  workers         lease of a worker with what it says of itself; sorted set of ids by renewal
     swap:<swap_id>               hash worker -> Phase
     lease:<name>  fence:<name>   hash owner, fence; last fencing number
+    master                       hash: replication id of the server, and since when (ms) it was seen
     announce                     pub/sub channel
 
 Every change of several keys is one script beside this file, named after what it does. Streams say what waits and who
@@ -41,7 +44,8 @@ class RedisBroker(GatewaySide, WorkerSide, SwapSide):
     """`identity` belongs to this process alone. `namespace` keeps several systems on one server apart.
 
     `patience_s` is how long an operation is tried while the server is away before it raises `Unavailable`.
-    `restart_grace_s` (the lease time) is how long after a restart of the server nothing is reclaimed from others.
+    `restart_grace_s` (the lease time) is how long nothing is reclaimed from others after the server restarted, or
+    another one became master.
     """
 
     def __init__(

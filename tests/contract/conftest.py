@@ -13,7 +13,7 @@ from engines.registry.memory import MemoryRegistry
 from server.brokers.base import Broker
 from server.brokers.memory import MemoryBroker, MemoryServer
 from server.brokers.redis import RedisBroker
-from tests.redis_server import RedisServer
+from tests.redis_server import RedisServer, fresh_namespace
 
 
 @pytest.fixture(params=["files", "memory", "fsspec"])
@@ -54,7 +54,9 @@ def redis_server() -> Iterator[RedisServer]:
     """One real server for all contract tests; each test has a namespace of its own."""
     server = RedisServer().start()
     yield server
+    denied = server.denied()
     server.close()
+    assert denied == [], "the rights in docs/security.md are too few"
 
 
 @pytest.fixture(params=["redis", "memory"])
@@ -64,7 +66,7 @@ async def hub(request: pytest.FixtureRequest) -> AsyncIterator[Hub]:
         server = MemoryServer()
         hub = Hub(lambda identity, options: MemoryBroker(server, identity, **options))
     else:
-        url, namespace = request.getfixturevalue("redis_server").url, secrets.token_hex(4)
+        url, namespace = request.getfixturevalue("redis_server").url, fresh_namespace()
         calm = {"namespace": namespace, "restart_grace_s": 0.0}
         hub = Hub(lambda identity, options: RedisBroker(url, identity, **(calm | options)))
     yield hub

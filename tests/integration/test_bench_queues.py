@@ -13,7 +13,7 @@ __all__ = ["redis_server"]
 async def test_rows_that_are_filled_in_are_those_that_a_gateway_publishes(redis_server: RedisServer) -> None:
     names = [secrets.token_hex(4) for _ in range(2)]
     async with contextlib.AsyncExitStack() as stack:
-        filled, published = [await stack.enter_async_context(opened(redis_server.url, name)) for name in names]
+        filled, published = [await stack.enter_async_context(opened(redis_server.admin_url, name)) for name in names]
         await filled.fill(40, 60.0)
         for number in range(40):
             await published.broker.publish(request(number))
@@ -32,7 +32,7 @@ async def test_rows_that_are_filled_in_are_those_that_a_gateway_publishes(redis_
 
 async def test_a_settled_queue_has_been_looked_at_to_its_end(redis_server: RedisServer) -> None:
     name = secrets.token_hex(4)
-    async with opened(redis_server.url, name) as queue:
+    async with opened(redis_server.admin_url, name) as queue:
         await queue.fill(1100, 60.0)
         await queue.settle()
         with redis_server.client() as client:

@@ -2,8 +2,9 @@
 
 import asyncio
 import random
-import secrets
+import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,14 +16,14 @@ from server.brokers.redis import RedisBroker
 from tests.contract.conftest import Hub, redis_server
 from tests.contract.test_broker import claim_all, done, ids, request_of
 from tests.eventually import aeventually
-from tests.redis_server import RedisServer
+from tests.redis_server import RedisServer, documented_rights, fresh_namespace
 
 __all__ = ["redis_server"]
 
 
 @pytest.fixture
 def namespace() -> str:
-    return secrets.token_hex(4)
+    return fresh_namespace()
 
 
 @pytest.fixture
@@ -141,7 +142,7 @@ async def test_nothing_is_left_of_a_finished_request_but_its_answer(
     for claim in claims:
         await worker.finish(claim, done(claim), [b"picture"])
     with redis_server.client() as client:
-        keys = {key.decode().partition(":v1:")[2] for key in client.keys(f"{namespace}:*")}
+        keys = {key.decode().removeprefix(f"{namespace}:v1:") for key in client.keys(f"{namespace}:*")}
         stream = f"{namespace}:v1:queue:shapes:normal"
         assert (client.xlen(stream), client.xpending(stream, "workers")["pending"]) == (0, 0)
         kept = {"req:r0", "req:r1", "req:r2", "res:r0:0", "res:r2:0", "replies:gateway"}
@@ -170,6 +171,24 @@ async def test_a_restarted_server_gives_every_worker_time_to_renew(hub: Hub) -> 
     await first.release_lease()
     assert await careful.reclaim(["shapes"]) == []
     assert ids(await (await hub("w3")).reclaim(["shapes"])) == ["r1"]
+
+
+async def test_a_server_that_became_master_gives_every_worker_time_to_renew(
+    hub: Hub, redis_server: RedisServer, namespace: str
+) -> None:
+    """What was renewed while it was promoted went to the master before."""
+    gateway, first, careful = await hub("gateway"), await hub("w1"), await hub("w2", restart_grace_s=3600.0)
+    await gateway.publish(request_of("r1"))
+    await claim_all(first)
+    await first.release_lease()
+    with redis_server.client() as client:
+        assert await careful.reclaim(["shapes"]) == []
+        client.hset(f"{namespace}:v1:master", "since_ms", 0)  # an hour and more ago
+        client.replicaof("127.0.0.1", 1)
+        client.replicaof("NO", "ONE")
+        assert await careful.reclaim(["shapes"]) == []
+        client.hset(f"{namespace}:v1:master", "since_ms", 0)
+    assert ids(await careful.reclaim(["shapes"])) == ["r1"]
 
 
 async def test_scripts_are_sent_again_to_a_server_that_forgot_them(hub: Hub, redis_server: RedisServer) -> None:
@@ -368,8 +387,7 @@ async def test_a_server_that_is_not_there_is_unavailable_after_the_patience() ->
 async def test_the_url_chooses_the_broker() -> None:
     assert isinstance(open_broker("memory:", "gateway"), MemoryBroker)
     assert isinstance(open_broker("redis://localhost:1/0", "gateway"), RedisBroker)
-    with pytest.raises(NotBuilt, match="Sentinel"):
-        open_broker("redis+sentinel://localhost/mymaster", "gateway")
+    assert isinstance(open_broker("rediss+sentinel://one,two:26380/master", "gateway"), RedisBroker)
 
 
 async def test_it_says_what_memory_it_uses_and_whether_it_keeps_what_it_is_given() -> None:
@@ -391,3 +409,12 @@ async def test_it_says_what_memory_it_uses_and_whether_it_keeps_what_it_is_given
     finally:
         await hub.close()
         server.close()
+
+
+def test_the_documented_user_may_do_nothing_that_is_never_done() -> None:
+    """That it may do enough, all other tests show."""
+    root = Path(__file__).parents[2]
+    sources = [*(root / "server" / "brokers").iterdir(), root / "distill_jobs" / "queue.py"]
+    said = "\n".join(path.read_text() for path in sources if path.is_file())
+    rights = re.findall(r"\+(\S+)", documented_rights("fewstep"))
+    assert [each for each in rights if not re.search(rf"(?i)[\"']{each}[\"']|\.{each}\(", said)] == []

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import redis
 
 from engines.errors import Conflict, Unavailable
 from server.redis_copy import lay_out, snapshot
@@ -24,7 +23,7 @@ def test_a_server_that_starts_on_a_copy_has_what_was_acknowledged_before_it(used
 
     def write() -> None:
         nonlocal written
-        with redis.Redis.from_url(used.url) as client:
+        with used.client() as client:
             while not stopped.is_set():
                 client.xadd("queue", {"number": written})
                 written += 1
@@ -32,12 +31,12 @@ def test_a_server_that_starts_on_a_copy_has_what_was_acknowledged_before_it(used
     writer = threading.Thread(target=write)
     writer.start()
     try:
-        with redis.Redis.from_url(used.url) as client:
+        with used.client() as client:
             client.set("kept", b"\x00\xff" * 1000, px=600_000)
             client.xgroup_create("queue", "workers", id="0", mkstream=True)
             client.xreadgroup("workers", "one", {"queue": ">"}, count=1, block=5000)
             before = written
-        size = snapshot(used.url, tmp_path / "redis.rdb")
+        size = snapshot(used.url_of("fewstep-backup"), tmp_path / "redis.rdb")
     finally:
         stopped.set()
         writer.join()
@@ -49,7 +48,7 @@ def test_a_server_that_starts_on_a_copy_has_what_was_acknowledged_before_it(used
     lay_out(tmp_path / "redis.rdb", again.folder)
     again.start()
     try:
-        with redis.Redis.from_url(again.url) as client:
+        with again.client() as client:
             assert client.get("kept") == b"\x00\xff" * 1000
             assert 0 < client.pttl("kept") <= 600_000
             numbers = [int(fields[b"number"]) for _, fields in client.xrange("queue")]
@@ -59,7 +58,7 @@ def test_a_server_that_starts_on_a_copy_has_what_was_acknowledged_before_it(used
             client.set("new", b"1")
         again.kill()
         again.start()
-        with redis.Redis.from_url(again.url) as client:  # and it keeps what it is given from then on
+        with again.client() as client:  # and it keeps what it is given from then on
             assert client.xlen("queue") == len(numbers)
     finally:
         again.close()
@@ -74,11 +73,11 @@ def test_a_copy_is_laid_out_in_an_empty_folder_alone(tmp_path: Path) -> None:
 
 
 def test_a_server_that_gives_no_copy_says_why_and_leaves_nothing(used: RedisServer, tmp_path: Path) -> None:
-    with redis.Redis.from_url(used.url) as client:
+    with used.client() as client:
         client.acl_setuser("plain", enabled=True, nopass=True, keys=["*"], commands=["+@all", "-sync"])
     with pytest.raises(Unavailable, match=r"no copy.*sync"):
-        snapshot(f"{used.url}?username=plain&password=x", tmp_path / "redis.rdb")
+        snapshot(f"{used.admin_url}?username=plain&password=x", tmp_path / "redis.rdb")
     used.kill()
     with pytest.raises(Unavailable):
-        snapshot(used.url, tmp_path / "redis.rdb")
+        snapshot(used.url_of("fewstep-backup"), tmp_path / "redis.rdb")
     assert list(tmp_path.iterdir()) == []

@@ -2,7 +2,6 @@
 
 import asyncio
 import io
-import secrets
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -23,6 +22,7 @@ from server.sources import Source
 from tests import tiny_sd
 from tests.contract.conftest import redis_server
 from tests.integration.worker_stack import Running, copied, running
+from tests.redis_server import fresh_namespace
 
 __all__ = ["redis_server"]
 PICTURE = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
@@ -45,7 +45,7 @@ def brokers(request: pytest.FixtureRequest) -> tuple[Broker, Broker]:
     if request.param == "memory":
         server = MemoryServer()
         return MemoryBroker(server, "gateway"), MemoryBroker(server, "worker")
-    url, namespace = request.getfixturevalue("redis_server").url, secrets.token_hex(4)
+    url, namespace = request.getfixturevalue("redis_server").url, fresh_namespace()
     return RedisBroker(url, "gateway", namespace=namespace), RedisBroker(url, "worker", namespace=namespace)
 
 

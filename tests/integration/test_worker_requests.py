@@ -2,7 +2,6 @@
 
 import asyncio
 import io
-import secrets
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -24,6 +23,7 @@ from server.messages import Refined
 from tests.contract.conftest import redis_server
 from tests.eventually import aeventually
 from tests.integration.worker_stack import MODEL, Running, running, student, weighted_student
+from tests.redis_server import fresh_namespace
 
 __all__ = ["redis_server"]
 
@@ -43,7 +43,7 @@ def brokers(request: pytest.FixtureRequest) -> tuple[Broker, Broker]:
     if request.param == "memory":
         server = MemoryServer()
         return MemoryBroker(server, "gateway"), MemoryBroker(server, "worker")
-    url, namespace = request.getfixturevalue("redis_server").url, secrets.token_hex(4)
+    url, namespace = request.getfixturevalue("redis_server").url, fresh_namespace()
     return RedisBroker(url, "gateway", namespace=namespace), RedisBroker(url, "worker", namespace=namespace)
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import secrets
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -27,7 +26,7 @@ from tests.eventually import aeventually
 from tests.integration.test_gateway_worker import WEB, gateway
 from tests.integration.test_worker_requests import picture, same
 from tests.integration.worker_stack import MODEL, Running, copied, running, student
-from tests.redis_server import RedisServer
+from tests.redis_server import RedisServer, fresh_namespace
 
 __all__ = ["redis_server"]
 
@@ -90,7 +89,7 @@ def states(up: Running) -> dict[str, str]:
 async def test_what_does_not_fit_is_loaded_for_who_asks_and_every_request_is_answered(
     trio: Trio, redis_server: RedisServer
 ) -> None:
-    namespace = secrets.token_hex(4)
+    namespace = fresh_namespace()
     worker, gateway = (RedisBroker(redis_server.url, name, namespace=namespace) for name in ("worker", "gateway"))
     await gateway.start()
     await worker.start()
@@ -130,7 +129,7 @@ async def test_what_does_not_fit_is_loaded_for_who_asks_and_every_request_is_ans
 async def test_requests_go_to_the_worker_that_has_their_version_as_long_as_it_lives(
     trio: Trio, redis_server: RedisServer
 ) -> None:
-    namespace = secrets.token_hex(4)
+    namespace = fresh_namespace()
     names = ("one", "two", "gateway")
     one, two, gateway = (RedisBroker(redis_server.url, name, namespace=namespace) for name in names)
     for broker in (one, two, gateway):
@@ -143,14 +142,14 @@ async def test_requests_go_to_the_worker_that_has_their_version_as_long_as_it_li
 
             async def loads() -> list[bool]:
                 """Whether each version, of which both workers have two, was loaded for who asked for it."""
-                asked = [up.request(secrets.token_hex(4), version=v, steps=1) for v in trio.versions]
+                asked = [up.request(fresh_namespace(), version=v, steps=1) for v in trio.versions]
                 return [(await up.answer(request)).timing.load_ms > 0 for request in asked]
 
             async def settled() -> bool:  # a worker that waits for requests already takes one more of any version
                 return not any([any(await loads()) for _ in range(6)])
 
             await aeventually(settled, 30)
-        asked = [up.request(secrets.token_hex(4), version=v, steps=1) for v in trio.versions]
+        asked = [up.request(fresh_namespace(), version=v, steps=1) for v in trio.versions]
         assert {(await up.answer(request)).worker for request in asked} == {"one"}  # whatever it has to load
     for broker in (one, two, gateway):
         await broker.close()

@@ -61,8 +61,9 @@ def server() -> Iterator[RedisServer]:
 def queue(server: RedisServer, tmp_path: Path) -> Iterator[JobQueue]:
     registry = FilesRegistry(str(tmp_path))
     deploy_teacher(registry)
+    with server.client() as admin:
+        admin.flushall()
     client = connect(server.url)
-    client.flushall()
     yield JobQueue(client, JobRecords(registry))
     client.close()
 

@@ -26,8 +26,9 @@ def server() -> Iterator[RedisServer]:
 
 @pytest.fixture
 def queue(server: RedisServer, tmp_path: Path) -> Iterator[JobQueue]:
+    with server.client() as admin:
+        admin.flushall()
     client = connect(server.url)
-    client.flushall()
     yield JobQueue(client, JobRecords(FilesRegistry(str(tmp_path))), lease_s=0.3)
     client.close()
 

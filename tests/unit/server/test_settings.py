@@ -60,6 +60,12 @@ def test_no_secret_reaches_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [secret for secret in ("hunter2", "a-long-enough-secret", "tell-nobody") if secret in text]
 
 
+def test_passwords_of_an_address_with_several_hosts_are_stars_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "redis+sentinel://me:hunter2@one:1,two:2/pictures/0?sentinel_password=hunter3&ssl_ca_certs=/ca.pem"
+    told = redacted(gateway(monkeypatch, GATEWAY_REDIS_URL=url))["redis_url"]
+    assert told == url.replace("hunter2", "**********").replace("hunter3", "**********")
+
+
 def test_settings_are_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="frozen"):
         gateway(monkeypatch).port = 1  # type: ignore[misc]
