@@ -10,31 +10,45 @@ from pathlib import Path
 
 import fsspec
 
-from engines.errors import StoreUnsafe
+from engines.errors import InvalidRequest, StoreUnsafe
 from engines.registry._store import Held, scratch_folder, whole
 
 _CLOCK = ".clock"
 _ROUNDS = 4
+_TAKEN, _CONTENDED = 412, 409  # S3's answers to a conditional PUT: the name is there; somebody writes it at this moment
+_TRIES = 20
 
 
 class RemoteStore:
     """`cache` keeps local copies of what `local` was asked for; without one a temporary folder does.
 
     Raises:
+        InvalidRequest: nothing that is installed reads such a URL.
         StoreUnsafe: several writers created the same name, or none could.
     """
 
     def __init__(self, url: str, cache: Path | None = None) -> None:
-        self._fs, self._root = fsspec.url_to_fs(url, use_listings_cache=False)
+        try:
+            self._fs, self._root = fsspec.url_to_fs(url, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise InvalidRequest(f"registry {url}: {error} (for s3:// install fewstep[s3])") from error
         self._cache = cache or scratch_folder(self)
         self._probe(url)
 
     def create(self, name: str, data: bytes | Path) -> bool:
-        try:
-            self._fs.pipe_file(self._path(name), whole(data), mode="create")
-        except FileExistsError:
-            return False
-        return True
+        for _ in range(_TRIES):
+            try:
+                self._fs.pipe_file(self._path(name), whole(data), mode="create")
+            except FileExistsError:
+                return False
+            except OSError as error:  # s3fs has no class of its own for either
+                if (status := _status(error)) == _TAKEN:
+                    return False
+                if status != _CONTENDED:
+                    raise
+            else:
+                return True
+        raise StoreUnsafe(f"{name} was contended {_TRIES} times: the object store never says who wrote it")
 
     def replace(self, name: str, data: bytes | Path) -> None:
         self._fs.pipe_file(self._path(name), whole(data))
@@ -144,3 +158,10 @@ class RemoteStore:
         for thread in threads:
             thread.join()
         return sum(wins) + self.create(name, b"late")
+
+
+def _status(error: OSError) -> int | None:
+    """The HTTP status of a refusal by an S3 server."""
+    response = getattr(error.__cause__, "response", None) or {}
+    status: int | None = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return status

@@ -14,11 +14,26 @@ from server.brokers.base import Broker
 from server.brokers.memory import MemoryBroker, MemoryServer
 from server.brokers.redis import RedisBroker
 from tests.redis_server import RedisServer, fresh_namespace
+from tests.s3_server import S3Server
 
 
-@pytest.fixture(params=["files", "memory", "fsspec"])
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """One real object store for all contract tests; this process and its children have its keys."""
+    server = S3Server()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environ.items():
+            patch.setenv(name, value)
+        yield server.start()
+    server.close()
+
+
+@pytest.fixture(params=["files", "memory", "fsspec", pytest.param("s3", marks=pytest.mark.s3)])
 def registry(request: pytest.FixtureRequest, tmp_path: Path) -> KeyedRegistry:
-    """Each registry, empty. `fsspec` is the one for object stores, over fsspec's in-memory file system."""
+    """Each registry, empty. `fsspec` and `s3` are the one for object stores, over fsspec's in-memory file system and a
+    real server."""
+    if request.param == "s3":
+        return FilesRegistry(request.getfixturevalue("s3_server").url(), cache=tmp_path)
     if request.param == "memory":
         return MemoryRegistry()
     if request.param == "files":

@@ -1,6 +1,7 @@
 """What every registry promises, and what the one on local files promises when writers race or die."""
 
 import hashlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -26,6 +27,7 @@ from engines.registry._store import LocalStore
 from engines.registry.base import Outcome, Registry, Revision, TierTarget, open_registry
 from engines.registry.files import FilesRegistry
 from engines.registry.memory import MemoryRegistry
+from tests.s3_server import S3Server
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -281,12 +283,15 @@ def _commit_all(root: str, writer: int, rounds: int, barrier: Any, results: Any)
 
 
 class TestWriters:
-    def test_of_two_processes_that_race_for_a_revision_exactly_one_wins(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("store", ["files", pytest.param("s3", marks=pytest.mark.s3)])
+    def test_of_two_processes_that_race_for_a_revision_exactly_one_wins(
+        self, store: str, tmp_path: Path, request: pytest.FixtureRequest
+    ) -> None:
+        place = str(tmp_path) if store == "files" else request.getfixturevalue("s3_server").url()
         rounds = 20
         barrier, results = SPAWN.Barrier(2), SPAWN.Queue()
         writers = [
-            SPAWN.Process(target=_commit_all, args=(str(tmp_path), writer, rounds, barrier, results))
-            for writer in range(2)
+            SPAWN.Process(target=_commit_all, args=(place, writer, rounds, barrier, results)) for writer in range(2)
         ]
         for process in writers:
             process.start()
@@ -294,7 +299,7 @@ class TestWriters:
         for process in writers:
             process.join(10)
 
-        registry = FilesRegistry(tmp_path)
+        registry = FilesRegistry(place)
         assert registry.history("shapes") == list(range(1, rounds + 1))
         for number in range(1, rounds + 1):
             verdicts = {writer: verdict for each, writer, verdict in found if each == number}
@@ -352,6 +357,17 @@ class TestOpening:
     def test_a_store_without_exclusive_creation_is_refused(self) -> None:
         with pytest.raises(StoreUnsafe, match="3 writers created the same name"):
             _LastWriterWins("memory://unsafe")
+
+    def test_a_url_that_nothing_reads_is_refused_with_what_to_install(self) -> None:
+        with pytest.raises(InvalidRequest, match=r"registry nowhere://here: .*fewstep\[s3\]"):
+            open_registry("nowhere://here")
+
+    @pytest.mark.s3
+    def test_keys_of_an_object_store_are_in_no_log(self, s3_server: S3Server, caplog: pytest.LogCaptureFixture) -> None:
+        with caplog.at_level(logging.DEBUG):
+            FilesRegistry(s3_server.url()).put_blob(b"some weights")
+        assert "botocore" in {record.name.partition(".")[0] for record in caplog.records}
+        assert s3_server.secret not in caplog.text
 
     def test_the_url_chooses_the_store(self, tmp_path: Path) -> None:
         assert isinstance(open_registry("memory:"), MemoryRegistry)
