@@ -356,7 +356,7 @@ def test_a_queue_too_long_is_a_429_with_the_wait_until_it_is_not() -> None:
     with running(NOW, registry=registry, max_wait_s=0.001) as stack:
         for _ in range(3):
             stack.client.post(PATH, json={"prompt": "wait", "n": 10}, headers={"prefer": "respond-async"})
-        response = stack.client.post(PATH, json={"prompt": "x"})
+        response = stack.client.post(PATH, json={"prompt": "x", "n": 10})
         assert (response.status_code, error(response)["type"]) == (429, "rate_limit_error")
         assert int(response.headers["retry-after-ms"]) >= 1
         assert stack.metric("fewstep_shed_total", reason="overloaded") >= 1

@@ -222,13 +222,14 @@ async def test_pictures_that_the_teacher_doubts_are_redone_by_it_and_told(up: Ru
     prompts = ["a red circle"] * 19
     found = calibrate(loaded, teacher, 4, prompts).judge
     made = replace(loaded, manifest=plain.judged(found))
-    expected = sample(made, prompts[:8], range(8), 1, aid=Aid(teacher, HALF), rounded=True)
-    own = sample(made, prompts[:8], range(8), 1)
+    seeds = range(100, 108)  # none that it was calibrated with: one of those is exactly as doubtful as the limit
+    expected = sample(made, prompts[:8], seeds, 1, aid=Aid(teacher, HALF), rounded=True)
+    own = sample(made, prompts[:8], seeds, 1)
     redone = [k for k in range(8) if not torch.equal(expected[k], own[k])]
     assert 0 < len(redone) < 8
     candidate = up.propose(up.registry.publish(made.manifest), 1)
     assert (await up.outcome(candidate)).state == "live"
-    request = up.request("r1", n=8, seed=0, steps=1, refinement=HALF, teacher=base.version)
+    request = up.request("r1", n=8, seed=100, steps=1, refinement=HALF, teacher=base.version)
     result = await up.answer(request)
     assert (result.error, result.refined) == (None, Refined(refine="redo", teacher=base.version, redone=redone))
     for k in range(8):
