@@ -13,7 +13,7 @@ tests = $(call pytest,$(1)) || { echo "Once more, what failed:"; $(call pytest,-
 report = $(if $(REPORTS),--junitxml=$(REPORTS)/$(1).xml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev system-packages demo test test-unit test-faults test-tensorrt test-gpu check fmt bench bench-serve bench-swap bench-soak bench-student bench-distill bench-searches bench-growth bench-policies bench-fidelity bench-peers bench-tensorrt bench-gpu teacher dashboards chart-table chart-test clean
+.PHONY: help install install-dev system-packages demo test test-unit test-faults test-tensorrt test-gpu check fmt bench bench-serve bench-swap bench-soak bench-student bench-distill bench-searches bench-growth bench-policies bench-fidelity bench-peers bench-tensorrt bench-gpu teacher dashboards chart-table chart-test images clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -124,6 +124,9 @@ chart-table: install-dev  ## write the table of the chart's values anew, from th
 
 chart-test: install-dev system-packages  ## the Helm chart: rendered, validated at three versions of Kubernetes, linted, packaged, run
 	$(ONE_THREAD) $(BIN)/python -m pytest $(call report,chart) tests/chart
+
+images:  ## the container images, and beside them in dist/images what they hold; VARIANT=tensorrt for GPUs, more in docker/build.sh
+	docker/build.sh dist/images
 
 clean:  ## everything that can be made again, but the virtual environment
 	rm -rf build dist demo .fewstep .pytest_cache .mypy_cache .ruff_cache *.egg-info
