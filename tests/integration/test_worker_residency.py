@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import secrets
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -142,14 +143,14 @@ async def test_requests_go_to_the_worker_that_has_their_version_as_long_as_it_li
 
             async def loads() -> list[bool]:
                 """Whether each version, of which both workers have two, was loaded for who asked for it."""
-                asked = [up.request(fresh_namespace(), version=v, steps=1) for v in trio.versions]
+                asked = [up.request(secrets.token_hex(4), version=v, steps=1) for v in trio.versions]
                 return [(await up.answer(request)).timing.load_ms > 0 for request in asked]
 
             async def settled() -> bool:  # a worker that waits for requests already takes one more of any version
                 return not any([any(await loads()) for _ in range(6)])
 
             await aeventually(settled, 30)
-        asked = [up.request(fresh_namespace(), version=v, steps=1) for v in trio.versions]
+        asked = [up.request(secrets.token_hex(4), version=v, steps=1) for v in trio.versions]
         assert {(await up.answer(request)).worker for request in asked} == {"one"}  # whatever it has to load
     for broker in (one, two, gateway):
         await broker.close()
