@@ -7,11 +7,11 @@ repeated with its `Idempotency-Key`. Afterwards the books are read in Redis itse
 import asyncio
 import io
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 import numpy as np
@@ -37,6 +37,13 @@ PROMPTS = ("a red circle", "two blue shapes")
 ALLOWED_ERRORS = frozenset({"deadline_exceeded", "request_poisoned"})
 _CLIENTS = 6
 _GIVE_UP_S = 90.0
+
+
+class Books(Protocol):
+    """Where it stands what became of requests."""
+
+    redis_url: str
+    registry_url: str
 
 
 def published(data: Path) -> str:
@@ -77,7 +84,7 @@ def options(data: Path, *, workers: int, gateways: int = 1, **env: str) -> Stack
     )
 
 
-def num_workers(stack: Stack) -> int:
+def num_workers(stack: Books) -> int:
     """How many have a lease."""
     with redis.Redis.from_url(stack.redis_url) as client:
         return client.exists(*[name for name in client.scan_iter("fewstep:v1:worker:*")] or ["none"])
@@ -112,6 +119,8 @@ class Clients:
     """Clients in a thread of their own, each asking again as soon as it is answered, by turns at each of `urls`."""
 
     urls: tuple[str, ...]
+    headers: Mapping[str, str] = field(default_factory=dict)
+    patience_s: float = 60.0  # with one try
     answers: list[Asked] = field(default_factory=list)
     unanswered: list[str] = field(default_factory=list)
     _stopped: threading.Event = field(default_factory=threading.Event)
@@ -132,7 +141,7 @@ class Clients:
         eventually(lambda: len(self.answers) >= wanted, within_s)
 
     async def _run(self) -> None:
-        async with httpx.AsyncClient(timeout=httpx.Timeout(60.0, connect=2.0)) as http:
+        async with httpx.AsyncClient(timeout=httpx.Timeout(self.patience_s, connect=2.0)) as http:
             await asyncio.gather(*[self._client(http, number) for number in range(_CLIENTS)])
 
     async def _client(self, http: httpx.AsyncClient, number: int) -> None:
@@ -143,7 +152,7 @@ class Clients:
 
     async def _ask(self, http: httpx.AsyncClient, key: str, prompt: str, seed: int) -> None:
         asked = {"model": MODEL, "prompt": prompt, "seed": seed}
-        headers = {"idempotency-key": key, "accept": "image/png"}
+        headers = {**self.headers, "idempotency-key": key, "accept": "image/png"}
         tries = 0
         try:
             async with asyncio.timeout(_GIVE_UP_S):
@@ -176,7 +185,7 @@ def _answered(response: httpx.Response, **asked: Any) -> Asked:
     )
 
 
-def check(clients: Clients, stack: Stack, version: str) -> None:
+def check(clients: Clients, stack: Books, version: str) -> None:
     """None unanswered, none twice, each picture right, and no request left anywhere."""
     assert clients.unanswered == []
     errors = [(one.key, one.code) for one in clients.answers if one.status != 200]
@@ -200,7 +209,7 @@ def unfinished(client: Any) -> list[str]:
     return [name for name in names if client.type(name) == "hash" and client.hget(name, "status") not in ENDINGS]
 
 
-def check_pictures(good: list[Asked], stack: Stack, version: str) -> None:
+def check_pictures(good: list[Asked], stack: Books, version: str) -> None:
     registry = FilesRegistry(Path(stack.registry_url))
     student = load_student(registry, registry.student(version))
     allowed = tolerance("eager", "fp32")
