@@ -23,6 +23,7 @@ from bench import student_table
 from distill_jobs import spec as specs
 from distill_jobs.assessment import Assessor, TeacherAs, as_json, chosen
 from distill_jobs.jobs import JobState
+from distill_jobs.launchers.base import open_launcher
 from distill_jobs.metrics import DistillMetrics
 from distill_jobs.records import RESULT, JobRecords
 from distill_jobs.run import JobRun, Surroundings
@@ -82,7 +83,12 @@ class Bench:
         if not job.ended:
             claimed = self.records.claim(job.id, f"bench:{os.getpid()}")
             around = Surroundings(
-                self.records, self.settings, DistillMetrics(CollectorRegistry()), lambda topic: None, self.assessor
+                self.records,
+                self.settings,
+                DistillMetrics(CollectorRegistry()),
+                lambda topic: None,
+                self.assessor,
+                open_launcher(self.settings),
             )
             run = JobRun(claimed, around, Alone())
             try:

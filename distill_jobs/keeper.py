@@ -1,34 +1,31 @@
 """Keeps a job's trainer alive until its work is done, and gives up with a reason when it gets no further.
 
-Progress is what is on disk: a trainer that died after a new checkpoint has all its tries again.
+Progress is what is on disk: a trainer that died after a new checkpoint has all its tries again. Where trainers run is
+their launcher's; these rules are the same for all.
 """
 
 import logging
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from distill_jobs.exit_codes import FAILURE, FINISHED, REFUSED
+from distill_jobs.launchers.base import LOG, Hearing, Launcher, Life, Order, Phase
 from distill_jobs.metrics import DistillMetrics
 from distill_jobs.preparation import SCHEDULE
 from distill_jobs.records import PLAN, PROGRESS, JobRecords
 from distill_jobs.settings import DistillerSettings
-from distill_jobs.trainer_process import Phase, TrainerProcess, command
 from distill_jobs.watch import Interrupted
 from engines import space
-from engines.errors import FewstepError, JobFailed, StorageFull, by_code
+from engines.errors import FewstepError, JobFailed, LeaseLost, StorageFull, by_code
 
 log = logging.getLogger(__name__)
 
 _LOOK_S = 0.1
 _GRACE_S = 30.0
-_TRIES, _LOG = "tries.json", "log.txt"
-
-
-class Program(Protocol):
-    """The command line of a trainer."""
-
-    def __call__(self, folder: Path, phase: Phase, *, fence: int, threads: int, nice: int) -> list[str]: ...
+_SEEN_WITHIN_S = 90.0  # a network file system may show for a minute what was there before
+_TRIES = "tries.json"
 
 
 class TrainerKeeper:
@@ -44,58 +41,83 @@ class TrainerKeeper:
         settings: DistillerSettings,
         metrics: DistillMetrics,
         check: Callable[[], None],
-        program: Program = command,
+        launcher: Launcher,
+        processes: int = 1,
     ) -> None:
         self.job_id, self.folder, self.fence = job_id, folder, fence
         self.records, self.settings, self.metrics = records, settings, metrics
-        self._check, self._program = check, program
+        self._check, self._launcher, self._processes = check, launcher, processes
 
     def run(self, phase: Phase, done: Callable[[], bool]) -> None:
         """Starts the trainer until `done`, again after each death.
 
         Raises:
-            Interrupted, LeaseLost: from the watch; the trainer is gone, checkpointed unless the job is canceled.
+            Interrupted, LeaseLost: from the watch; the trainer is gone, checkpointed unless the job is canceled, or
+                goes on for the next distiller where it can.
             JobFailed: it died too often without getting further.
             StorageFull: it had no room.
-            FewstepError: it said itself that it gives up.
+            FewstepError: it said itself that it gives up, or its place refuses it.
         """
         while not done():
-            self._count(phase)
             try:
-                self._try(phase)
+                self._try(phase, done)
             except StorageFull:
                 self._forgive()
                 raise
 
-    def _try(self, phase: Phase) -> None:
-        code = self._live(phase)
-        if code != FINISHED and space.exhausted(self.folder):
+    def _try(self, phase: Phase, done: Callable[[], bool]) -> None:
+        code = self._live(self._order(phase))
+        if code == FINISHED:
+            self._await(done)
+            return
+        if space.exhausted(self.folder):
             raise space.full(self.folder)  # it may have had no room to say so
         if code == REFUSED:
             raise self._refusal()
-        if code != FINISHED:
-            self.metrics.deaths.inc()
-            log.warning("the trainer died", extra={"job_id": self.job_id, "code": code})
-            self.records.event(self.job_id, "note", message=f"the trainer ended with code {code}; one more try")
+        self.metrics.deaths.inc()
+        log.warning("the trainer died", extra={"job_id": self.job_id, "code": code})
+        self._note(f"the trainer ended with code {code}; one more try")
 
-    def _live(self, phase: Phase) -> int:
-        told = self._program(
-            self.folder, phase, fence=self.fence, threads=self.settings.threads, nice=self.settings.nice
-        )
-        process = TrainerProcess(told, self.folder / _LOG)
-        self.metrics.watch(self.job_id, process.usage)
+    def _order(self, phase: Phase) -> Order:
+        threads, nice = self.settings.threads, self.settings.nice
+        processes = self._processes if phase == "train" else 1  # what is prepared is prepared by one
+        return Order(self.job_id, self.folder, phase, self.fence, threads, nice, processes)
+
+    def _live(self, order: Order) -> int:
+        life = self._launcher.start(order, Hearing(partial(self._count, order.phase), self._note))
+        self.metrics.watch(self.job_id, life.usage)
         try:
-            while (code := process.wait(_LOOK_S)) is None:
+            while (code := life.wait(_LOOK_S)) is None:
                 self._check()
                 self.metrics.progress(self.job_id, self.records.read(self.job_id, PROGRESS) or {})
             return code
+        except LeaseLost:
+            life.leave(0)
+            raise
         except Interrupted as interrupted:
-            if interrupted.why != "cancel":
-                process.checkpoint(_GRACE_S)
-                self._forgive()
+            self._interrupted(life, interrupted)
             raise
         finally:
-            process.kill()
+            life.kill()
+
+    def _interrupted(self, life: Life, interrupted: Interrupted) -> None:
+        if interrupted.why == "cancel":
+            return
+        if interrupted.why == "pause":
+            life.checkpoint(_GRACE_S)
+        else:
+            life.leave(_GRACE_S)
+        self._forgive()
+
+    def _await(self, done: Callable[[], bool]) -> None:
+        """What the trainer has left may be seen here later than its end."""
+        until_s = time.monotonic() + _SEEN_WITHIN_S
+        while not done() and time.monotonic() < until_s:
+            self._check()
+            time.sleep(_LOOK_S)
+
+    def _note(self, message: str) -> None:
+        self.records.event(self.job_id, "note", message=message)
 
     def _count(self, phase: Phase) -> None:
         tries = self.records.read(self.job_id, _TRIES) or {}
@@ -123,5 +145,5 @@ class TrainerKeeper:
         return by_code(said["code"])(said["message"])
 
     def _last_words(self) -> str:
-        lines = (self.folder / _LOG).read_text(errors="replace").strip().splitlines()
+        lines = (self.folder / LOG).read_text(errors="replace").strip().splitlines()
         return lines[-1][:500] if lines else "(none)"

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.process_collector import ProcessCollector
 
 from distill_jobs.jobs import JobState
-from distill_jobs.trainer_process import Usage
+from distill_jobs.launchers.base import Usage
 
 
 class DistillMetrics:

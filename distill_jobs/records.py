@@ -5,6 +5,7 @@
     jobs/<id>/events.jsonl         everything that happened, one line each; a line's number is its event id
     jobs/<id>/plan.json            what the budget buys, and what training should need
     jobs/<id>/progress.json        the latest progress event
+    jobs/<id>/answers.safetensors  the teacher's, for evaluations while training
     jobs/<id>/result.json          student, metrics, gates, what training needed
     jobs/<id>/checkpoints/ panels/ log.txt samples.png
     jobs/<id>/report.html          for people, written when the job has ended
@@ -24,6 +25,7 @@ from distill_jobs.jobs import DistillJob, Entry, JobState, claimed, first, moved
 from engines.errors import AlreadyExists, IdempotencyConflict, JobNotFound, LeaseLost
 from engines.registry.base import Registry
 
+ANSWERS = "answers.safetensors"
 EVENTS = "events.jsonl"
 PLAN = "plan.json"
 PROGRESS = "progress.json"

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from distill_jobs import spec as specs
 from distill_jobs.estimate import teacher_version
 from distill_jobs.jobs import DistillJob
-from distill_jobs.records import RESULT, TRAINER, JobRecords
+from distill_jobs.records import ANSWERS, RESULT, TRAINER, JobRecords
 from engines.errors import NotFound
 from engines.registry.retention import Garbage, Retention
 
@@ -54,6 +54,6 @@ def left_behind(records: JobRecords, retention: Retention, after_s: float) -> li
 
 
 def _heavy(name: str) -> bool:
-    if name.startswith("checkpoints/"):
+    if name.startswith("checkpoints/") or name == ANSWERS:
         return True
     return name.startswith("trained/") and name.endswith((".safetensors", ".partial"))  # whole or half-written

@@ -8,7 +8,6 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,13 @@ from distill_jobs.gate import Verdict
 from distill_jobs.jobs import DistillJob, JobState
 from distill_jobs.judgement import judged
 from distill_jobs.keeper import TrainerKeeper
+from distill_jobs.launchers.base import Launcher
 from distill_jobs.metrics import DistillMetrics
 from distill_jobs.preparation import SCHEDULE
-from distill_jobs.records import RESULT, TRAINER, JobRecords, utc_now
+from distill_jobs.records import ANSWERS, RESULT, TRAINER, JobRecords, utc_now
 from distill_jobs.settings import DistillerSettings
 from distill_jobs.small_evaluation import learnt
 from distill_jobs.spec import SCHEDULE_ENDING, DistillJobSpec, PublishSpec
-from distill_jobs.trainer_process import command
 from distill_jobs.watch import Watch
 from engines import artefact
 from engines.errors import InvalidRequest, JobFailed, NotBuilt, SwapRejected
@@ -59,6 +58,7 @@ class Surroundings:
     metrics: DistillMetrics
     announce: Callable[[str], None]
     assessor: Callable[[Callable[[], None]], Assessor]
+    launcher: Launcher
 
 
 class JobRun:
@@ -83,7 +83,8 @@ class JobRun:
             settings=around.settings,
             metrics=around.metrics,
             check=watch.check,
-            program=partial(command, processes=self.spec.train.processes),
+            launcher=around.launcher,
+            processes=self.spec.train.processes,
         )
 
     def go(self) -> None:
@@ -140,13 +141,14 @@ class JobRun:
     def _prepare(self) -> None:
         """Teacher's answers and schedule; then the student without new weights, judged and promoted."""
         teacher = self._teacher()
-        features = self.assessor.features_file(teacher, self.spec.eval.samples)
+        answers = self.assessor.features_file(teacher, self.spec.eval.samples)
+        self.registry.write_job_file(self.job.id, ANSWERS, answers.read_bytes())  # the trainer may run elsewhere
         told = {
             "registry": self.around.settings.registry_url,
             "work": str(self.around.settings.work_dir.resolve()),
             "teacher": teacher.version,
             "guidance": teacher.guidance,
-            "features": str(features),
+            "features": ANSWERS,
             "data": str(self.around.settings.data_dir.resolve()) if self.around.settings.data_dir else None,
         }
         preparation.write(self.folder / TRAINER, told)

@@ -18,13 +18,14 @@ from prometheus_client import start_http_server
 from distill_jobs.assessment import Assessor, chosen
 from distill_jobs.job_report import REPORT, render
 from distill_jobs.jobs import DistillJob, JobState
+from distill_jobs.launchers.base import open_launcher
 from distill_jobs.metrics import DistillMetrics, make
 from distill_jobs.queue import JobQueue, Lease
 from distill_jobs.run import JobRun, Surroundings
 from distill_jobs.settings import DistillerSettings
 from distill_jobs.watch import Interrupted, Watch
 from engines import space
-from engines.errors import FewstepError, InternalError, LeaseLost, StorageFull
+from engines.errors import FewstepError, InternalError, JobNotFound, LeaseLost, StorageFull
 from engines.registry.base import Registry
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class Service:
         self.metrics = metrics or make()
         self.metrics.follow(_Remembered(lambda: [job.state for job in self.records.all()]))
         self.owner = _identity()
+        self.launcher = open_launcher(settings)
 
     def run_forever(self, stop: threading.Event) -> None:
         """Works until `stop` is set; a running trainer then checkpoints, and the job waits for the next distiller."""
@@ -139,6 +141,8 @@ class Service:
         now = self.records.get(job.id)
         over = now.ended or now.state is JobState.PAUSED
         self.metrics.forget(job.id)
+        if over:
+            self.launcher.sweep(self._is_over)
         if now.ended:
             self._report(now)
         try:
@@ -160,12 +164,23 @@ class Service:
         return self.records.get(job_id).state in (JobState.PREPARING, JobState.RUNNING, JobState.QUEUED)
 
     def _look_round(self) -> None:
-        """Jobs that Redis lost, and those of a distiller on this machine that died."""
+        """Jobs that Redis lost, and those of a distiller on this machine that died; trainers that nobody needs."""
         self.queue.rebuild()
         self.queue.release_dead(_is_dead)
+        self.launcher.sweep(self._is_over)
+
+    def _is_over(self, job_id: str) -> bool:
+        """Whether no trainer may be at work on a job. One that is unknown is left alone: its files may be elsewhere."""
+        try:
+            job = self.records.get(job_id)
+        except JobNotFound:
+            return False
+        return job.ended or job.state is JobState.PAUSED
 
     def _surroundings(self) -> Surroundings:
-        return Surroundings(self.records, self.settings, self.metrics, self.queue.announce, self._assessor)
+        return Surroundings(
+            self.records, self.settings, self.metrics, self.queue.announce, self._assessor, self.launcher
+        )
 
     def _assessor(self, check: Callable[[], None]) -> Assessor:
         return Assessor(

@@ -28,6 +28,7 @@ class DistillerSettings(BaseSettings):
     )
     lease_s: float = Field(30.0, gt=0)
     poll_s: float = Field(0.5, gt=0, description="how often an idle distiller looks for a job")
+    launcher: str = Field("process", description="where trainers run: a file of distill_jobs/launchers")
     max_tries: int = Field(3, ge=1, description="deaths of the trainer without progress before a job fails")
     swap_timeout_s: float = Field(180.0, gt=0, description="how long a job waits for its student to go live")
     metrics_host: str = "127.0.0.1"

@@ -77,7 +77,7 @@ class TrainerRun:
             self.guided = self.teacher.guide(self.w)
         if self.spec.student.lora is not None:
             layers(self.teacher.denoiser, self.spec.student.lora)  # a target that is none is refused before the work
-        self._features = Path(told["features"]) if told["features"] else None
+        self._features = folder / told["features"] if told["features"] else None
 
     def prepare(self) -> bool:
         """Searches the schedule; one that is on disk already is kept. False: told to stop."""

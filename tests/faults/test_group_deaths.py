@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from distill_jobs.exit_codes import FINISHED, PAUSED, REFUSED
-from distill_jobs.trainer_process import TrainerProcess, command
+from distill_jobs.launchers.base import Order, command
+from distill_jobs.launchers.process import TrainerProcess
 from tests.distilling import DEPLOYMENT, LENIENT, PROMPTS, prepared, workshop
 from tests.eventually import eventually
 from tests.redis_server import RedisServer
@@ -61,8 +62,8 @@ class Folder:
 @contextmanager
 def started(folder: Folder, *told: str) -> Iterator[TrainerProcess]:
     """The launcher of a job's trainers, or another command."""
-    launcher = command(folder.path, "train", fence=1, threads=2, nice=0, processes=2)
-    process = TrainerProcess(told or launcher, folder.path / "log.txt")
+    order = Order("together", folder.path, "train", fence=1, threads=2, processes=2)
+    process = TrainerProcess(told or command(order, parent=os.getpid()), order.log)
     try:
         yield process
     finally:

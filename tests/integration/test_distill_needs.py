@@ -2,15 +2,17 @@
 weights are a good part of it."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from distill_jobs.exit_codes import FINISHED
+from distill_jobs.launchers.base import Order, command
+from distill_jobs.launchers.process import TrainerProcess
 from distill_jobs.needs import Needs
 from distill_jobs.plan import Plan
-from distill_jobs.trainer_process import TrainerProcess, command
 from engines.artefact import import_diffusers
 from engines.registry.base import Registry
 from tests import tiny_sd
@@ -39,9 +41,10 @@ def test_the_peak_of_memory_is_known_within_a_quarter_before_training_starts(
         train={"iterations": 8, "precision": "fp32"},
     )
     folder = prepared(tmp_path, body, wide_teacher)
-    process = TrainerProcess(command(folder, "train", fence=1, threads=1, nice=0), folder / "log.txt")
+    order = Order("wide", folder, "train", fence=1)
+    process = TrainerProcess(command(order, parent=os.getpid()), order.log)
     try:
-        assert process.wait(240) == FINISHED, (folder / "log.txt").read_text()
+        assert process.wait(240) == FINISHED, order.log.read_text()
     finally:
         process.kill()
 

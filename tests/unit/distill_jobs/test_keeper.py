@@ -8,10 +8,11 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from distill_jobs.keeper import TrainerKeeper
+from distill_jobs.launchers.base import Hearing, Order, Usage
+from distill_jobs.launchers.process import TrainerProcess
 from distill_jobs.metrics import DistillMetrics
 from distill_jobs.records import JobRecords
 from distill_jobs.settings import DistillerSettings
-from distill_jobs.trainer_process import Phase, TrainerProcess, Usage
 from distill_jobs.watch import Interrupted
 from engines.errors import Diverged, JobFailed, StorageFull
 from engines.registry.files import FilesRegistry
@@ -36,7 +37,7 @@ WAITS = (
 
 
 class Trainer:
-    """A keeper over a program, and what it has seen."""
+    """A keeper over a program, the launcher of that program, and what it has seen."""
 
     def __init__(self, folder: Path, code: str, check: Callable[[], None] = lambda: None) -> None:
         registry = FilesRegistry(str(folder))
@@ -55,12 +56,16 @@ class Trainer:
             settings=settings,
             metrics=self.metrics,
             check=check,
-            program=self.program,
+            launcher=self,
         )
 
-    def program(self, folder: Path, phase: Phase, *, fence: int, threads: int, nice: int) -> list[str]:
+    def start(self, order: Order, hearing: Hearing) -> TrainerProcess:
+        hearing.begins()
         self.lives += 1
-        return [sys.executable, "-c", self.code, str(folder)]
+        return TrainerProcess([sys.executable, "-c", self.code, str(order.folder)], order.log)
+
+    def sweep(self, over: Callable[[str], bool]) -> None:
+        pass
 
 
 def test_a_trainer_that_gets_no_further_is_given_up_with_its_last_words(tmp_path: Path) -> None:

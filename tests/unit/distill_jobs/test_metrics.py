@@ -1,8 +1,8 @@
 from prometheus_client import CollectorRegistry, generate_latest
 
 from distill_jobs.jobs import JobState
+from distill_jobs.launchers.base import Usage
 from distill_jobs.metrics import DistillMetrics, make
-from distill_jobs.trainer_process import Usage
 
 
 def value(metrics: DistillMetrics, name: str, **labels: str) -> float | None:

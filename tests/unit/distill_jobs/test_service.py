@@ -4,7 +4,7 @@ import errno
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ import pytest
 from prometheus_client import generate_latest
 
 from distill_jobs.jobs import JobState
+from distill_jobs.launchers.base import Usage
+from distill_jobs.launchers.process import ProcessLauncher
 from distill_jobs.queue import JobQueue, connect
 from distill_jobs.records import JobRecords
 from distill_jobs.service import Service, _identity, _is_dead
 from distill_jobs.settings import DistillerSettings
-from distill_jobs.trainer_process import Usage
 from engines.errors import StorageFull
 from engines.manifest import StudentManifest
 from engines.registry.base import Registry
@@ -174,12 +175,23 @@ def test_a_stopping_service_leaves_the_job_to_the_next_at_once(server: RedisServ
     assert made.queue.claim("another") is not None
 
 
+class _Left(ProcessLauncher):
+    """Has a trainer left of every job that it is asked about."""
+
+    def __init__(self, jobs: list[str]) -> None:
+        self.jobs = jobs
+
+    def sweep(self, over: Callable[[str], bool]) -> None:
+        self.jobs = [job for job in self.jobs if not over(job)]
+
+
 @pytest.mark.parametrize(("command", "state"), [("cancel", JobState.CANCELED), ("pause", JobState.PAUSED)])
-def test_a_command_that_came_with_the_claim_is_obeyed(
+def test_a_command_that_came_with_the_claim_is_obeyed_and_no_trainer_left_of_an_earlier_one(
     server: RedisServer, tmp_path: Path, command: str, state: JobState
 ) -> None:
     made = service(server, FilesRegistry(str(tmp_path)), tmp_path)
-    job = made.queue.submit(SPEC)
+    job, other = made.queue.submit(SPEC), made.queue.submit(SPEC)
+    made.launcher = left = _Left([job.id, other.id, "dj_unknown"])
     with server.client() as client:
         client.set(f"fewstep:v1:jobs:command:{job.id}", command)
     claimed = made.queue.claim(made.owner)
@@ -187,6 +199,7 @@ def test_a_command_that_came_with_the_claim_is_obeyed(
     made.run_one(claimed, threading.Event())
     assert made.records.get(job.id).state is state
     assert made.queue.commanded(job.id) is None
+    assert left.jobs == [other.id, "dj_unknown"]
 
 
 def test_who_lost_the_job_writes_nothing_more(server: RedisServer, tmp_path: Path) -> None:

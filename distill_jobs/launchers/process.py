@@ -1,35 +1,37 @@
-"""The trainer as its service sees it: a process to start, to look after, and to bring to its end."""
+"""Trainers as processes of their distiller, on its machine: they die with it."""
 
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import psutil
 
-Phase = Literal["prepare", "train"]
+from distill_jobs.launchers.base import Hearing, Launcher, Order, Usage, command
+from distill_jobs.settings import DistillerSettings
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Of all processes of one life that are there now."""
+class ProcessLauncher:
+    def __init__(self, settings: DistillerSettings) -> None:
+        pass
 
-    cpu_s: float = 0.0
-    memory_bytes: int = 0
+    def start(self, order: Order, hearing: Hearing) -> "TrainerProcess":
+        hearing.begins()
+        return TrainerProcess(command(order, parent=os.getpid()), order.log)
+
+    def sweep(self, over: Callable[[str], bool]) -> None:
+        """Nothing is left: they die with their distiller."""
 
 
 class TrainerProcess:
     """One life. In a session of its own, so that a Ctrl-C meant for the service lets it checkpoint first."""
 
-    def __init__(self, command: Sequence[str], log: Path) -> None:
+    def __init__(self, told: Sequence[str], log: Path) -> None:
         with log.open("ab") as out:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+                told, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
             )
 
     @property
@@ -63,18 +65,13 @@ class TrainerProcess:
         if self.wait(grace_s) is None:
             self.kill()
 
+    def leave(self, grace_s: float) -> None:
+        self.checkpoint(grace_s)
+
     def kill(self) -> None:
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
 
-def command(folder: Path, phase: Phase, *, fence: int, threads: int, nice: int, processes: int = 1) -> list[str]:
-    """What is prepared is prepared by one process; `processes` train."""
-    options = {"phase": phase, "fence": fence, "threads": threads, "nice": nice, "parent": os.getpid()}
-    program = "distill_jobs.train"
-    if phase == "train" and processes > 1:
-        program = "distill_jobs.launch"
-        options["processes"] = processes
-    told = [f"--{name}={value}" for name, value in options.items()]
-    return [sys.executable, "-m", program, str(folder), *told]
+LAUNCHER: type[Launcher] = ProcessLauncher
