@@ -1,7 +1,9 @@
 """Starts the processes of one trainer on this machine: `python -m distill_jobs.launch JOB_FOLDER --processes=N …`.
 
-What `torchrun` does, with the exit codes of one trainer. It starts nothing again: the keeper does, which counts whether
-a trainer gets further. Everything dies with the service, for its processes die with it and it with the service.
+What `torchrun` does, with the exit codes of one trainer, and with its options for several machines: there one launcher
+runs on each, and they meet at the first (`--nodes --node-rank --master`). It starts nothing again: the keeper does,
+which counts whether a trainer gets further. Everything dies with the service, for its processes die with it and it
+with the service, or where it runs in a pod, with the pod.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from distill_jobs.exit_codes import FAILURE, FINISHED, PAUSED, REFUSED
 from engines.lifetime import die_with
 
 _LOOPBACK = "127.0.0.1"
+_MEET_WITHIN_S = 1800  # nodes may have to be made, and images to be pulled
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,12 +29,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, required=True)
     parser.add_argument("--threads", type=int, default=1, help="of all processes together; each has one at least")
     parser.add_argument("--parent", type=int, default=0)
+    parser.add_argument("--nodes", type=int, default=1, help="machines, each of which has `processes`")
+    parser.add_argument("--node-rank", type=int, default=0)
+    parser.add_argument("--master", default="", help="host:port of the first machine, where several meet")
     args, rest = parser.parse_known_args(argv)
     die_with(args.parent)
     refusal, began_s = args.folder / FAILURE, time.time()
     own = [str(args.folder), f"--threads={max(1, args.threads // args.processes)}", f"--parent={os.getpid()}"]
     try:
-        elastic_launch(_config(args.processes), sys.executable)("-m", "distill_jobs.train", *rest, *own)
+        elastic_launch(_config(args), sys.executable)("-m", "distill_jobs.train", *rest, *own)
     except SignalException:
         return PAUSED
     except ChildFailedError as error:
@@ -41,16 +47,19 @@ def main(argv: list[str] | None = None) -> int:
     return FINISHED
 
 
-def _config(processes: int) -> LaunchConfig:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+def _config(args: argparse.Namespace) -> LaunchConfig:
+    alone = args.nodes == 1
+    if alone:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
+        min_nodes=args.nodes,
+        max_nodes=args.nodes,
+        nproc_per_node=args.processes,
         run_id="train",
-        rdzv_backend="c10d",
-        rdzv_endpoint=f"{_LOOPBACK}:0",
-        local_addr=_LOOPBACK,
+        rdzv_backend="c10d" if alone else "static",
+        rdzv_endpoint=f"{_LOOPBACK}:0" if alone else args.master,
+        rdzv_configs={} if alone else {"rank": args.node_rank, "timeout": _MEET_WITHIN_S},
+        local_addr=_LOOPBACK if alone else None,
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
     )

@@ -29,6 +29,16 @@ class DistillerSettings(BaseSettings):
     lease_s: float = Field(30.0, gt=0)
     poll_s: float = Field(0.5, gt=0, description="how often an idle distiller looks for a job")
     launcher: str = Field("process", description="where trainers run: a file of distill_jobs/launchers")
+    job_template: Path | None = Field(
+        None, description="kubernetes: a Job as JSON, which says where and how trainers run; resources of one process"
+    )
+    processes_per_pod: int = Field(1, ge=1, description="kubernetes: at most; a job of more spreads over several pods")
+    kubernetes_url: str = "https://kubernetes.default.svc"
+    kubernetes_account: Path = Field(
+        Path("/var/run/secrets/kubernetes.io/serviceaccount"), description="with namespace, token and ca.crt"
+    )
+    kubernetes_pod: str = Field("", description="the distiller's own; its Jobs go with what made it, a StatefulSet")
+    kubernetes_poll_s: float = Field(2.0, gt=0, description="how often a Job is looked after")
     max_tries: int = Field(3, ge=1, description="deaths of the trainer without progress before a job fails")
     swap_timeout_s: float = Field(180.0, gt=0, description="how long a job waits for its student to go live")
     metrics_host: str = "127.0.0.1"

@@ -161,7 +161,8 @@ class TrainerRun:
     def _plan(self) -> Plan:
         """What the budget buys. Measured once, when training begins: the schedule-only student is live by then, and
         what it serves costs the machine much less than what the teacher served."""
-        if not self.group.agree((self.folder / PLAN).exists()):
+        # The leader alone looks: a network file system would remember of the others' machines that there was no plan.
+        if not self.group.agree(self.group.leads and (self.folder / PLAN).exists()):
             found = json.loads((self.folder / SCHEDULE).read_bytes())
             plan = preparation.timed_plan(
                 self.spec,

@@ -198,6 +198,7 @@ class Trainer:
             checkpoint.claim(self.folder / "latest", self.fence)
         self._best = checkpoint.load_latest(self.folder / "best")
         found = checkpoint.load_latest(self.folder / "latest")
+        self._refuse_another(found)
         run = self._begin(found.meta["stage"] if found else 0)
         if found:
             run.restore(found.tensors, found.meta)
@@ -208,6 +209,13 @@ class Trainer:
                 self._earlier = Needs(**found.meta["needs"])
             logger.info("resumed", extra={"stage": run.index, "iteration": run.iteration})
         return run
+
+    def _refuse_another(self, found: checkpoint.Checkpoint | None) -> None:
+        """Processes that go on from different points would learn without an error. A network file system may show one
+        of them an older folder for some seconds: it ends, and is started again with the others."""
+        at = 0 if found is None else 1 + found.meta["iteration"] + (found.meta["stage"] << 40)
+        if self.group.agree(at) != at:
+            raise RuntimeError("the process of rank 0 goes on from another checkpoint than this one sees")
 
     def _settle(self, run: StageRun) -> None:
         """The end of a stage: judged, and the student is its first average.

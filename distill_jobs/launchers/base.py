@@ -93,10 +93,11 @@ def open_launcher(settings: DistillerSettings) -> Launcher:
     return made
 
 
-def command(order: Order, *, python: str = sys.executable, **more: object) -> list[str]:
-    """The command line of a trainer, with `more` options; of several processes it is that of who starts them."""
+def command(order: Order, *, machines: int = 1, python: str = sys.executable, **more: object) -> list[str]:
+    """The command line of a trainer, with `more` options; of several processes that of who starts those of one of
+    `machines`."""
     options = {"phase": order.phase, "fence": order.fence, "threads": order.threads, "nice": order.nice}
-    together = {"processes": order.processes} if order.processes > 1 else {}
+    together = {"processes": order.processes // machines} if order.processes > 1 else {}
     told = [f"--{name.replace('_', '-')}={value}" for name, value in {**options, **together, **more}.items()]
     program = "distill_jobs.launch" if together else "distill_jobs.train"
     return [python, "-m", program, str(order.folder), *told]
