@@ -1,5 +1,6 @@
 """What the chart makes of values, as objects to look at: rendered by Helm itself, without a cluster."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,22 +20,29 @@ def ci_values(name: str) -> dict[str, Any]:
     return loaded
 
 
-def rendered(values: Mapping[str, Any]) -> dict[str, str]:
+def rendered(values: Mapping[str, Any], name: str = "demo") -> dict[str, str]:
     """Template path inside the chart -> its text."""
     with Chart.load(CHART) as chart:
-        out = chart.render(dict(values), name="demo", namespace=NAMESPACE)
+        out = chart.render(dict(values), name=name, namespace=NAMESPACE)
     return {path.removeprefix("fewstep/templates/"): text for path, text in out.items()}
 
 
 class Release:
-    """The objects of a release called demo."""
+    """The objects of a release."""
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        texts = {path: text for path, text in rendered(values).items() if path.endswith(".yaml")}
+    def __init__(self, values: Mapping[str, Any], name: str = "demo") -> None:
+        texts = {path: text for path, text in rendered(values, name).items() if path.endswith(".yaml")}
         self.by_template: dict[str, list[Object]] = {
             path: [each for each in yaml.safe_load_all(text) if each] for path, text in texts.items()
         }
         self.objects = [each for objects in self.by_template.values() for each in objects]
+        self.objects += [self.trainer] if self.trainer else []
+
+    @property
+    def trainer(self) -> Object | None:
+        """What distillers make their Jobs of, if they make some."""
+        told = [each["data"]["job.json"] for each in self.all("ConfigMap") if "job.json" in each["data"]]
+        return json.loads(told[0]) if told else None
 
     def all(self, kind: str) -> list[Object]:
         return [each for each in self.objects if each["kind"] == kind]

@@ -33,6 +33,8 @@ def value_of(release: Release, entry: Object) -> str:
     if "value" in entry:
         assert isinstance(entry["value"], str)
         return entry["value"]
+    if "fieldRef" in entry["valueFrom"]:
+        return "demo-fewstep-distiller-0"
     if "resourceFieldRef" in entry["valueFrom"]:
         assert entry["valueFrom"]["resourceFieldRef"] == {"resource": "limits.cpu"}
         return CPU_LIMIT

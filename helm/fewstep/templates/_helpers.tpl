@@ -18,6 +18,16 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- if .Values.serviceAccount.create }}{{ .Values.serviceAccount.name | default (include "fewstep.name" .) }}{{ else }}{{ .Values.serviceAccount.name | default "default" }}{{ end }}
 {{- end }}
 
+{{- /* Not empty where trainers are Jobs of their own. */ -}}
+{{- define "fewstep.launchesJobs" -}}
+{{- if and .Values.distiller.enabled (eq .Values.distiller.launcher "kubernetes") }}true{{ end }}
+{{- end }}
+
+{{- /* Whose token such distillers have: nobody else has its rights, unless the account is yours. */ -}}
+{{- define "fewstep.distillerAccount" -}}
+{{- include "fewstep.serviceAccount" . }}{{ if .Values.serviceAccount.create }}-distiller{{ end }}
+{{- end }}
+
 {{- /* Image of (root, name, tag). */ -}}
 {{- define "fewstep.image" -}}
 {{- $image := .root.Values.image -}}
@@ -66,11 +76,11 @@ annotations:
 {{- end }}
 {{- end }}
 
-{{- /* What the pods of (root, at, user?) have alike; `at` says where they are placed. */ -}}
+{{- /* What the pods of (root, at, user?, token?) have alike; `at` says where they are placed, `token` is of an account. */ -}}
 {{- define "fewstep.podCommon" -}}
 {{- $user := .user | default .root.Values.pod.user -}}
-serviceAccountName: {{ include "fewstep.serviceAccount" .root }}
-automountServiceAccountToken: false
+serviceAccountName: {{ .token | default (include "fewstep.serviceAccount" .root) }}
+automountServiceAccountToken: {{ not (not .token) }}
 enableServiceLinks: false
 {{- with .root.Values.image.pullSecrets }}
 imagePullSecrets:
