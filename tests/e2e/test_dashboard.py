@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -41,15 +40,17 @@ def dashboards() -> ModuleType:
 
 
 def queries() -> dict[str, str]:
-    """Expression by dashboard, panel and number."""
+    """Expression by dashboard, panel and number, with a window that holds a few scrapes."""
     made = dashboards()
+    parts = importlib.import_module("boards.board")
     found = {
         f"{board.title} / {panel.title} / {number}": query.expr
         for board in made.BOARDS
         for panel in board.panels
         for number, query in enumerate(panel.queries)
     }
-    return found | {"every dashboard / Swaps / marks": importlib.import_module("boards.board").SWAPS}
+    found["every dashboard / Swaps / marks"] = parts.SWAPS
+    return {name: parts.concrete(expr, "10s") for name, expr in found.items()}
 
 
 def test_the_committed_dashboards_are_what_the_code_makes() -> None:
@@ -67,9 +68,9 @@ def test_every_dashboard_marks_swaps_and_has_the_uid_of_its_file() -> None:
 @pytest.fixture(scope="module")
 def prometheus(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     targets = {
-        "fewstep-gateway": f"127.0.0.1:{stack.port}",
-        "fewstep-worker": f"127.0.0.1:{stack.metrics_ports['worker-0']}",
-        "fewstep-distiller": f"127.0.0.1:{stack.metrics_ports['distiller']}",
+        "fewstep-gateway": [f"127.0.0.1:{stack.port}"],
+        "fewstep-worker": [f"127.0.0.1:{stack.metrics_ports['worker-0']}"],
+        "fewstep-distiller": [f"127.0.0.1:{stack.metrics_ports['distiller']}"],
     }
     scrape_config = ROOT / "docker" / "prometheus" / "prometheus.yml"
     with running(tmp_path_factory.mktemp("prometheus"), targets, scrape_config) as server:
@@ -101,12 +102,7 @@ def drop_seen(prometheus: Prometheus, client: Client, silent: dict[str, str]) ->
         with suppress(FewstepError):
             client.post("/v1/generations", {"model": "shapes", "prompt": "a red circle", **asked})
     for name, expr in list(silent.items()):
-        values = [float(series["value"][1]) for series in prometheus.query(concrete(expr))]
+        values = [float(series["value"][1]) for series in prometheus.query(expr)]
         if values and (name.split(" / ")[1] not in NONZERO or any(value > 0 for value in values)):
             del silent[name]
     return not silent
-
-
-def concrete(expr: str) -> str:
-    """The query as Grafana would send it: every model, and a window that holds a few scrapes."""
-    return re.sub(r"\$__rate_interval", "10s", expr.replace("$model", ".*"))

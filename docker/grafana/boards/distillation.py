@@ -1,6 +1,6 @@
 """Distillation: which jobs there are, how far and how good each is, and what it uses."""
 
-from boards.board import WINDOW, Board, Panel, Query
+from boards.board import WINDOW, Board, Limit, Panel, Query
 
 BOARD = Board(
     "fewstep-distillation",
@@ -8,7 +8,12 @@ BOARD = Board(
     (
         # Every distiller counts the jobs of the whole registry.
         Panel(
-            "Jobs", "Jobs by state.", "short", (Query("max by (state) (fewstep_distill_jobs)", "{{state}}"),), "stat"
+            "Jobs",
+            "Jobs by state.",
+            "short",
+            (Query("max by (state) (fewstep_distill_jobs)", "{{state}}"),),
+            kind="stat",
+            alarming=("failed",),
         ),
         Panel(
             "Time in state",
@@ -90,7 +95,8 @@ BOARD = Board(
             "Trainers that died unasked and were started again.",
             "short",
             (Query("sum(fewstep_distill_trainer_deaths_total)", "deaths"),),
-            "stat",
+            kind="stat",
+            limits=(Limit(1, "orange"),),
         ),
     ),
 )

@@ -1,6 +1,6 @@
 """Serving: how long requests take, whether the objective holds, and what is queued, refused and given up."""
 
-from boards.board import MODEL, WINDOW, Board, Panel, Query, mean, p50_p95, quantile, rate
+from boards.board import MODEL, WINDOW, Board, Limit, Panel, Query, mean, p50_p95, quantile, rate
 
 ERROR_BUDGET = 0.005
 """Of requests that may fail, expire or be refused; docker/prometheus/rules says the same."""
@@ -27,9 +27,10 @@ BOARD = Board(
         ),
         Panel(
             "Latency by tier",
-            "From HTTP request to answer, as the gateway saw it.",
+            "From HTTP request to answer at the gateway; the objective is 5 s. Dots are traces of single requests.",
             "s",
             p50_p95("request_seconds", "tier", "{{tier}}", exemplars=True),
+            limits=(Limit(5, "red"),),
         ),
         Panel(
             "Latency by version",
@@ -45,9 +46,10 @@ BOARD = Board(
         ),
         Panel(
             "Error budget burn",
-            "1 uses the budget up just in time; 14.4 for an hour takes 2 % of a month's.",
+            "1 uses the budget up just in time; above 6 for hours somebody gets a ticket, above 14.4 a page.",
             "none",
             tuple(Query(burn(window), f"over {window}") for window in ("5m", "1h", "6h")),
+            limits=(Limit(6, "orange"), Limit(14.4, "red")),
         ),
         Panel(
             "Queue",

@@ -1,8 +1,15 @@
 """Swaps and students: which versions serve since when, what a swap cost, and how good each version is."""
 
-from boards.board import MODEL, Board, Panel, Query, mean, p50_p95, quantile, rate
+from boards.board import MODEL, Board, Limit, Panel, Query, State, mean, p50_p95, quantile, rate
 
-JUDGED = 'metric=~"(fd_ratio|alignment_ratio|diversity_ratio)@.*"'
+SERVES = {1: State("serves", "green")}
+
+
+def judged(metric: str) -> str:
+    """A figure of each version's report at each of its step counts."""
+    figures = f'fewstep_student_quality{{{MODEL},metric=~"{metric}@.*"}}'
+    return f'max by (version, steps) (label_replace({figures}, "steps", "$1", "metric", ".*@(.*)"))'
+
 
 BOARD = Board(
     "fewstep-swaps",
@@ -14,6 +21,7 @@ BOARD = Board(
             "none",
             (Query(f"max by (model, version) (fewstep_model_info{{{MODEL}}})", "{{model}} {{version}}"),),
             kind="timeline",
+            states=SERVES,
         ),
         Panel(
             "Swaps",
@@ -21,6 +29,7 @@ BOARD = Board(
             "short",
             (Query(f"sum by (result) (fewstep_swaps_total{{{MODEL}}})", "{{result}}"),),
             kind="stat",
+            alarming=("dropped",),
         ),
         Panel(
             "Rejected",
@@ -39,16 +48,14 @@ BOARD = Board(
             "Longest time in a swap with a live row waiting and no step done.",
             "s",
             (Query(quantile(1, "swap_stall_seconds", "model", "1h"), "{{model}} worst"),),
+            limits=(Limit(1, "orange"),),
         ),
         Panel(
             "Quality by version",
-            "From its report, against the guided teacher: of fd_ratio less is better, of the others more.",
+            "From its report, as ratios to the guided teacher: of fd less is better, of the others more.",
             "none",
-            (
-                Query(
-                    f"max by (version, metric) (fewstep_student_quality{{{MODEL},{JUDGED}}})", "{{version}} {{metric}}"
-                ),
-            ),
+            tuple(Query(judged(f"{name}_ratio"), name) for name in ("fd", "alignment", "diversity", "grain")),
+            kind="table",
         ),
         Panel(
             "Latency by version",

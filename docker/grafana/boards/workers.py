@@ -1,6 +1,7 @@
 """Workers: whether calls take what the cost model says, and what memory, caches and Redis hold."""
 
-from boards.board import MODEL, WINDOW, Board, Panel, Query, quantile
+from boards.board import MODEL, WINDOW, Board, Limit, Panel, Query, State, quantile
+from boards.swaps import SERVES
 
 CACHED = f'sum(rate(fewstep_embedding_cache_total{{result="hit"}}[{WINDOW}]))'
 
@@ -20,6 +21,7 @@ BOARD = Board(
             "none",
             (Query('up{job=~"fewstep-.*"}', "{{job}} {{instance}}"),),
             kind="timeline",
+            states={1: State("up", "green"), 0: State("down", "red")},
         ),
         Panel(
             "Step time",
@@ -38,6 +40,7 @@ BOARD = Board(
                     "{{stage}}",
                 ),
             ),
+            limits=(Limit(1, "orange"),),
         ),
         Panel(
             "Engines busy",
@@ -69,6 +72,7 @@ BOARD = Board(
                 Query(of_limit("engine_cache"), "{{instance}} engine cache"),
                 Query(f"max({of_limit('redis_memory')})", "Redis"),
             ),
+            limits=(Limit(0.8, "orange"), Limit(1, "red")),
         ),
         Panel(
             "Prompt cache",
@@ -82,6 +86,7 @@ BOARD = Board(
             "none",
             (Query("min(fewstep_redis_durable and fewstep_redis_memory_limit_bytes > 0)", "durable"),),
             kind="timeline",
+            states={1: State("durable", "green"), 0: State("not durable", "red")},
         ),
         Panel(
             "Versions per worker",
@@ -89,6 +94,7 @@ BOARD = Board(
             "none",
             (Query(f"max by (instance, version) (fewstep_model_info{{{MODEL}}})", "{{instance}} {{version}}"),),
             kind="timeline",
+            states=SERVES,
         ),
     ),
 )
