@@ -13,7 +13,7 @@ tests = $(call pytest,$(1)) || { echo "Once more, what failed:"; $(call pytest,-
 report = $(if $(REPORTS),--junitxml=$(REPORTS)/$(1).xml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev system-packages demo test test-unit test-faults test-tensorrt test-gpu check fmt bench bench-serve bench-swap bench-soak bench-student bench-distill bench-searches bench-growth bench-policies bench-fidelity bench-peers bench-tensorrt bench-gpu teacher dashboards chart-table chart-test images clean
+.PHONY: help install install-dev system-packages demo test test-unit test-faults test-tensorrt test-gpu check fmt bench bench-serve bench-swap bench-soak bench-student bench-distill bench-searches bench-growth bench-policies bench-fidelity bench-peers bench-tensorrt bench-gpu teacher dashboards dashboards-check chart-table chart-test images clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -118,6 +118,12 @@ teacher: install-dev  ## train the embedded teacher of shapes again (two hours),
 
 dashboards: install-dev  ## write the Grafana dashboards anew
 	$(BIN)/python docker/grafana/dashboard.py
+
+docker/grafana/types/node_modules/.package-lock.json: docker/grafana/types/package-lock.json
+	cd docker/grafana/types && npm ci --no-audit --no-fund
+
+dashboards-check: docker/grafana/types/node_modules/.package-lock.json  ## the dashboards against Grafana's own types; needs Node
+	cd docker/grafana/types && npm run --silent check
 
 chart-table: install-dev  ## write the table of the chart's values anew, from their comments
 	$(BIN)/python -m helm.values_table
