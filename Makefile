@@ -13,7 +13,7 @@ tests = $(call pytest,$(1)) || { echo "Once more, what failed:"; $(call pytest,-
 report = $(if $(REPORTS),--junitxml=$(REPORTS)/$(1).xml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev system-packages demo test test-unit test-faults test-tensorrt test-gpu check fmt bench bench-serve bench-swap bench-soak bench-student bench-distill bench-searches bench-growth bench-policies bench-fidelity bench-peers bench-tensorrt bench-gpu teacher dashboards dashboards-check chart-table chart-test images clean
+.PHONY: help install install-dev system-packages demo test test-unit test-faults test-tensorrt test-gpu check fmt bench bench-serve bench-swap bench-soak bench-student bench-distill bench-searches bench-growth bench-policies bench-fidelity bench-peers bench-tensorrt bench-gpu teacher dashboards dashboards-check dashboards-img chart-table chart-test images clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -124,6 +124,18 @@ docker/grafana/types/node_modules/.package-lock.json: docker/grafana/types/packa
 
 dashboards-check: docker/grafana/types/node_modules/.package-lock.json  ## the dashboards against Grafana's own types; needs Node
 	cd docker/grafana/types && npm run --silent check
+
+docker/grafana/pictures/node_modules/.package-lock.json: docker/grafana/pictures/package-lock.json
+	cd docker/grafana/pictures && npm ci --no-audit --no-fund
+
+$(VENV)/.installed-pictures: $(VENV)/.installed-dev
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[pictures]'
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v chromium >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-inter >/dev/null; fi
+	touch $@
+
+dashboards-img: docker/grafana/pictures/node_modules/.package-lock.json $(VENV)/.installed-pictures system-packages  ## docs/img/fewstep-*.png from a system that really runs; ARGS="--data FOLDER" keeps the recording
+	$(ONE_THREAD) $(BIN)/python docker/grafana/draw.py $(ARGS)
 
 chart-table: install-dev  ## write the table of the chart's values anew, from their comments
 	$(BIN)/python -m helm.values_table
