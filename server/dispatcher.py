@@ -83,9 +83,10 @@ class Dispatcher:
         urgency = self._urgency.setdefault((decision.choice.deployment, decision.request_class), Urgency())
         urgency.add(request_id, decision.due_after_s, decision.cost_s, self._clock_s() + budget_s)
 
-    def ended(self, decision: Decision, request_id: str) -> None:
-        """It is answered, or known to be over: who waits for milliseconds cannot go by a look of half a second ago."""
-        self._urgency[decision.choice.deployment, decision.request_class].remove(request_id)
+    def ended(self, request_id: str) -> None:
+        """It is answered, given up, or nobody here will hear of its end: what is long over must not count as later."""
+        for urgency in self._urgency.values():
+            urgency.remove(request_id)
 
     def waited(self, decision: Decision, seconds: float) -> None:
         """A request that was decided so waited this long for its first engine call."""

@@ -148,6 +148,7 @@ class Gateway:
 
     async def cancel(self, request_id: str) -> bool:
         """Whether this ended the request."""
+        self._dispatcher.ended(request_id)
         won = await self.broker.cancel(request_id)
         if won:
             self.metrics.cancelled.labels("gateway").inc()
@@ -162,6 +163,7 @@ class Gateway:
 
     def expire_later(self, ticket: Ticket) -> None:
         """Ends a request that nobody waits for, should no worker do so in time."""
+        self._dispatcher.ended(ticket.id)
 
         def late() -> None:
             self._spawn(self.broker.expire(ticket.id))
@@ -243,7 +245,7 @@ class Gateway:
             self.metrics.deadline_missed.labels(ticket.model).inc()
         if ticket.decision is not None:
             self.catalog.ended(ticket.model, ticket.decision.request_class, ticket.decision.cost_s, ticket.owner)
-            self._dispatcher.ended(ticket.decision, ticket.id)
+            self._dispatcher.ended(ticket.id)
         if result.status == "succeeded" and ticket.decision is not None:
             if self.catalog.manifest(result.version) is not None:  # else its series are gone, and would stay for good
                 latency = self.metrics.request_seconds.labels(ticket.model, result.tier, shown(result.version))

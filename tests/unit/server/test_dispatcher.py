@@ -246,7 +246,7 @@ async def test_what_may_take_longer_keeps_no_urgent_request_out(desk: Callable[.
     assert here.decide(budget_s=0.1, owner="").wait_s == 0
     with pytest.raises(Overloaded, match=r"the queue is 5\.0 s long and this request may wait"):
         here.decide(Intent(Wanted("shapes", steps=4), "x", n=4), budget_s=4.0)
-    here.dispatcher.ended(patient, "patient")
+    here.dispatcher.ended("patient")
     with pytest.raises(Overloaded):  # it is somebody else's then, of whom nothing is known
         here.decide(budget_s=0.1)
 

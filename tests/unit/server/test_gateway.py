@@ -174,6 +174,21 @@ async def answered(stand: Stand, version: str) -> None:
     await stand.worker.finish(claim, result, [b"a picture"])
 
 
+@pytest.mark.parametrize("ends", ["answer", "cancel", "expire_later"])
+async def test_what_has_ended_or_is_not_waited_for_makes_no_other_look_more_urgent(stand: Stand, ends: str) -> None:
+    """Those count as later than a request in a hurry that are known to wait still."""
+    urgency, ticket = stand.gateway._dispatcher._urgency, await stand.gateway.submit(INTENT, WEB)
+    assert urgency["shapes", "normal"].later_share(1e-6, 0.0) == 1
+    if ends == "answer":
+        await answered(stand, OLD.version)
+        await stand.gateway.answer(ticket)
+    elif ends == "cancel":
+        await stand.gateway.cancel(ticket.id)
+    else:
+        stand.gateway.expire_later(ticket)
+    assert urgency["shapes", "normal"].later_share(1e-6, 0.0) == 0
+
+
 async def test_latency_is_told_of_versions_that_are_deployed_and_of_no_other(stand: Stand) -> None:
     """The series of a version go with it: one that came back with a late answer would stay for good."""
 
