@@ -8,7 +8,7 @@ TORCH_PIP_ARGS ?=
 ONE_THREAD := OMP_NUM_THREADS=1
 # What failed is tried once more, by itself: on a machine that others use too a test may be late. To fail twice is red.
 pytest = $(ONE_THREAD) $(BIN)/python -m pytest $(1)
-tests = $(call pytest,$(1)) || { echo "Once more, what failed:"; $(call pytest,--last-failed --last-failed-no-failures none $(filter-out -n 2 --junitxml%,$(1))); }
+tests = $(call pytest,$(1)) || { test $$? -eq 1 && echo "Once more, what failed:" && $(call pytest,--last-failed --last-failed-no-failures none $(filter-out -n 2 --junitxml%,$(1))); }
 # With REPORTS=folder what tests found is written there, in the format of JUnit.
 report = $(if $(REPORTS),--junitxml=$(REPORTS)/$(1).xml)
 
