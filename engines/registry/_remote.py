@@ -7,6 +7,7 @@ mode would let two coordinators write the same revision, so it is refused at sta
 import secrets
 import threading
 from pathlib import Path
+from typing import Any
 
 import fsspec
 
@@ -75,8 +76,7 @@ class RemoteStore:
         return [path.rstrip("/").rsplit("/", 1)[-1] for path in found]
 
     def walk(self, folder: str) -> list[str]:
-        base = self._path(folder)
-        return [path[path.index(base) + len(base) + 1 :] for path in self._fs.find(base)]
+        return list(self._files(folder))
 
     def local(self, name: str) -> Path | None:
         target = self._cache / name
@@ -97,9 +97,8 @@ class RemoteStore:
         return None
 
     def held(self, folder: str) -> list[Held]:
-        base, found = self._path(folder), []
-        for path, info in self._fs.find(base, detail=True).items():
-            name = path[path.index(base) + len(base) + 1 :]
+        found = []
+        for name, info in self._files(folder).items():
             modified = self.modified_s(f"{folder}/{name}")
             if modified is not None:
                 found.append(Held(name, info["size"], modified))
@@ -128,6 +127,13 @@ class RemoteStore:
             self._fs.rm_file(self._path(name))
         except FileNotFoundError:
             return
+
+    def _files(self, folder: str) -> dict[str, dict[str, Any]]:
+        base = self._path(folder)
+        found: dict[str, dict[str, Any]] = self._fs.find(base, detail=True)
+        # Where a store keeps folders, one whose last file went is listed itself.
+        files = {path: info for path, info in found.items() if info["type"] == "file"}
+        return {path[path.index(base) + len(base) + 1 :]: info for path, info in files.items()}
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
