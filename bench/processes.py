@@ -18,13 +18,11 @@ from bench.machine import quantile, spread
 from bench.system import MODEL, System, system
 from distill_jobs.tasks import shapes
 from engines.backends.base import BATCHES
-from engines.backends.paced import CALL_S, MAX_ROWS, ROW_S
+from engines.backends.paced import MAX_ROWS, PACE_PER_S
 from server import leases
 from server.brokers.redis import RedisBroker
 
 GATEWAYS = (1, 2)
-ENGINE_PER_S = MAX_ROWS / (CALL_S + MAX_ROWS * ROW_S)
-"""Pictures a second of one worker's engine."""
 _CLIENTS = 3 * MAX_ROWS  # for each worker: more than it holds at once
 _SETTLE_S = 1.0
 _START_S = 120.0
@@ -60,7 +58,7 @@ def cell(up: System, workers: int, gateways: int, *, runs: int, seconds: float) 
     return {
         "workers": workers,
         "gateways": gateways,
-        "engines_per_s": round(workers * ENGINE_PER_S),
+        "engines_per_s": round(workers * PACE_PER_S),
         **{name: spread([run[name] for run in made], 1) for name in ("pictures_per_s", "p50_ms", "p95_ms")},
         "failed": sum(run["failed"] for run in made),
         "cpu_ms_per_picture": {kind: spread([run["cpu_ms_per_picture"][kind] for run in made]) for kind in kinds},

@@ -1,6 +1,7 @@
 """What serving costs around an engine: `python -m bench.serve` writes bench/serve.json.
 
-(a) throughput over the paced engine, which takes a known time and no processor, against a bare loop that calls it;
+(a) throughput over the paced engine, which takes a known time and no processor, against a bare loop that calls it, at
+the usual pace of 200 pictures a second and at faster ones;
 (b) the same over the real engine; (c) what one request alone takes beyond its engine calls, against a floor of the
 same HTTP and Redis hops with nothing in them. Each is measured several times; the figures are medians with spread.
 """
@@ -8,6 +9,7 @@ same HTTP and Redis hops with nothing in them. Each is measured several times; t
 import argparse
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,7 @@ from bench.machine import described, quantile, spread
 from bench.system import CACHE, MODEL, PROMPTS, System, system
 from distill_jobs.tasks import shapes
 from engines.backends.base import BATCHES, Profile, choose, device_of
+from engines.backends.paced import MAX_ROWS, PACE_PER_S, call_s
 from engines.cache import DiskCache
 from engines.graph import GraphStore
 from engines.loader import Loader
@@ -53,7 +56,8 @@ def main() -> None:
     report = described("bench.serve")
     with tempfile.TemporaryDirectory(prefix="fewstep-bench-") as folder:
         if "a" in given.parts:
-            report["paced"] = paced(Path(folder) / "paced", given)
+            report["paced"] = paced(Path(folder) / "paced", PACE_PER_S, given)
+            report["faster"] = {str(pace): paced(Path(folder) / f"paced-{pace}", pace, given) for pace in _PACES}
         if "b" in given.parts or "c" in given.parts:
             report |= real(Path(folder) / "real", given)
     report |= {name: report["paced"][name]["median"] for name in _HEADLINES if name in report.get("paced", {})}
@@ -61,18 +65,23 @@ def main() -> None:
     out.print_json(json.dumps(report))
 
 
+_PACES = (400, 800)
 _HEADLINES = ("paced_ratio", "cpu_ms_per_image_outside_engine")
 
 
 # --- (a) and (b): throughput --------------------------------------------------------------------
 
 
-def paced(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
+def paced(folder: Path, pace: float, given: argparse.Namespace) -> dict[str, Any]:
+    os.environ["PACED_IMAGES_PER_S"] = str(pace)  # of the bare loop here, and of the worker
     env = {"WORKER_BACKEND": "paced", "WORKER_BATCH_SIZES": json.dumps(BATCHES)}
     with system(folder, given.pipeline, versions=1, steps=1, threads=1, env=env) as (up, [version]):
         engine = loaded(up, version, "paced", "fp32", BATCHES, 1)
         runs = [throughput(up, engine, BATCHES[-1], given) for _ in range(given.runs)]
-    return summary(runs) | {"engine": "paced: 20 ms + 3.75 ms a row, at most 16 rows", "runs": runs}
+        named = (
+            f"paced: {1000 * call_s(0):g} ms + {1000 * (call_s(1) - call_s(0)):.3g} ms a row, at most {MAX_ROWS} rows"
+        )
+    return summary(runs) | {"engine": named, "runs": runs}
 
 
 def real(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
@@ -98,9 +107,9 @@ def throughput(up: System, engine: "Bare", rows: int, given: argparse.Namespace)
     with up.load(mode="closed", concurrency=given.concurrency, seconds=given.seconds + 2 * _SETTLE_S) as load:
         _wait_for(lambda: _answering(up), 60)
         time.sleep(_SETTLE_S)
-        before, begun_s = up.cpu(), time.time()
+        before, load_s, begun_s = up.cpu(), load.cpu_s, time.time()
         time.sleep(given.seconds)
-        after, ended_s = up.cpu(), time.time()
+        after, load_s, ended_s = up.cpu(), load.cpu_s - load_s, time.time()
         load.stop(wait=True)
     records = load.records
     served = [one for one in records if one.status == 200 and begun_s <= one.sent_s + one.seconds < ended_s]
@@ -112,6 +121,7 @@ def throughput(up: System, engine: "Bare", rows: int, given: argparse.Namespace)
         "paced_ratio": round(images_per_s / bare, 4),
         "cpu_ms_per_image_outside_engine": round(1000 * sum(spent.values()) / max(1, len(served)), 3),
         "cpu_ms_per_image": {name: round(1000 * s / max(1, len(served)), 3) for name, s in spent.items()},
+        "load_cores": round(load_s / (ended_s - begun_s), 2),
         "latency_ms_p50": round(1000 * quantile([one.seconds for one in served], 0.5), 1),
         "latency_ms_p95": round(1000 * quantile([one.seconds for one in served], 0.95), 1),
         "failed": sum(one.status != 200 for one in records),

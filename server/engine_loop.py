@@ -65,7 +65,15 @@ class EngineLoop:
 
     def submit(self, tickets: Sequence[Ticket]) -> None:
         """Their first step does not wait for their noise if that is drawn (`Ticket.draw`)."""
-        self._inbox.put(lambda: self._admit(tickets))
+        if not self._lock.acquire(blocking=False):
+            self._inbox.put(lambda: self._admit(tickets))
+            return
+        try:  # here and now, beside the calls that run: an engine thread would do it between two of them
+            self._admit(tickets)
+            if self._idle:
+                self._inbox.put(_nothing)
+        finally:
+            self._lock.release()
 
     def drop(self, tickets: Sequence[Ticket]) -> None:
         """Forgets these requests at the next step boundary; whoever drops them has answered them."""
@@ -273,7 +281,7 @@ class EngineLoop:
         ended = [row for row in rows if row.done and not row.ticket.over]
         self._leaving(ended)  # some end before the last step of their plan
         for row in ended:
-            self._finish_row(row)
+            self._batcher.add(latent_row(row, cast(torch.Tensor, row.state and row.state.x)))
         for place, row in enumerate(rows):
             if place in estimates and not row.done and not row.ticket.over:
                 row.ticket.shows += 1
@@ -289,13 +297,6 @@ class EngineLoop:
             row.ticket.rows_left -= 1
         if last:
             self._sink.moved()
-
-    def _finish_row(self, row: PictureRow) -> None:
-        latents = cast(torch.Tensor, row.state and row.state.x)
-        if bool(torch.isfinite(latents).all()):
-            self._batcher.add(latent_row(row, latents))
-        else:
-            self._fail(row.ticket, InternalError(f"picture {row.index} is not finite: try another seed or guidance"))
 
     def _again(self, row: PictureRow) -> None:
         row.lane = row.ticket.lane(row.step)

@@ -6,6 +6,7 @@ long as the same weights answer them; what follows an evaluation is done once pe
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import cast
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engines.editing import Edit, Looked, without
+from engines.errors import InternalError
 from engines.manifest import Step
 from engines.noise import noise
 from engines.noising import over
@@ -120,13 +122,13 @@ class Stages:
         states = [self._state(row) for row in rows]
         steps = [row.ticket.plan[state.i] for row, state in zip(rows, states, strict=True)]
         groups = _groups(rows, states)
-        t, s, scale = self._told(rows, states, groups)
+        t, s, scale = _columns(self._told(rows, states, groups), self.device)
         x = torch.stack([state.x for state in states])
         pred = (
             rows[0]
             .ticket.performer(states[0].i)
             .family.denoise(
-                x * over(scale, x),
+                x if scale is None else x * over(scale, x),
                 t,
                 torch.stack([_cond(row.ticket.prompt) for row in rows]),
                 s,
@@ -145,8 +147,16 @@ class Stages:
 
     @torch.inference_mode()
     def decode(self, rows: Sequence[LatentRow]) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
-        """Pictures, uint8 [B, 3, H, W], or videos [B, T, 3, H, W], in the host's memory."""
-        pixels = rows[0].ticket.student.family.decode(torch.stack([row.latents for row in rows]))
+        """Pictures, uint8 [B, 3, H, W], or videos [B, T, 3, H, W], in the host's memory.
+
+        Raises:
+            InternalError: latents are not finite.
+        """
+        latents = torch.stack([row.latents for row in rows])
+        if not torch.isfinite(latents).all():
+            bad = next(row for row in rows if not torch.isfinite(row.latents).all())
+            raise InternalError(f"picture {bad.index} is not finite: try another seed or guidance")
+        pixels = rows[0].ticket.student.family.decode(latents)
         return np.ascontiguousarray(pixels.cpu().numpy())
 
     def _state(self, row: PictureRow) -> State:
@@ -162,14 +172,13 @@ class Stages:
 
     def _told(
         self, rows: Sequence[PictureRow], states: Sequence[State], groups: Sequence[list[int]]
-    ) -> tuple[Tensor, ...]:
-        """What the network is told, t and s [B] fp32, and what x is multiplied by for it, [B] fp32 too."""
+    ) -> tuple[NetworkTimes, ...]:
+        """What the network is told of each row."""
         told: dict[int, NetworkTimes] = {}
         for group in groups:
             ticket = rows[group[0]].ticket
             told |= dict.fromkeys(group, ticket.student.times(ticket.solver, states[group[0]]))
-        columns = zip(*((told[k].t, told[k].s, told[k].scale) for k in range(len(rows))), strict=True)
-        return torch.tensor(list(columns), dtype=torch.float32, device=self.device).unbind()
+        return tuple(told[k] for k in range(len(rows)))
 
     def _negative(self, rows: Sequence[PictureRow], steps: Sequence[Step]) -> Tensor | None:
         """What guided rows are guided away from; None where all of that is the empty prompt, which families know."""
@@ -204,6 +213,15 @@ class Stages:
         if not solver.needs_noise(state):
             return None
         return torch.stack([_draw(row, state.i) for row in rows]).to(self.device)
+
+
+@lru_cache(maxsize=512)
+def _columns(told: tuple[NetworkTimes, ...], device: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """t and s, [B] fp32, and what x is multiplied by, None where that is 1. Batches of equal requests share them."""
+    t, s, scale = torch.tensor([(one.t, one.s, one.scale) for one in told], dtype=torch.float32, device=device).unbind(
+        1
+    )
+    return t.contiguous(), s.contiguous(), None if all(one.scale == 1 for one in told) else scale.contiguous()
 
 
 def give(row: PromptRow, embedding: Embedding) -> None:

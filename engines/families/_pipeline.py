@@ -72,15 +72,16 @@ class TextToImage:
         net: str = "denoiser",
         seen: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
-        weights = _as_weights(w, len(x))
         engine = self.denoisers[net]
         shown = self._shown(x, seen) if SEEN in engine.inputs else None
+        weights = _as_weights(w, len(x))
         if "w" in self.inputs:
-            given = _present(x=x, t=t, cond=cond, s=self._second(t, s), w=weights, seen=shown)
+            read = torch.full((len(x),), torch.nan) if weights is None else weights
+            given = _present(x=x, t=t, cond=cond, s=self._second(t, s), w=read, seen=shown)
             return engine.run(**given)["pred"].to(x.device)
-        guided = (~weights.isnan()).nonzero().flatten()
-        if not len(guided):
+        if weights is None:
             return engine.run(**_present(x=x, t=t, cond=cond, s=self._second(t, s), seen=shown))["pred"].to(x.device)
+        guided = (~weights.isnan()).nonzero().flatten()
         null = self.null() if negative is None else negative
         rows = torch.cat([torch.arange(len(x)), guided])
         second = self._second(t, s)
@@ -147,12 +148,14 @@ class TextToImage:
         return load_tokenizers(read, names)
 
 
-def _as_weights(w: Sequence[float | None] | Tensor | None, rows: int) -> Tensor:
-    """[B] fp32 in the host's memory, NaN where a row is not guided."""
+def _as_weights(w: Sequence[float | None] | Tensor | None, rows: int) -> Tensor | None:
+    """[B] fp32 in the host's memory, NaN where a row is not guided; None where no row is."""
     if isinstance(w, Tensor):
-        return w.to("cpu", torch.float32).expand(rows)
-    values = [None] * rows if w is None else list(w)
-    return torch.tensor([float("nan") if v is None else v for v in values], dtype=torch.float32)
+        weights = w.to("cpu", torch.float32).expand(rows)
+        return None if bool(weights.isnan().all()) else weights
+    if w is None or all(v is None for v in w):  # no tensors: between two calls every small operation counts
+        return None
+    return torch.tensor([float("nan") if v is None else v for v in w], dtype=torch.float32)
 
 
 def _present(**inputs: Tensor | None) -> dict[str, Tensor]:
