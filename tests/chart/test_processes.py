@@ -106,6 +106,13 @@ def test_a_pool_has_what_it_says_and_the_rest_of_worker(monkeypatch: pytest.Monk
     assert "runtimeClassName" not in cpu["spec"]["template"]["spec"]
 
 
+def test_a_redis_elsewhere_may_be_several_with_sentinels(monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "rediss+sentinel://user:secret@one:26379,two:26379/pictures/0"
+    release = with_values("external", redis={"url": url})
+    read = settings(WorkerSettings, release, release.one("Deployment", "-worker-default"), monkeypatch)
+    assert read.redis_url == url
+
+
 def test_every_process_is_told_where_its_spans_go() -> None:
     workloads = [each for each in Release(ci_values("full")).workloads if container(each)["command"][-1] in PROCESSES]
     assert len(workloads) == len(["gateway", "cpu", "gpu", "distiller"])
