@@ -33,13 +33,16 @@ class Recorder:
     steps: list[tuple[str, int]] = field(default_factory=list)
     room: list[int] = field(default_factory=list)
     lone: list[bool] = field(default_factory=list)
+    recalls: list[bool] = field(default_factory=list)
     death: BaseException | None = None
     on_step: Callable[[], None] = lambda: None
 
     def moved(self) -> None:
         self.room.append(1)
 
-    def recalled(self, known: bool) -> None: ...
+    def recalled(self, known: bool) -> None:
+        self.recalls.append(known)
+
     def ran(self, rows: Sequence[Any], seconds: float, lone: bool) -> None:
         self.lone.append(lone)
 
@@ -140,6 +143,40 @@ def test_a_kept_picture_makes_room_at_once_and_which_were_redone_is_known(bench:
     assert all(torch.equal(bench.sink.pictures["r", k], alone[k]) for k in range(3))
     assert (ticket.redone, ticket.rows_left) == ({1, 2}, 0)
     assert [left for _, left in room][:3] == [3, 3, 2]  # the first of the three ends two steps before its plan
+
+
+def test_what_comes_while_the_thread_calls_is_admitted_beside_the_call(bench: Bench) -> None:
+    called, go_on = threading.Event(), threading.Event()
+
+    def call() -> None:
+        called.set()
+        go_on.wait(5)
+
+    with bench.running():
+        bench.loop.background(call)
+        called.wait(5)
+        bench.loop.submit([bench.ticket(toy.student(), "r")])
+        recalled = list(bench.sink.recalls)
+        go_on.set()
+        eventually(lambda: bench.sink.pictures)
+    assert recalled == [False]
+
+
+def test_whoever_brings_a_request_does_not_wait_for_what_the_thread_is_about(bench: Bench) -> None:
+    first, second = (bench.ticket(toy.student(), name, steps=1) for name in "ab")
+    brought = threading.Thread(target=bench.loop.submit, args=([second],))
+
+    def bring() -> None:
+        if first.id == bench.sink.steps[-1][0]:
+            brought.start()
+            brought.join(5)
+            bench.sink.room.append(-int(brought.is_alive()))
+
+    bench.sink.on_step = bring  # with the loop's lock
+    with bench.running():
+        bench.loop.submit([first])
+        eventually(lambda: len(bench.sink.pictures) == 2)
+    assert -1 not in bench.sink.room
 
 
 def least_s(lane: LaneKey) -> float:
