@@ -12,6 +12,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -29,7 +30,17 @@ from server.prompt_cache import Embedding
 from server.sink import Sink
 from server.stages import Stages, give, partial_index, show
 from server.stall import StallMeter
-from server.tickets import PictureRow, PromptRow, SourceRow, Ticket, latent_row, prompts_of, rows_of, sources_of
+from server.tickets import (
+    LatentRow,
+    PictureRow,
+    PromptRow,
+    SourceRow,
+    Ticket,
+    latent_row,
+    prompts_of,
+    rows_of,
+    sources_of,
+)
 from server.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -58,6 +69,7 @@ class EngineLoop:
         self._lock = threading.Lock()  # of all below
         self._turns: Turns[Any] = Turns(batcher, streams)
         self._behind, self._flights = self._turns.behind, self._turns.flights
+        self._made: deque[tuple[Sequence[LatentRow], Any]] = deque()  # pictures that nobody was told of yet
         self._idle = 0  # threads that wait for the inbox
         self._stopping = False
 
@@ -139,6 +151,7 @@ class EngineLoop:
                     if self._idle and self._turns.free and self._turns.waiting:
                         self._inbox.put(_nothing)  # wakes another thread for what is left
                     return work
+                self._tell_made()
                 self._idle += 1
             posted = self._inbox.get()
             with self._lock:
@@ -153,6 +166,8 @@ class EngineLoop:
     def _live(self, batch: list[Any], lone: bool = False) -> None:
         lane: LaneKey = batch[0].lane
         begun = time.perf_counter()
+        if lane.stage != "denoise":
+            self._hand_over()
         try:
             with alone() if lone else contextlib.nullcontext():
                 settle = self._call(lane, batch)
@@ -184,10 +199,19 @@ class EngineLoop:
             return partial(self._encoded, batch, self._stages.encode(batch))
         if lane.stage == "denoise":
             self._leave(batch)
-            return partial(self._denoised, batch, self._stages.denoise(batch))
-        return partial(self._sink.decoded, batch, self._stages.decode(batch))
+            return partial(self._denoised, batch, self._stages.denoise(batch, self._hand_over))
+        made = (batch, self._stages.decode(batch))
+        return lambda: self._made.append(made)
+
+    def _hand_over(self) -> None:
+        """Tells of what was decoded. Before a step only when its network is called: encoders and event loop would take
+        the GIL from the thread that prepares it."""
+        if self._made:
+            with self._lock:
+                self._tell_made()
 
     def _run_behind(self, piece: Piece) -> None:
+        self._hand_over()
         piece.run()
         with self._lock:
             self._behind.end()
@@ -225,6 +249,10 @@ class EngineLoop:
         with contextlib.suppress(Empty):
             while True:
                 self._inbox.get_nowait()()
+
+    def _tell_made(self) -> None:
+        while self._made:
+            self._sink.decoded(*self._made.popleft())
 
     def _work(self) -> Callable[[], None] | None:
         now_s = self._now_s()

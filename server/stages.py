@@ -4,7 +4,7 @@ Runs in an engine thread and decides nothing. Rows of different requests, studen
 long as the same weights answer them; what follows an evaluation is done once per plan and step, not once per row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import cast
@@ -117,27 +117,22 @@ class Stages:
         ]
 
     @torch.inference_mode()
-    def denoise(self, rows: Sequence[PictureRow]) -> dict[int, Tensor]:
-        """One step of every row. Returns the clean estimates [C, (T,) H, W] of rows (by place) that will show one."""
+    def denoise(self, rows: Sequence[PictureRow], calling: Callable[[], None] = lambda: None) -> dict[int, Tensor]:
+        """One step of every row. Returns the clean estimates [C, (T,) H, W] of rows (by place) that will show one.
+
+        `calling` is told when all is prepared.
+        """
         states = [self._state(row) for row in rows]
         steps = [row.ticket.plan[state.i] for row, state in zip(rows, states, strict=True)]
         groups = _groups(rows, states)
         t, s, scale = _columns(self._told(rows, states, groups), self.device)
         x = torch.stack([state.x for state in states])
-        pred = (
-            rows[0]
-            .ticket.performer(states[0].i)
-            .family.denoise(
-                x if scale is None else x * over(scale, x),
-                t,
-                torch.stack([_cond(row.ticket.prompt) for row in rows]),
-                s,
-                [step.w for step in steps],
-                negative=self._negative(rows, steps),
-                net=steps[0].net,
-                seen=[row.edit.seen if row.edit else None for row in rows],
-            )
-        )
+        scaled = x if scale is None else x * over(scale, x)
+        cond, negative = torch.stack([_cond(row.ticket.prompt) for row in rows]), self._negative(rows, steps)
+        seen = [row.edit.seen if row.edit else None for row in rows]
+        w, net, family = [step.w for step in steps], steps[0].net, rows[0].ticket.performer(states[0].i).family
+        calling()
+        pred = family.denoise(scaled, t, cond, s, w, negative=negative, net=net, seen=seen)
         after, estimates = list(states), dict[int, Tensor]()
         for group in groups:
             estimates |= self._advance(rows, group, _Evaluated(states, x, pred, after))

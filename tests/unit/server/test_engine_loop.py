@@ -162,6 +162,21 @@ def test_what_comes_while_the_thread_calls_is_admitted_beside_the_call(bench: Be
     assert recalled == [False]
 
 
+def test_a_picture_is_handed_over_when_the_next_step_is_prepared_not_when_it_is_done(bench: Bench) -> None:
+    there: list[int] = []
+
+    class Watched(toy.ToyFamily):
+        def denoise(self, *given: Any, **named: Any) -> torch.Tensor:
+            there.append(len(bench.sink.pictures))
+            return super().denoise(*given, **named)
+
+    student = toy.student(Watched())
+    with bench.running():
+        bench.loop.submit([bench.ticket(student, "short", steps=1), bench.ticket(student, "long", steps=2)])
+        eventually(lambda: len(bench.sink.pictures) == 2)
+    assert there == [0, 1]
+
+
 def test_whoever_brings_a_request_does_not_wait_for_what_the_thread_is_about(bench: Bench) -> None:
     first, second = (bench.ticket(toy.student(), name, steps=1) for name in "ab")
     brought = threading.Thread(target=bench.loop.submit, args=([second],))
