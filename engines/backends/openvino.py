@@ -96,7 +96,7 @@ class _Exported:
             (folder / "features").write_bytes(self.features)
 
     def open(self, precision: Precision, threads: int) -> _Shaped:
-        import openvino as ov
+        from engines.backends._openvino_library import ov
 
         core = ov.Core()
         features = self.features and core.import_model(self.features, "CPU", _options("fp32", threads))
@@ -128,7 +128,7 @@ class OpenVinoEngine:
     """An infer request of each form, all with the same weights. It owns copies of them."""
 
     def __init__(self, graph: Graph, forms: _Forms, weights: Mapping[str, _Array]) -> None:
-        import openvino as ov
+        from engines.backends._openvino_library import ov
 
         self.inputs = graph.inputs
         self._outputs = graph.outputs
@@ -169,7 +169,7 @@ class _Request:
 
     def infer(self, arrays: Mapping[str, Any]) -> list[Any]:
         """New arrays, one per output. The GIL is free meanwhile."""
-        import openvino as ov
+        from engines.backends._openvino_library import ov
 
         tensors = {name: ov.Tensor(array, shared_memory=True) for name, array in arrays.items()}
         if self._features is not None:
@@ -248,7 +248,7 @@ def _alone_sizes(profile: Profile) -> list[int]:
 
 
 def _compile(onnx: bytes, rows: int, precision: Precision, constants: Mapping[str, _Array] | None = None) -> _Shaped:
-    import openvino as ov
+    from engines.backends._openvino_library import ov
 
     core = ov.Core()
     model = core.read_model(onnx)
@@ -276,7 +276,7 @@ def _data_inputs(model: Any) -> list[Any]:
 
 def _filled(model: Any, weights: Mapping[str, _Array]) -> Any:
     """The model with its weights inside."""
-    import openvino as ov
+    from engines.backends._openvino_library import ov
 
     for node in model.get_parameters():
         name = node.output(0).get_any_name()
@@ -289,7 +289,7 @@ def _filled(model: Any, weights: Mapping[str, _Array]) -> Any:
 
 def _cut_features(model: Any) -> tuple[Any, Any | None]:
     """Cuts all that leads to a Sin or Cos out of `model`: (the rest, that). It comes back as `_feature_names`."""
-    import openvino as ov
+    from engines.backends._openvino_library import ov
 
     ends = [node.output(0) for node in model.get_ordered_ops() if node.get_type_name() in ("Sin", "Cos")]
     if not ends:

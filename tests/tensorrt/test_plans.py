@@ -184,7 +184,8 @@ def given(name: str, role: str) -> dict[str, np.ndarray[Any, Any]]:
 
 def by_openvino(model: onnx.ModelProto, made: Case, inputs: dict[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     import ml_dtypes
-    import openvino as ov
+
+    from engines.backends._openvino_library import ov
 
     core = ov.Core()
     compiled = core.compile_model(
