@@ -13,7 +13,7 @@ tests = $(call pytest,$(1)) || { test $$? -eq 1 && echo "Once more, what failed:
 report = $(if $(REPORTS),--junitxml=$(REPORTS)/$(1).xml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev system-packages demo test test-unit test-faults test-tensorrt test-kubernetes test-gpu check fmt bench bench-serve bench-swap bench-soak bench-student bench-distill bench-searches bench-growth bench-policies bench-fidelity bench-peers bench-tensorrt bench-gpu teacher dashboards dashboards-check dashboards-img chart-table chart-test images clean
+.PHONY: help install install-dev system-packages demo test test-unit test-faults test-tensorrt test-kubernetes test-gpu check fmt bench bench-serve bench-swap bench-soak bench-student bench-distill bench-searches bench-growth bench-policies bench-fidelity bench-peers bench-tensorrt bench-gpu teacher dashboards dashboards-check dashboards-img chart-table chart-test images compose-test clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -47,7 +47,7 @@ demo: install  ## the whole loop on this machine: teacher, job, gate, swap under
 
 test: install-dev system-packages test-tensorrt  ## every test
 	$(call tests,$(call report,units) -n 2 tests/unit/distill_jobs tests/unit/engines)
-	$(call tests,$(call report,tests) -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/unit/distill_jobs --ignore tests/unit/engines --ignore tests/tensorrt --ignore tests/integration/test_distill_kubernetes.py)
+	$(call tests,$(call report,tests) -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/unit/distill_jobs --ignore tests/unit/engines --ignore tests/tensorrt --ignore tests/containers --ignore tests/integration/test_distill_kubernetes.py)
 
 test-unit: install-dev  ## only the quick ones
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/unit tests/test_architecture.py
@@ -148,6 +148,11 @@ chart-test: install-dev system-packages  ## the Helm chart: rendered, validated 
 
 images:  ## the container images, and beside them in dist/images what they hold; VARIANT=tensorrt for GPUs, more in docker/build.sh
 	docker/build.sh dist/images
+
+# Needs Docker's packages: on Debian as root, apt-get install docker.io podman runc mmdebstrap. Compose is to be 2.24 or
+# newer; on Debian 12, whose own is older, the plug-in of Debian 13 is fetched. DOCKER_HOST names an engine that runs.
+compose-test: install-dev system-packages  ## images, docker/compose.yaml and the chart's pods, run for real: half an hour
+	$(ONE_THREAD) $(BIN)/python -m pytest $(call report,containers) tests/containers
 
 clean:  ## everything that can be made again, but the virtual environment
 	rm -rf build dist demo .fewstep .pytest_cache .mypy_cache .ruff_cache *.egg-info

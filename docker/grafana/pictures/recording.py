@@ -64,7 +64,8 @@ def record(folder: Path) -> None:
     with receiving() as collector:
         # Without traces there would be no exemplars.
         os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = collector.url
-        env = {"WORKER_KEEP_PREVIOUS_S": "5"}
+        # The trainer, which yields to all else, would hardly move beside that traffic.
+        env = {"WORKER_KEEP_PREVIOUS_S": "5", "DISTILLER_NICE": "0"}
         with Stack(StackOptions(data=folder / "system", port=0, workers=2, threads=1, env=env)) as stack:
             targets = {
                 "fewstep-gateway": [f"127.0.0.1:{stack.port}"],
