@@ -149,7 +149,7 @@ chart-test: install-dev system-packages  ## the Helm chart: rendered, validated 
 images:  ## the container images, and beside them in dist/images what they hold; VARIANT=tensorrt for GPUs, more in docker/build.sh
 	docker/build.sh dist/images
 
-# Needs Docker's packages: on Debian as root, apt-get install docker.io podman runc mmdebstrap. Compose is to be 2.24 or
+# Needs Docker's packages: on Debian as root, apt-get install docker.io podman runc catatonit mmdebstrap. Compose is to be 2.24 or
 # newer; on Debian 12, whose own is older, the plug-in of Debian 13 is fetched. DOCKER_HOST names an engine that runs.
 compose-test: install-dev system-packages  ## images, docker/compose.yaml and the chart's pods, run for real: half an hour
 	$(ONE_THREAD) $(BIN)/python -m pytest $(call report,containers) tests/containers

@@ -1,6 +1,5 @@
 """The pods of the chart for real: what Helm renders is given to `podman kube play`, and a picture comes."""
 
-import base64
 import copy
 import hashlib
 import json
@@ -24,7 +23,7 @@ from tests.eventually import eventually
 pytestmark = pytest.mark.timeout(1800)
 
 KEY = "a-long-enough-secret"
-NETWORK, SUBNET, REDIS = "fewstep", "10.89.250.0/24", "10.89.250.2"
+NETWORK = f"fewstep-{secrets.token_hex(3)}"
 _START_S = 600
 _REDIS_IMAGE = "docker.io/valkey/valkey:8.1.1-bookworm"
 # Podman knows liveness alone, by a curl that no image of ours holds; ports it would open on every address of this host.
@@ -57,9 +56,8 @@ class Podman:
         assert done.returncode == 0, f"podman {' '.join(map(str, arguments))}: {done.stderr[-4000:]}"
         return done.stdout
 
-    def play(self, *objects: Object, address: str | None = None) -> None:
-        fixed = () if address is None else ("--ip", address)
-        self.run("kube", "play", "--network", NETWORK, *fixed, "-", told=yaml.safe_dump_all(objects))
+    def play(self, *objects: Object) -> None:
+        self.run("kube", "play", "--network", NETWORK, "-", told=yaml.safe_dump_all(objects))
 
     def ready(self, pod: str, workload: Object) -> bool:
         """What the kubelet would ask of an exec probe."""
@@ -78,11 +76,11 @@ class Podman:
         return str(found["InfraContainerID"])
 
 
-def pod(workload: Object, release: Release) -> Object:
+def pod(workload: Object, release: Release, redis: str | None = None) -> Object:
     """The pod that a workload makes, as a Pod: podman knows Deployments, and neither StatefulSets nor Jobs.
 
-    Podman 4.3 cannot read the Secrets that it makes into an environment: what they hold stands there itself. It breaks
-    off over one that is mounted and not said to be optional or not.
+    Podman 4.3 makes Secrets that it cannot read into an environment and mounts undecoded. So what they hold stands in
+    the environment itself, and a ConfigMap is mounted.
     """
     secrets_of = {each["metadata"]["name"]: each["stringData"] for each in release.all("Secret")}
     template = copy.deepcopy(workload["spec"]["template"])
@@ -94,15 +92,15 @@ def pod(workload: Object, release: Release) -> Object:
                 variable.pop("valueFrom")
                 variable["value"] = secrets_of[reference["name"]][reference["key"]]
     for volume in template["spec"].get("volumes", ()):
-        if "secret" in volume:
-            volume["secret"].setdefault("optional", False)
+        if secret := volume.pop("secret", None):
+            volume["configMap"] = {"name": secret["secretName"], "items": secret["items"]}
         if "emptyDir" in volume:  # podman would share it with all pods that have one of that name
             _rename(volume, f"{workload['metadata']['name']}-{volume['name']}", template["spec"])
     for claim in workload["spec"].get("volumeClaimTemplates", ()):
         name = claim["metadata"]["name"]
         template["spec"].setdefault("volumes", []).append({"name": name, "persistentVolumeClaim": {"claimName": name}})
-    # Services have no names here.
-    template["spec"]["hostAliases"] = [{"ip": REDIS, "hostnames": [f"demo-fewstep-redis.{NAMESPACE}.svc"]}]
+    if redis is not None:  # its address, since Services have no names here
+        template["spec"]["hostAliases"] = [{"ip": redis, "hostnames": [f"demo-fewstep-redis.{NAMESPACE}.svc"]}]
     name = workload["metadata"]["name"]
     return {
         "apiVersion": "v1",
@@ -119,10 +117,10 @@ def _rename(volume: Object, name: str, spec: Object) -> None:
     volume["name"] = name
 
 
-def encoded(secret: Object) -> Object:
-    """The same without `stringData`, of which podman makes no files."""
-    data = {name: base64.b64encode(value.encode()).decode() for name, value in secret["stringData"].items()}
-    return {name: value for name, value in secret.items() if name != "stringData"} | {"data": data}
+def config_map(secret: Object) -> Object:
+    """What a pod mounts, under the same name."""
+    metadata = {"name": secret["metadata"]["name"]}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": secret["stringData"]}
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +138,7 @@ def release() -> Release:
 def podman(engine: Engine, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podman]:
     """Podman with our images and that of Redis."""
     if shutil.which("podman") is None or os.geteuid():
-        missing("no podman, or not root: apt-get install podman runc")
+        missing("no podman, or not root: apt-get install podman runc catatonit")
     folder = tmp_path_factory.mktemp("podman")
     made = Podman(folder)
     ours = [path.name.removesuffix(".cdx.json") for path in images.glob("*.cdx.json")]
@@ -148,13 +146,13 @@ def podman(engine: Engine, images: Path, tmp_path_factory: pytest.TempPathFactor
     engine.run("save", "--output", folder / "images.tar", *named, _REDIS_IMAGE)
     made.run("load", "--quiet", "--input", folder / "images.tar")
     (folder / "images.tar").unlink()
-    made.run("network", "create", "--subnet", SUBNET, NETWORK)
+    made.run("network", "create", NETWORK)
     made.run("tag", "localhost/valkey/valkey:8.1.1-bookworm", _REDIS_IMAGE)
     try:
         yield made
     finally:
         made.run("pod", "rm", "--all", "--force", "--time", "10")
-        made.run("volume", "prune", "--force")
+        made.run("network", "rm", NETWORK)
         made.run("system", "reset", "--force")
 
 
@@ -163,14 +161,16 @@ def playing(podman: Podman, release: Release) -> Podman:
     """Redis, a seeded registry, a gateway and a worker."""
     redis = release.one("StatefulSet", "-redis")
     (seed,) = release.all("Job")
-    podman.play(*map(encoded, release.all("Secret")), *release.all("PersistentVolumeClaim"))
-    podman.play(pod(redis, release), address=REDIS)
+    podman.play(*release.all("PersistentVolumeClaim"))
+    podman.play(pod(redis, release))
     eventually(lambda: podman.ready("demo-fewstep-redis", redis), _START_S, pause_s=0.5)
     podman.play(pod(seed, release))
     name = f"{seed['metadata']['name']}-{container(seed)['name']}"
     assert podman.run("wait", name).strip() == "0", podman.run("logs", name)
-    podman.play(pod(release.one("Deployment", "-gateway"), release))
-    podman.play(pod(release.one("Deployment", "-worker-default"), release))
+    told = map(config_map, release.all("Secret"))
+    address = podman.address("demo-fewstep-redis")
+    podman.play(*told, pod(release.one("Deployment", "-gateway"), release, address))
+    podman.play(pod(release.one("Deployment", "-worker-default"), release, address))
     return podman
 
 
