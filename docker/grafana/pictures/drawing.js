@@ -104,7 +104,7 @@ function stats(plot, panel, told) {
     if (told.series.length > 1) made("small", "", box, one.name);
     const number = made("b", "", box, text ?? shown(value, defaults.unit));
     number.style.color = color;
-    number.style.fontSize = `${Math.min(48, box.clientWidth / 2.2)}px`;
+    number.style.fontSize = `${Math.min(48, box.clientWidth / 2.2, plot.clientHeight / (1.6 * Math.ceil(told.series.length / 3)))}px`;
   }
 }
 
