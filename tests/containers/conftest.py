@@ -1,6 +1,8 @@
 """One engine with all images, for all tests of containers."""
 
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,15 +13,24 @@ from tests.containers.engine import ROOT, Engine, running
 
 
 @pytest.fixture(scope="session")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    with running(tmp_path_factory.mktemp("docker")) as started:
+def scratch() -> Iterator[Path]:
+    """Not in pytest's own folder: what a killed engine leaves mounted would keep later runs from tidying up."""
+    folder = Path(tempfile.mkdtemp(prefix="fewstep-containers-"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def engine(scratch: Path) -> Iterator[Engine]:
+    with running(scratch / "docker") as started:
         yield started
 
 
 @pytest.fixture(scope="session")
-def images(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(engine: Engine, scratch: Path) -> Path:
     """Builds them as `make images` does; the folder of what is written beside them."""
-    folder = tmp_path_factory.mktemp("images")
+    folder = scratch / "images"
+    folder.mkdir()
     stand_ins.ensure(engine, folder)
     build_base = stand_ins.build_base(engine, folder)
     env = {**engine.env, "DOCKER": engine.program, "BUILD_ARGS": f"--build-arg BUILD_BASE={build_base}"}

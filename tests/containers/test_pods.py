@@ -135,11 +135,12 @@ def release() -> Release:
 
 
 @pytest.fixture(scope="module")
-def podman(engine: Engine, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podman]:
+def podman(engine: Engine, images: Path, scratch: Path) -> Iterator[Podman]:
     """Podman with our images and that of Redis."""
     if shutil.which("podman") is None or os.geteuid():
         missing("no podman, or not root: apt-get install podman runc catatonit")
-    folder = tmp_path_factory.mktemp("podman")
+    folder = scratch / "podman"
+    folder.mkdir()
     made = Podman(folder)
     ours = [path.name.removesuffix(".cdx.json") for path in images.glob("*.cdx.json")]
     named = [":".join(each.rsplit("-", 1)) for each in ours]
