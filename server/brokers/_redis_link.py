@@ -191,8 +191,8 @@ class Link:
         for i, reply in enumerate(replies):
             if _says_later(reply):
                 raise _NotReady(str(reply))
-            if isinstance(reply, OutOfMemoryError):
-                replies[i] = Unavailable(f"the broker is full (maxmemory): {reply}", retry_after_s=5.0)
+            if (why := _full(reply)) is not None:
+                replies[i] = Unavailable(f"{why}: {reply}", retry_after_s=5.0)
         return replies
 
     async def _send(self, commands: list[Command]) -> list[Any]:
@@ -224,6 +224,15 @@ def _says_later(reply: Any) -> bool:
     if isinstance(reply, BusyLoadingError | ReadOnlyError | MasterDownError):
         return True
     return isinstance(reply, ResponseError) and str(reply).startswith(("NOREPLICAS", "UNBLOCKED"))
+
+
+def _full(reply: Any) -> str | None:
+    """Why it takes nothing until somebody makes room."""
+    if isinstance(reply, OutOfMemoryError):
+        return "the broker is full (maxmemory)"
+    if isinstance(reply, ResponseError) and str(reply).startswith("MISCONF"):
+        return "the broker cannot write its file"
+    return None
 
 
 class _Named(str):

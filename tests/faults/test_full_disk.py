@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+import redis
 import torch
 from typer.testing import CliRunner
 
@@ -20,10 +21,15 @@ from distill_jobs.jobs import JobState
 from distill_jobs.plan import Plan, StagePlan
 from distill_jobs.records import JobRecords
 from engines.cache import DiskCache
-from engines.errors import StorageFull
+from engines.errors import StorageFull, Unavailable
 from engines.registry.files import FilesRegistry
+from server.brokers.redis import RedisBroker
 from server.cli import app
+from tests.contract.conftest import Hub
+from tests.contract.test_broker import done, ids, request_of
 from tests.contract.test_registry import manifest_of, revision_of
+from tests.eventually import eventually
+from tests.redis_server import RedisServer
 from tests.unit.distill_jobs.test_keeper import Trainer
 
 MIB = 2**20
@@ -193,3 +199,37 @@ class TestEngineCache:
 
 def _built(folder: Path, size: int) -> None:
     (folder / "engine").write_bytes(b"\1" * size)
+
+
+class TestRedis:
+    async def test_what_it_cannot_write_is_refused_as_such_and_taken_again_when_there_is_room(self, disk: Path) -> None:
+        server = RedisServer(aof=True, args=("--dir", str(disk))).start()
+        hub = Hub(lambda identity, options: RedisBroker(server.url, identity, **options))
+        try:
+            gateway, worker = await hub("gateway"), await hub("worker")
+            await gateway.publish(request_of("held"))
+            claims = await worker.claim(["shapes"], 1, None)
+            filler = fill(disk)
+            eventually(lambda: refuses(server), 10)
+            with pytest.raises(Unavailable, match="cannot write its file"):
+                await gateway.publish(request_of("refused"))
+            with pytest.raises(Unavailable, match="cannot write its file"):
+                await worker.finish(claims[0], done(claims[0]), [b"picture"])
+            filler.unlink()
+            eventually(lambda: not refuses(server), 10)
+            assert await worker.finish(claims[0], done(claims[0]), [b"picture"])
+            await gateway.publish(request_of("taken"))
+            assert ids(await worker.claim(["shapes"], 1, None)) == ["taken"]
+        finally:
+            await hub.close()
+            server.close()
+
+
+def refuses(server: RedisServer) -> bool:
+    """Whether it fails to write its file. A failed write is one in which something was to be written."""
+    with server.client() as client:
+        try:
+            client.set("room", "0" * 10_000)
+        except redis.ResponseError as error:
+            return str(error).startswith("MISCONF")
+        return False
