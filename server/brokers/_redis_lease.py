@@ -59,7 +59,7 @@ class LeaseKeeper(AbstractContextManager[None]):
                 pipe.execute_command("DEL", self._link.key("worker", self._identity))
                 pipe.execute_command("ZREM", self._link.key("workers"), self._identity)
                 pipe.execute()
-        except BROKEN as error:
+        except (*BROKEN, redis.ResponseError) as error:
             logger.warning("lease_not_released", extra={"error": str(error)})
         self._renewed(float("-inf"), {})
         self._client.close()

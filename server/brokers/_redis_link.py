@@ -125,7 +125,7 @@ class Link:
             try:
                 return await self._client.execute_command(*command)
             except ResponseError as error:
-                raise (ConnectionError(str(error)) if _says_later(error) else error) from None
+                raise (ConnectionError(str(error)) if _says_later(error) or _full(error) else error) from None
 
     def pubsub(self) -> Any:
         return self._client.pubsub()

@@ -206,15 +206,18 @@ class TestRedis:
         server = RedisServer(aof=True, args=("--dir", str(disk))).start()
         hub = Hub(lambda identity, options: RedisBroker(server.url, identity, **options))
         try:
-            gateway, worker = await hub("gateway"), await hub("worker")
+            gateway, worker, leaving = [await hub(name) for name in ("gateway", "worker", "leaving")]
             await gateway.publish(request_of("held"))
             claims = await worker.claim(["shapes"], 1, None)
-            filler = fill(disk)
-            eventually(lambda: refuses(server), 10)
+            with leaving.keep_lease(dict):
+                filler = fill(disk)
+                eventually(lambda: refuses(server), 10)
             with pytest.raises(Unavailable, match="cannot write its file"):
                 await gateway.publish(request_of("refused"))
             with pytest.raises(Unavailable, match="cannot write its file"):
                 await worker.finish(claims[0], done(claims[0]), [b"picture"])
+            with suppress(Unavailable):
+                await worker.claim(["shapes"], 1, 0.2)
             filler.unlink()
             eventually(lambda: not refuses(server), 10)
             assert await worker.finish(claims[0], done(claims[0]), [b"picture"])
