@@ -9,6 +9,6 @@ import sys
 
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # its import fails: there is a stub for that
 
-import openvino as ov  # noqa: E402
+import openvino as ov  # noqa: E402 - only then
 
 __all__ = ["ov"]

@@ -12,6 +12,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from engines.errors import Unavailable
 from engines.redis_address import connect
 from server.brokers._redis_link import BROKEN, Link
 
@@ -48,7 +49,14 @@ class LeaseKeeper(AbstractContextManager[None]):
         self._thread = threading.Thread(target=self._run, name=f"lease-{identity}", daemon=True)
 
     def __enter__(self) -> None:
-        self._renew()
+        """
+        Raises:
+            Unavailable: the server takes nothing at this moment, as with a full disk.
+        """
+        try:
+            self._renew()
+        except redis.ResponseError as error:
+            raise Unavailable(f"the broker takes no lease: {error}", retry_after_s=5.0) from error
         self._thread.start()
 
     def __exit__(self, *_: object) -> None:

@@ -38,5 +38,5 @@ def images(engine: Engine, scratch: Path) -> Path:
         env.setdefault("TORCH_PIP_ARGS", "")
     done = subprocess.run([ROOT / "docker" / "build.sh", folder], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
-    print(done.stdout)  # noqa: T201
+    print(done.stdout)  # noqa: T201 - the sizes of the images, for the report
     return folder

@@ -119,7 +119,7 @@ def _compose_version(engine: Engine) -> tuple[int, ...]:
 def _from_debian_13(package: str, folder: Path) -> Path:
     """The package unpacked, not installed."""
     (folder / "apt" / "lists" / "partial").mkdir(parents=True)
-    (folder / "sources.list").write_text("deb http://deb.debian.org/debian trixie main\n")
+    (folder / "sources.list").write_text(f"deb {debian_mirror()} trixie main\n")
     told = {
         "Dir::Etc::sourcelist": folder / "sources.list",
         "Dir::Etc::sourceparts": "-",
@@ -133,3 +133,13 @@ def _from_debian_13(package: str, folder: Path) -> Path:
     (deb,) = folder.glob(f"{package}_*.deb")
     subprocess.run(["dpkg-deb", "-x", deb, folder / package], check=True)
     return folder / package
+
+
+def debian_mirror() -> str:
+    """Where apt gets Debian's packages here."""
+    told = ("--format", "$(REPO_URI) $(CODENAME)", "Created-By: Packages")
+    listed = subprocess.run(["apt-get", "indextargets", *told], capture_output=True, text=True, check=False).stdout
+    mirrors = [line.split()[0] for line in listed.splitlines() if "-" not in line.split()[-1]]
+    if not mirrors:
+        missing("apt knows no mirror of Debian: the images of others can neither be pulled nor made")
+    return mirrors[0]

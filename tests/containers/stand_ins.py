@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.containers.engine import Engine, missing
+from tests.containers.engine import Engine, debian_mirror, missing
 
 BASE = "python:3.11-slim-bookworm"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -82,6 +82,6 @@ def _bootstrap(tar: Path, suite: str, packages: tuple[str, ...], hook: str) -> P
     include = ",".join(("usr-is-merged", *packages))
     options = ["--variant=minbase", f"--include={include}", "--dpkgopt=force-unsafe-io", *without]
     command = ["mmdebstrap", *options, f"--customize-hook={hook}", suite, tar]
-    done = subprocess.run([*command, "http://deb.debian.org/debian"], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, debian_mirror()], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return tar

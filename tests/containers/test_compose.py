@@ -74,7 +74,7 @@ def system(engine: Engine, images: Path) -> Iterator[System]:
         for service in SERVICES:
             if service != "alertmanager" and service != "prometheus":
                 made.healthy(service)
-                print(f"{service}: healthy {time.monotonic() - began_s:.0f} s after `up`")  # noqa: T201
+                print(f"{service}: healthy {time.monotonic() - began_s:.0f} s after `up`")  # noqa: T201 - a start-up time, for the report
         yield made
     finally:
         made.compose("down", "--volumes", "--timeout", "60")

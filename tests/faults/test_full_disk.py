@@ -218,6 +218,8 @@ class TestRedis:
                 await worker.finish(claims[0], done(claims[0]), [b"picture"])
             with suppress(Unavailable):
                 await worker.claim(["shapes"], 1, 0.2)
+            with pytest.raises(Unavailable, match="takes no lease"), worker.keep_lease(dict):
+                pass
             filler.unlink()
             eventually(lambda: not refuses(server), 10)
             assert await worker.finish(claims[0], done(claims[0]), [b"picture"])
