@@ -96,9 +96,8 @@ class _Exported:
             (folder / "features").write_bytes(self.features)
 
     def open(self, precision: Precision, threads: int) -> _Shaped:
-        from engines.backends._openvino_library import ov
+        from engines.backends._openvino_library import core
 
-        core = ov.Core()
         features = self.features and core.import_model(self.features, "CPU", _options("fp32", threads))
         return _Shaped(core.import_model(self.main, "CPU", _options(precision, threads)), features)
 
@@ -248,9 +247,8 @@ def _alone_sizes(profile: Profile) -> list[int]:
 
 
 def _compile(onnx: bytes, rows: int, precision: Precision, constants: Mapping[str, _Array] | None = None) -> _Shaped:
-    from engines.backends._openvino_library import ov
+    from engines.backends._openvino_library import core
 
-    core = ov.Core()
     model = core.read_model(onnx)
     model.reshape({p.get_any_name(): [rows, *p.get_partial_shape()[1:]] for p in _data_inputs(model)})
     if constants is not None:

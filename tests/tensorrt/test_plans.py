@@ -185,9 +185,8 @@ def given(name: str, role: str) -> dict[str, np.ndarray[Any, Any]]:
 def by_openvino(model: onnx.ModelProto, made: Case, inputs: dict[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     import ml_dtypes
 
-    from engines.backends._openvino_library import ov
+    from engines.backends._openvino_library import core, ov
 
-    core = ov.Core()
     compiled = core.compile_model(
         core.read_model(model.SerializeToString()),
         "CPU",
