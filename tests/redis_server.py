@@ -126,7 +126,7 @@ class RedisServer:
         with self.client() as client:
             try:
                 return bool(client.ping())
-            except redis.ConnectionError:
+            except (redis.ConnectionError, redis.TimeoutError):
                 return False
 
 
