@@ -114,7 +114,12 @@ class JobQueue:
     # --- for the service -------------------------------------------------------------------------
 
     def rebuild(self) -> int:
-        """Queues every job that has not ended and is not paused; how many those are."""
+        """Queues every job that has not ended and is not paused; how many those are.
+
+        Raises:
+            NotBuilt: this Redis is a Cluster.
+        """
+        redis_address.refuse_cluster(bool(self._redis.info("cluster").get("cluster_enabled")))
         open_jobs = [job for job in self.records.all() if not job.ended and job.state is not JobState.PAUSED]
         for job in open_jobs:
             self._enqueue(job)

@@ -19,7 +19,7 @@ import redis.sentinel
 from redis.backoff import NoBackoff
 from redis.connection import parse_url
 
-from engines.errors import InvalidRequest
+from engines.errors import InvalidRequest, NotBuilt
 
 SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel")
 _SENTINEL_PORT = 26379
@@ -54,6 +54,18 @@ def connect_async(url: str, **options: Any) -> Any:
     once = {"retry": redis.asyncio.retry.Retry(NoBackoff(), 0)}
     watch = redis.asyncio.sentinel.Sentinel(address.hosts, sentinel_kwargs=address.sentinel | once)  # type: ignore[no-untyped-call]
     return watch.master_for(address.service, connection_pool_class=_MasterPool, **address.server, **options)
+
+
+def refuse_cluster(enabled: bool) -> None:
+    """To be asked with `cluster_enabled` of the server's INFO, before anything is kept there.
+
+    Raises:
+        NotBuilt: it is a Cluster.
+    """
+    if enabled:
+        raise NotBuilt(
+            "this Redis is a Cluster, over whose slots one script cannot act; use a single server or one shard"
+        )
 
 
 class _MasterPool(redis.asyncio.sentinel.SentinelConnectionPool):

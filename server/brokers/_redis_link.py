@@ -28,8 +28,8 @@ from redis.exceptions import (
     TimeoutError,
 )
 
-from engines.errors import NotBuilt, Unavailable
-from engines.redis_address import connect_async
+from engines.errors import Unavailable
+from engines.redis_address import connect_async, refuse_cluster
 
 BROKEN = (ConnectionError, TimeoutError, OSError)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
@@ -76,10 +76,7 @@ class Link:
 
     async def start(self) -> None:
         info = await self.call("INFO")
-        if b"cluster_enabled:1" in info:
-            raise NotBuilt(
-                "this Redis is a Cluster, over whose slots one script cannot act; use a single server or one shard"
-            )
+        refuse_cluster(_field(info, b"cluster_enabled") == b"1")
         await self.read_clock()
         policy = _field(info, b"maxmemory_policy")
         if policy != b"noeviction":

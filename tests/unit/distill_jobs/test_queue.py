@@ -9,7 +9,7 @@ import pytest
 from distill_jobs.jobs import JobState
 from distill_jobs.queue import JobQueue, Lease, connect
 from distill_jobs.records import JobRecords
-from engines.errors import AlreadyEnded, Conflict, LeaseLost, Unavailable
+from engines.errors import AlreadyEnded, Conflict, LeaseLost, NotBuilt, Unavailable
 from engines.registry.files import FilesRegistry
 from tests.eventually import eventually
 from tests.redis_server import RedisServer
@@ -82,6 +82,17 @@ def test_a_redis_that_forgot_everything_is_filled_from_the_files(queue: JobQueue
 
     assert claimed is not None
     assert claimed.id == waiting.id
+
+
+def test_a_cluster_is_refused_with_what_to_use_instead(tmp_path: Path) -> None:
+    server = RedisServer(args=("--cluster-enabled", "yes")).start()
+    client = connect(server.url)
+    try:
+        with pytest.raises(NotBuilt, match="single server"):
+            JobQueue(client, JobRecords(FilesRegistry(str(tmp_path)))).rebuild()
+    finally:
+        client.close()
+        server.close()
 
 
 def test_the_jobs_of_a_dead_distiller_are_free_at_once(queue: JobQueue) -> None:
