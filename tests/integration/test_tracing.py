@@ -5,10 +5,12 @@ import io
 import json
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -26,13 +28,15 @@ from server import logs, tracing
 from server.brokers.base import new_identity
 from server.brokers.redis import RedisBroker
 from server.commands.processes import log_job, trace_job
-from tests import gateway_stack, tiny_sd
+from tests import gateway_stack, prometheus_server, tiny_sd
 from tests.eventually import aeventually, eventually
 from tests.integration.worker_stack import MODEL, Running, copied, propose, running, student
 from tests.otlp_receiver import Receiver, receiving
 from tests.redis_server import RedisServer
+from tests.unit.server.manifests import manifest, publish, revision
 
 TRACE, CLIENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+SCRAPES = Path(__file__).parents[2] / "docker" / "prometheus" / "prometheus.yml"
 BODY = {"model": MODEL, "prompt": "a red circle", "n": 2, "seed": 7, "store": False}
 _SERVER, _CONSUMER = 2, 5  # kinds of OTLP
 
@@ -102,6 +106,28 @@ async def test_a_request_is_one_trace_from_the_client_to_its_steps(collector: Re
     pictures = collector.below(generate.span_id, "image")
     assert {picture.attributes["fewstep.picture"] for picture in pictures} == {0, 1}
     assert f'trace_id="{TRACE}"' in line_of(series, "fewstep_request_seconds_bucket")
+
+
+def test_prometheus_keeps_the_trace_of_a_request_beside_its_latency(collector: Receiver, tmp_path: Path) -> None:
+    registry, painted, began_s = MemoryRegistry(), manifest("shapes-fast", 4), time.time()
+    sampled = {"traceparent": f"00-{TRACE}-{CLIENT}-01"}
+    publish(registry, painted)
+
+    def marks() -> list[dict[str, Any]]:
+        return prometheus.exemplars("fewstep_request_seconds_bucket", began_s, time.time())
+
+    with (
+        tracing.opened("gateway") as front,
+        gateway_stack.running(revision(1, {"medium": (painted, 4)}), registry=registry, tracing=front) as stack,
+        prometheus_server.running(
+            tmp_path, {"fewstep-gateway": [stack.url.removeprefix("http://")]}, SCRAPES
+        ) as prometheus,
+    ):
+        answer = stack.client.post("/v1/generations", json=BODY | {"model": "shapes"}, headers=sampled)
+        assert answer.status_code == 200, answer.text
+        [mark] = eventually(marks, 20)
+    assert mark["labels"]["trace_id"] == TRACE
+    assert 0 < float(mark["value"]) < 10
 
 
 async def test_its_times_are_those_of_the_answer(collector: Receiver, redis: RedisServer) -> None:
