@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,19 @@ class S3Server:
 
 def _grpc(part: str) -> str:
     return f"-{part}.port.grpc={free_port()}"
+
+
+@contextmanager
+def serving() -> Iterator[S3Server]:
+    """A server whose keys this process and its children have."""
+    server = S3Server()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environ.items():
+            patch.setenv(name, value)
+        try:
+            yield server.start()
+        finally:
+            server.close()
 
 
 def _made(files: Any) -> bool:
