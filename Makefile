@@ -14,7 +14,7 @@ tests = $(call pytest,$(1)) || { test $$? -eq 1 && echo "Once more, what failed:
 report = $(if $(REPORTS),--junitxml=$(REPORTS)/$(1).xml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev system-packages demo test test-unit test-faults test-tensorrt test-kubernetes test-gpu check fmt bench bench-serve bench-swap bench-soak bench-student bench-distill bench-searches bench-growth bench-policies bench-fidelity bench-peers bench-tensorrt bench-gpu teacher dashboards dashboards-check dashboards-img chart-table chart-test images compose-test clean
+.PHONY: help install install-dev system-packages demo test test-unit test-faults test-tensorrt test-gpu check fmt bench bench-serve bench-swap bench-soak bench-student bench-distill bench-searches bench-growth bench-policies bench-fidelity bench-peers bench-tensorrt bench-gpu teacher dashboards dashboards-check dashboards-img chart-table chart-test images compose-test clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -48,7 +48,7 @@ demo: install  ## the whole loop on this machine: teacher, job, gate, swap under
 
 test: install-dev system-packages test-tensorrt  ## every test
 	$(call tests,$(call report,units) -n 2 tests/unit/distill_jobs tests/unit/engines)
-	$(call tests,$(call report,tests) -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/unit/distill_jobs --ignore tests/unit/engines --ignore tests/tensorrt --ignore tests/containers --ignore tests/integration/test_distill_kubernetes.py)
+	$(call tests,$(call report,tests) -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/unit/distill_jobs --ignore tests/unit/engines --ignore tests/tensorrt --ignore tests/containers)
 
 test-unit: install-dev  ## only the quick ones
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/unit tests/test_architecture.py
@@ -58,9 +58,6 @@ test-faults: install-dev  ## kill -9 and SIGSTOP of every process, under load
 
 test-tensorrt: install-dev  ## real plans of every graph of every family, without a GPU
 	$(ONE_THREAD) $(BIN)/python -m pytest $(call report,tensorrt) -n 2 --dist loadgroup tests/tensorrt
-
-test-kubernetes: install-dev  ## a whole distillation as Kubernetes Jobs, on a server that runs their pods as processes: minutes
-	$(ONE_THREAD) $(BIN)/python -m pytest tests/integration/test_distill_kubernetes.py
 
 test-gpu: install-dev  ## what takes an NVIDIA GPU: the contract of backends, refit, CUDA graphs
 	$(BIN)/python -m pytest -rs tests/gpu tests/contract/test_backends.py
