@@ -10,7 +10,7 @@ in a stream of one thread, 4.5 ms on both.
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,12 +23,14 @@ import torch
 from engines.backends.base import Backend, Engine, Graph, Profile, fitting, machine
 
 GAIN = 1.1
-"""How much more calls alone must get done by more streams, which besides overlap what is between calls: where that was
-1.22, the whole server did 1.4 times as much."""
+"""How much less of time or of processor time a call must take with more streams. They overlap what is between calls as
+well: where time gained 1.22, the whole server did 1.4 times as much."""
 MOST = 4
 """Streams at most: each may have compiled models, and constants, of its own. Many cores are for several workers."""
 ALONE_ROWS = 2
 """Up to so many rows (one that is guided is two) a lone call gains by all threads where streams gain at all."""
+Clock = Callable[[], float]
+CLOCKS: Sequence[Clock] = (time.perf_counter, time.process_time)
 _FILE = "streams.json"
 _ROWS = 8
 _ROUNDS, _CALLS = 3, 4
@@ -56,27 +58,31 @@ def whole(profile: Profile) -> Profile:
     return _cut(profile, profile.threads * profile.streams, 1)
 
 
-def tuned(backend: Backend, graph: Graph, profile: Profile, now_s: Callable[[], float] = time.perf_counter) -> Profile:
-    """`profile`, one stream of all threads, cut into the streams that get most done. Kept in the engine cache."""
+def tuned(backend: Backend, graph: Graph, profile: Profile, clocks: Sequence[Clock] = CLOCKS) -> Profile:
+    """`profile`, one stream of all threads, cut into the streams that get most done. Kept in the engine cache.
+
+    What gets done in a time tells little on a machine that is busy with other things, as when a system starts. What a
+    call takes of the processor tells there as well: threads that wait for each other do not sleep at once.
+    """
     if not backend.concurrent or profile.threads == 1:
         return profile
 
     def measure(folder: Path) -> None:
-        (folder / _FILE).write_text(json.dumps(_streams(backend, graph, profile, now_s)))
+        (folder / _FILE).write_text(json.dumps(_streams(backend, graph, profile, clocks)))
 
     what = ("streams", _REVISION, str(profile), backend.name, machine(profile.device))
     streams = int(json.loads((graph.kept(what, measure) / _FILE).read_text()))
     return _cut(profile, profile.threads, streams)
 
 
-def _streams(backend: Backend, graph: Graph, profile: Profile, now_s: Callable[[], float]) -> int:
+def _streams(backend: Backend, graph: Graph, profile: Profile, clocks: Sequence[Clock]) -> int:
     """The next number that shares the threads evenly, as long as it gets more done."""
-    streams, call_s = 1, _call_s(backend, graph, profile, now_s)
+    streams, taken = 1, _call_s(backend, graph, profile, clocks)
     for more in (n for n in range(2, MOST + 1) if profile.threads % n == 0):
-        more_s = _call_s(backend, graph, _cut(profile, profile.threads, more), now_s)
-        if GAIN * more_s > call_s:
+        then = _call_s(backend, graph, _cut(profile, profile.threads, more), clocks)
+        if all(GAIN * after > before for before, after in zip(taken, then, strict=True)):
             break
-        streams, call_s = more, more_s
+        streams, taken = more, then
     return streams
 
 
@@ -84,25 +90,25 @@ def _cut(profile: Profile, threads: int, streams: int) -> Profile:
     return replace(profile, streams=streams, threads=threads // streams)
 
 
-def _call_s(backend: Backend, graph: Graph, profile: Profile, now_s: Callable[[], float]) -> float:
-    """Seconds per call with all streams at work: the quickest round, for other work only makes them slower."""
+def _call_s(backend: Backend, graph: Graph, profile: Profile, clocks: Sequence[Clock]) -> list[float]:
+    """Seconds per call with all streams at work, by each clock: of rounds the least, for other work only adds."""
     rows = fitting(_ROWS, profile.batches)
     weights = {name: torch.zeros(shape) for name, shape in graph.shapes.items()}
     engine = backend.load(backend.build(graph, replace(profile, batches=(rows,))), weights)
     calls = partial(_calls, engine, graph, rows)
     try:
         with ThreadPoolExecutor(profile.streams) as pool:
-            rounds = [_round_s(pool, calls, profile.streams, now_s) for _ in range(_ROUNDS)]
+            rounds = [_round_s(pool, calls, profile.streams, clocks) for _ in range(_ROUNDS)]
     finally:
         engine.close()
-    return min(rounds) / (_CALLS * profile.streams)
+    return [min(taken) / (_CALLS * profile.streams) for taken in zip(*rounds, strict=True)]
 
 
-def _round_s(pool: ThreadPoolExecutor, calls: Callable[[], None], streams: int, now_s: Callable[[], float]) -> float:
-    begun_s = now_s()
+def _round_s(pool: ThreadPoolExecutor, calls: Callable[[], None], streams: int, clocks: Sequence[Clock]) -> list[float]:
+    begun = [clock() for clock in clocks]
     for stream in [pool.submit(calls) for _ in range(streams)]:
         stream.result()
-    return now_s() - begun_s
+    return [clock() - since for clock, since in zip(clocks, begun, strict=True)]
 
 
 def _calls(engine: Engine, graph: Graph, rows: int) -> None:

@@ -21,17 +21,23 @@ from tests import tiny_sd
 
 @dataclass
 class Machine:
-    """A backend whose calls take what `call_s` says of their threads, by a clock of its own, however many at once."""
+    """A backend whose calls take what `call_s` says of their threads, by a clock of its own, however many at once, and
+    `cpu_s` of the processor."""
 
     call_s: Callable[[int], float]
+    cpu_s: Callable[[int], float] = lambda threads: 1.0
     concurrent: bool = True
     name: str = "machine"
     built: list[Profile] = field(default_factory=list)
     _busy_s: Counter[int] = field(default_factory=Counter)  # by thread
+    _used_s: float = 0.0
     _counting: threading.Lock = field(default_factory=threading.Lock)
 
     def now_s(self) -> float:
         return max(self._busy_s.values(), default=0.0)
+
+    def process_s(self) -> float:
+        return self._used_s
 
     def build(self, graph: Any, profile: Profile) -> Profile:
         self.built.append(profile)
@@ -44,6 +50,7 @@ class Machine:
             entered.wait(5)  # as many at once as there are streams
             with self._counting:
                 self._busy_s[threading.get_ident()] += self.call_s(compiled.threads)
+                self._used_s += self.cpu_s(compiled.threads)
             entered.wait(5)
 
         self._busy_s.clear()
@@ -67,7 +74,8 @@ class Graph:
 
 
 def cut(machine: Machine, threads: int, folder: Path) -> tuple[int, int]:
-    made = tuned(machine, Graph(folder), Profile((1, 8), threads=threads), machine.now_s)  # type: ignore[arg-type]
+    clocks, profile = (machine.now_s, machine.process_s), Profile((1, 8), threads=threads)
+    made = tuned(machine, Graph(folder), profile, clocks)  # type: ignore[arg-type]
     return made.streams, made.threads
 
 
@@ -93,6 +101,14 @@ def test_streams_share_the_threads_evenly(tmp_path: Path, threads: int, expected
 @pytest.mark.parametrize(("gain", "streams"), [(GAIN - 0.01, 1), (GAIN + 0.01, 2)])
 def test_streams_have_to_gain_enough(tmp_path: Path, gain: float, streams: int) -> None:
     assert cut(Machine(lambda threads: 2 / gain if threads == 1 else 1.0), 2, tmp_path)[0] == streams
+
+
+@pytest.mark.parametrize(("gain", "streams"), [(GAIN - 0.01, 1), (GAIN + 0.01, 2)])
+def test_or_to_take_less_of_the_processor_as_a_busy_machine_shows_too(
+    tmp_path: Path, gain: float, streams: int
+) -> None:
+    machine = Machine(lambda threads: 1 / threads, lambda threads: 1.0 if threads == 1 else gain)
+    assert cut(machine, 2, tmp_path)[0] == streams
 
 
 def test_a_call_is_alone_only_where_and_while_it_is_said_to_be() -> None:
