@@ -20,7 +20,7 @@ from engines.registry.base import Registry
 from server import leases, tracing
 from server.auth import Keys, Principal, Scope
 from server.brokers.base import Broker, Emitted, StaleVersion, Status
-from server.catalog import Catalog, View
+from server.catalog import Catalog, Deployment, View
 from server.dispatcher import Dispatcher
 from server.idempotency import Idempotency, remember
 from server.intent import Answer, Decision, Intent, Ticket
@@ -270,8 +270,10 @@ class Gateway:
             for version in (set(earlier.manifests) if earlier else set()) - set(deployment.manifests):
                 self.metrics.forget_version(name, shown(version))
                 self.latencies.forget(name, version)
+            for version in (earlier.current.versions if earlier else frozenset()) - deployment.current.versions:
+                self.metrics.forget_quality(name, shown(version))
             self.metrics.deadline_missed.labels(name)
-            self._spawn(self._show_quality(name, list(deployment.manifests)))
+            self._spawn(self._show_quality(deployment))
 
     async def _show_store(self) -> None:
         if (store := await self.broker.store()) is not None:
@@ -279,13 +281,14 @@ class Gateway:
             self.metrics.redis_memory_limit_bytes.set(store.limit_bytes)
             self.metrics.redis_durable.set(store.durable)
 
-    async def _show_quality(self, deployment: str, versions: list[str]) -> None:
-        for version in versions:
+    async def _show_quality(self, deployment: Deployment) -> None:
+        """Of what it offers now: what it may go back to would hide that it got worse."""
+        for version in deployment.current.versions:
             report = await asyncio.to_thread(self.registry.report, version)
-            if self.catalog.manifest(version) is None:
-                continue
+            if self.catalog.view.deployments.get(deployment.name) is not deployment:
+                return
             for metric, value in quality(report or {}).items():
-                self.metrics.student_quality.labels(deployment, shown(version), metric).set(value)
+                self.metrics.student_quality.labels(deployment.name, shown(version), metric).set(value)
 
     def _wanted(self, deployment: str, version: str) -> None:
         """Has a version loaded for somebody who will come again; said once a look."""

@@ -95,8 +95,12 @@ class Metrics:
 
     def forget_version(self, model: str, version: str) -> None:
         """Removes the series of a version that no longer serves."""
-        for family in (self.request_seconds, self.step_seconds, self.steps, self.model_info, self.student_quality):
+        for family in (self.request_seconds, self.step_seconds, self.steps, self.model_info):
             _forget(family, model=model, version=version)
+
+    def forget_quality(self, model: str, version: str) -> None:
+        """Removes the figures of a version that is no longer offered, though requests that have it may still end."""
+        _forget(self.student_quality, model=model, version=version)
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
         """The series and their content type: what an Accept header asks for. Exemplars are in OpenMetrics only."""

@@ -36,6 +36,7 @@ def test_the_series_of_a_version_that_is_gone_are_removed() -> None:
     metrics.student_quality.labels("shapes", "a@1", "fd").set(3)
     metrics.request_seconds.labels("shapes", "low", "a@1").observe(0.1)
     metrics.forget_version("shapes", "a@1")
+    metrics.forget_quality("shapes", "a@1")
     text = metrics.exposition()[0].decode()
     assert "a@1" not in text
     assert "b@2" in text
