@@ -33,7 +33,7 @@ Clock = Callable[[], float]
 CLOCKS: Sequence[Clock] = (time.perf_counter, time.process_time)
 _FILE = "streams.json"
 _ROWS = 8
-_ROUNDS, _CALLS = 3, 4
+_ROUNDS, _LEAST_S, _CALLS = 3, 1.0, 4  # rounds at least, and for how long at least; the calls of each
 _REVISION = "3"  # of this measurement and of what backends do with streams
 
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
@@ -61,8 +61,8 @@ def whole(profile: Profile) -> Profile:
 def tuned(backend: Backend, graph: Graph, profile: Profile, clocks: Sequence[Clock] = CLOCKS) -> Profile:
     """`profile`, one stream of all threads, cut into the streams that get most done. Kept in the engine cache.
 
-    What gets done in a time tells little on a machine that is busy with other things, as when a system starts. What a
-    call takes of the processor tells there as well: threads that wait for each other do not sleep at once.
+    Time tells little on a machine that is busy with other things, as when a system starts. What a call takes of the
+    processor tells something there as well, for threads that wait for each other do not sleep at once.
     """
     if not backend.concurrent or profile.threads == 1:
         return profile
@@ -98,7 +98,10 @@ def _call_s(backend: Backend, graph: Graph, profile: Profile, clocks: Sequence[C
     calls = partial(_calls, engine, graph, rows)
     try:
         with ThreadPoolExecutor(profile.streams) as pool:
-            rounds = [_round_s(pool, calls, profile.streams, clocks) for _ in range(_ROUNDS)]
+            begun_s = clocks[0]()
+            rounds: list[list[float]] = []
+            while len(rounds) < _ROUNDS or clocks[0]() - begun_s < _LEAST_S:
+                rounds.append(_round_s(pool, calls, profile.streams, clocks))
     finally:
         engine.close()
     return [min(taken) / (_CALLS * profile.streams) for taken in zip(*rounds, strict=True)]
