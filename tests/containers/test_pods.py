@@ -56,6 +56,12 @@ class Podman:
         assert done.returncode == 0, f"podman {' '.join(map(str, arguments))}: {done.stderr[-4000:]}"
         return done.stdout
 
+    def logs(self, container: str) -> str:
+        """The end of what it said."""
+        command = (*self.command, "logs", "--tail", "40", container)
+        done = subprocess.run(command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True)
+        return done.stdout.decode(errors="replace")
+
     def play(self, *objects: Object) -> None:
         self.run("kube", "play", "--network", NETWORK, "-", told=yaml.safe_dump_all(objects))
 
@@ -167,7 +173,7 @@ def playing(podman: Podman, release: Release) -> Podman:
     eventually(lambda: podman.ready("demo-fewstep-redis", redis), _START_S, pause_s=0.5)
     podman.play(pod(seed, release))
     name = f"{seed['metadata']['name']}-{container(seed)['name']}"
-    assert podman.run("wait", name).strip() == "0", podman.run("logs", name)
+    assert podman.run("wait", name).strip() == "0", podman.logs(name)
     told = map(config_map, release.all("Secret"))
     address = podman.address("demo-fewstep-redis")
     podman.play(*told, pod(release.one("Deployment", "-gateway"), release, address))
@@ -198,4 +204,4 @@ def test_they_end_in_order_when_they_are_told_to(playing: Podman) -> None:
     for name, container_name in (("gateway", "gateway"), ("worker-default", "worker")):
         playing.run("pod", "stop", "--time", "60", f"demo-fewstep-{name}")
         (found,) = json.loads(playing.run("inspect", f"demo-fewstep-{name}-{container_name}"))
-        assert found["State"]["ExitCode"] == 0
+        assert found["State"]["ExitCode"] == 0, (found["State"], playing.logs(found["Id"]))
