@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from xdist.remote import Producer
@@ -11,6 +12,9 @@ from xdist.workermanage import WorkerController
 from server.client import Client
 from server.embedded import Stack, StackOptions
 from tests.eventually import PATIENCE
+
+if TYPE_CHECKING:
+    from tests.s3_server import S3Server
 
 _SHARING_THE_STACK = "tests/e2e"
 
@@ -61,3 +65,12 @@ def client(stack: Stack) -> Iterator[Client]:
     connected = Client(stack.url)
     yield connected
     connected.close()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator["S3Server"]:
+    """One real object store for all tests of a process, which has its keys, and so have its children."""
+    from tests.s3_server import serving
+
+    with serving() as server:
+        yield server

@@ -14,14 +14,6 @@ from server.brokers.base import Broker
 from server.brokers.memory import MemoryBroker, MemoryServer
 from server.brokers.redis import RedisBroker
 from tests.redis_server import RedisServer, fresh_namespace
-from tests.s3_server import S3Server, serving
-
-
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[S3Server]:
-    """One real object store for all contract tests; this process and its children have its keys."""
-    with serving() as server:
-        yield server
 
 
 @pytest.fixture(params=["files", "memory", "fsspec", pytest.param("s3", marks=pytest.mark.s3)])
