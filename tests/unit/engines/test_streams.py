@@ -111,6 +111,12 @@ def test_or_to_take_less_of_the_processor_as_a_busy_machine_shows_too(
     assert cut(machine, 2, tmp_path)[0] == streams
 
 
+def test_short_rounds_go_on_for_a_second(tmp_path: Path) -> None:
+    machine = Machine(lambda threads: 1 / 16)  # four calls a round, a quarter of a second
+    cut(machine, 2, tmp_path)
+    assert machine.process_s() == 4 * 4 + 4 * 4 * 2  # by calls, as each takes one second of the processor
+
+
 def test_a_call_is_alone_only_where_and_while_it_is_said_to_be() -> None:
     with alone():
         with alone():
