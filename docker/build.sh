@@ -7,7 +7,8 @@
 set -eu
 cd "$(dirname "$0")/.."
 folder=$1
-docker=${DOCKER:-docker}
+# Debian's own command line, where it is, brings BuildKit; another may need a plug-in for it.
+docker=${DOCKER:-$(PATH=/usr/bin:$PATH command -v docker)}
 variant=${VARIANT:-cpu}
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 mkdir -p "$folder"
