@@ -14,6 +14,7 @@ from redis.retry import Retry
 
 from engines.errors import Unavailable
 from engines.redis_address import connect
+from server.brokers._outage import Outage
 from server.brokers._redis_link import BROKEN, Link
 
 _RENEWALS_PER_LEASE = 4
@@ -73,13 +74,14 @@ class LeaseKeeper(AbstractContextManager[None]):
         self._client.close()
 
     def _run(self) -> None:
-        pause_s = self._lease_ms / 1000 / _RENEWALS_PER_LEASE
+        pause_s, outage = self._lease_ms / 1000 / _RENEWALS_PER_LEASE, Outage("lease")
         while not self._stop.wait(pause_s):
             try:
                 self._renew()
+                outage.worked()
                 pause_s = self._lease_ms / 1000 / _RENEWALS_PER_LEASE
             except (*BROKEN, redis.ResponseError) as error:
-                logger.warning("lease_not_renewed", extra={"error": str(error)})
+                outage.failed(error)
                 pause_s = min(_PAUSE_S, pause_s)
 
     def _renew(self) -> None:

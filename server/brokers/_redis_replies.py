@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from engines.errors import Unavailable, UnsupportedMessage
+from server.brokers._outage import Outage
 from server.brokers._redis_link import BROKEN, Link
 from server.brokers.base import StaleVersion
 from server.messages import GenerateRequest, GenerateResult, decode, ended_by
@@ -115,12 +116,13 @@ class Replies:
 
     async def _read(self) -> None:
         stream = self._link.key("replies", self._identity)
-        looked_s = time.monotonic()
+        looked_s, outage = time.monotonic(), Outage("replies")
         while True:
             try:
                 found = await self._link.blocking(
                     "XREAD", "COUNT", 512, "BLOCK", _BLOCK_MS, "STREAMS", stream, self._last
                 )
+                outage.worked()
                 for entry, fields in found[0][1] if found else ():
                     self._last = entry
                     request_id = fields[1].decode()
@@ -130,7 +132,7 @@ class Replies:
                     await self._look()
                     await self._link.call("XTRIM", stream, "MINID", self._last)  # what was read keeps pictures there
             except (*BROKEN, Unavailable) as error:
-                logger.warning("replies_interrupted", extra={"error": str(error)})
+                outage.failed(error)
                 await asyncio.sleep(_PAUSE_S)
 
     async def _look(self) -> None:

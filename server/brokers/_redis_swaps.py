@@ -1,18 +1,18 @@
 """The swaps' part of the Redis broker: phases, named leases, servable versions and pins, announcements."""
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Iterable, Mapping
+from typing import Any
 
 import msgspec
 
+from server.brokers._outage import Outage
 from server.brokers._redis_link import BROKEN, Link
 from server.brokers.base import Phase
 
 _PHASES_KEPT_MS = 24 * 3600 * 1000
 _LISTEN_S = 5.0
 _PAUSE_S = 0.1
-logger = logging.getLogger(__name__)
 
 
 class SwapSide:
@@ -70,19 +70,38 @@ class SwapSide:
         await self._link.call("PUBLISH", self._link.key("announce"), topic)
 
     async def announcements(self) -> AsyncIterator[str]:
+        outage = Outage("announcements")
         while True:
             pubsub = self._link.pubsub()
             try:
-                await pubsub.subscribe(self._link.key("announce"))
-                while True:
-                    message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=_LISTEN_S)
-                    if message is not None:
-                        yield message["data"].decode()
+                async for topic in self._heard(pubsub):
+                    outage.worked()
+                    if topic is not None:
+                        yield topic
             except BROKEN as error:
-                logger.warning("announcements_interrupted", extra={"error": str(error)})
+                outage.failed(error)
                 await asyncio.sleep(_PAUSE_S)
             finally:
                 await pubsub.aclose()
+
+    async def _heard(self, pubsub: Any) -> AsyncIterator[str | None]:
+        """Topics, and None for other signs of life. Who says nothing is asked for one.
+
+        redis-py takes a connection that the kernel gave up (ETIMEDOUT) for the end of its own wait and says so at once
+        and for ever, without giving the event loop a turn; by the second silence it is known for what it is.
+        """
+        await pubsub.subscribe(self._link.key("announce"))
+        asked = False
+        while True:
+            message = await pubsub.get_message(timeout=_LISTEN_S)
+            if message is not None:
+                asked = False
+                yield message["data"].decode() if message["type"] == "message" else None
+            elif asked:
+                raise TimeoutError(f"no sign of life within {_LISTEN_S:.0f} s")
+            else:
+                asked = True
+                await pubsub.ping()
 
 
 def _ttl_ms(ttl_s: float) -> int:

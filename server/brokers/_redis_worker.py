@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from engines.errors import RequestPoisoned, UnsupportedMessage
+from server.brokers._outage import Outage
 from server.brokers._redis_lease import LeaseKeeper, lease_commands
 from server.brokers._redis_link import BROKEN, LONGEST_BLOCK_S, Command, Link
 from server.brokers.base import NOWHERE, POISONED_AT, Claim, Finished, WorkerInfo
@@ -272,16 +273,17 @@ class WorkerSide:
         ]
 
     async def cancels(self) -> AsyncIterator[str]:
-        last = self._control_from
+        last, outage = self._control_from, Outage("cancels")
         while True:
             try:
                 found = await self._link.blocking(
                     "XREAD", "BLOCK", int(LONGEST_BLOCK_S * 1000), "STREAMS", self._link.key("control"), last
                 )
             except BROKEN as error:
-                logger.warning("cancels_interrupted", extra={"error": str(error)})
+                outage.failed(error)
                 await asyncio.sleep(_PAUSE_S)
                 continue
+            outage.worked()
             for entry, fields in found[0][1] if found else ():
                 last, gone = entry, fields[1].decode()
                 for place in [place for place, request_id in self._held.items() if request_id == gone]:
