@@ -1,9 +1,10 @@
 """One engine with all images, for all tests of containers."""
 
+import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def engine(scratch: Path) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="session")
-def images(engine: Engine, scratch: Path) -> Path:
+def images(engine: Engine, scratch: Path, record_testsuite_property: Callable[[str, object], None]) -> Path:
     """Builds them as `make images` does; the folder of what is written beside them."""
     folder = scratch / "images"
     folder.mkdir()
@@ -38,5 +39,6 @@ def images(engine: Engine, scratch: Path) -> Path:
         env.setdefault("TORCH_PIP_ARGS", "")
     done = subprocess.run([ROOT / "docker" / "build.sh", folder], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
-    print(done.stdout)  # noqa: T201 - the sizes of the images, for the report
+    for image, size in re.findall(r"^(\S+) (\d+ bytes)$", done.stdout, re.M):
+        record_testsuite_property(image, size)
     return folder

@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ class System:
 
 
 @pytest.fixture(scope="module")
-def system(engine: Engine, images: Path) -> Iterator[System]:
+def system(engine: Engine, images: Path, record_testsuite_property: Callable[[str, object], None]) -> Iterator[System]:
     port = free_port()
     env = {
         "API_KEYS": json.dumps([{"name": "web", "key": KEY, "scopes": ["generate", "distill", "admin"]}]),
@@ -74,7 +74,7 @@ def system(engine: Engine, images: Path) -> Iterator[System]:
         for service in SERVICES:
             if service != "alertmanager" and service != "prometheus":
                 made.healthy(service)
-                print(f"{service}: healthy {time.monotonic() - began_s:.0f} s after `up`")  # noqa: T201 - a start-up time, for the report
+                record_testsuite_property(f"{service}: healthy after", f"{time.monotonic() - began_s:.0f} s")
         yield made
     finally:
         made.compose("down", "--volumes", "--timeout", "60")
