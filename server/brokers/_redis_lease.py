@@ -1,8 +1,11 @@
-"""Keeps a worker's lease alive from a thread of its own, however long the event loop is busy."""
+"""Keeps a worker's lease alive from a thread of its own while the event loop is busy, and lets it go if that hangs."""
 
+import asyncio
 import logging
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -25,7 +28,9 @@ logger = logging.getLogger(__name__)
 class LeaseKeeper(AbstractContextManager[None]):
     """Renews while the context is open. A server that is away is tried again until it is back.
 
-    `renewed` hears until when (monotonic seconds) the lease is good and what was said; it runs in the thread.
+    An event loop that has had no turn for `hung_s` answers nobody: until it has one, nothing is renewed, and what is
+    claimed goes to others. `renewed` hears until when (monotonic seconds) the lease is good and what was said; it runs
+    in the thread.
     """
 
     def __init__(
@@ -35,17 +40,20 @@ class LeaseKeeper(AbstractContextManager[None]):
         identity: str,
         *,
         lease_ms: int,
+        hung_s: float,
         info: Callable[[], Mapping[str, Any]],
         renewed: Callable[[float, Mapping[str, Any]], None],
     ) -> None:
         self._link = link
         self._identity = identity
         self._lease_ms = lease_ms
+        self._hung_s = hung_s
         self._info = info
         self._renewed = renewed
         self._client: Any = connect(
             url, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=lease_ms / 1000, socket_connect_timeout=1.0
         )
+        self._hung = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"lease-{identity}", daemon=True)
 
@@ -58,6 +66,8 @@ class LeaseKeeper(AbstractContextManager[None]):
             self._renew()
         except redis.ResponseError as error:
             raise Unavailable(f"the broker takes no lease: {error}", retry_after_s=5.0) from error
+        self._loop, self._loop_thread = asyncio.get_running_loop(), threading.get_ident()
+        self._had_turn()
         self._thread.start()
 
     def __exit__(self, *_: object) -> None:
@@ -76,6 +86,8 @@ class LeaseKeeper(AbstractContextManager[None]):
     def _run(self) -> None:
         pause_s, outage = self._lease_ms / 1000 / _RENEWALS_PER_LEASE, Outage("lease")
         while not self._stop.wait(pause_s):
+            if self._hangs():
+                continue
             try:
                 self._renew()
                 outage.worked()
@@ -83,6 +95,20 @@ class LeaseKeeper(AbstractContextManager[None]):
             except (*BROKEN, redis.ResponseError) as error:
                 outage.failed(error)
                 pause_s = min(_PAUSE_S, pause_s)
+
+    def _hangs(self) -> bool:
+        hangs = time.monotonic() - self._turn_s > self._hung_s
+        if hangs and not self._hung:
+            where = traceback.format_stack(sys._current_frames()[self._loop_thread])
+            logger.error("event_loop_hangs", extra={"for_s": self._hung_s, "stack": "".join(where)})
+        elif self._hung and not hangs:
+            logger.warning("event_loop_runs_again")
+        self._hung = hangs
+        self._loop.call_soon_threadsafe(self._had_turn)
+        return hangs
+
+    def _had_turn(self) -> None:
+        self._turn_s = time.monotonic()
 
     def _renew(self) -> None:
         said = self._info()

@@ -38,6 +38,7 @@ class WorkerSide:
     _held: dict[str, str]  # stream and entry of what was handed out and has not ended -> request
     _control_from: bytes
     _turn: int
+    _hung_s: float
     _lease_until_s: float
     _lease_info: Mapping[str, Any]
 
@@ -255,7 +256,15 @@ class WorkerSide:
         def renewed(until_s: float, said: Mapping[str, Any]) -> None:
             self._lease_until_s, self._lease_info = until_s, said
 
-        return LeaseKeeper(self._url, self._link, self.identity, lease_ms=self._lease_ms, info=info, renewed=renewed)
+        return LeaseKeeper(
+            self._url,
+            self._link,
+            self.identity,
+            lease_ms=self._lease_ms,
+            hung_s=self._hung_s,
+            info=info,
+            renewed=renewed,
+        )
 
     async def workers(self) -> list[WorkerInfo]:
         found = await self._link.call("ZRANGE", self._link.key("workers"), 0, -1, "WITHSCORES")

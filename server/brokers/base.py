@@ -309,7 +309,8 @@ class Broker(Protocol):
     def keep_lease(self, info: Callable[[], Mapping[str, Any]]) -> AbstractContextManager[None]:
         """Renews the lease from a thread of its own while the context is open, and releases it at its end.
 
-        The event loop may be busy for longer than a lease; the thread is not. `info` is called in it.
+        The event loop may be busy for longer than a lease; the thread is not. `info` is called in it. Over Redis a loop
+        that hangs for a minute loses its lease.
         """
 
     async def workers(self) -> list[WorkerInfo]:

@@ -45,7 +45,8 @@ class RedisBroker(GatewaySide, WorkerSide, SwapSide):
 
     `patience_s` is how long an operation is tried while the server is away before it raises `Unavailable`.
     `restart_grace_s` (the lease time) is how long nothing is reclaimed from others after the server restarted, or
-    another one became master.
+    another one became master. `hung_s` is how long a worker's event loop may be without a turn before its lease is no
+    longer renewed.
     """
 
     def __init__(
@@ -57,11 +58,13 @@ class RedisBroker(GatewaySide, WorkerSide, SwapSide):
         result_ttl_s: float = 600.0,
         patience_s: float = 10.0,
         restart_grace_s: float | None = None,
+        hung_s: float = 60.0,
         namespace: str = "fewstep",
     ) -> None:
         self.identity = identity
         self._url = url
         self._lease_ms = round(lease_s * 1000)
+        self._hung_s = hung_s
         self._grace_ms = self._lease_ms if restart_grace_s is None else round(restart_grace_s * 1000)
         self._result_ttl_ms = max(1, round(result_ttl_s * 1000))
         self._link = Link(url, prefix=f"{namespace}:v1:", patience_s=patience_s)

@@ -114,16 +114,19 @@ async def test_a_request_that_the_server_lost_is_published_again_by_its_gateway(
     await stop(working)
 
 
-def _hold(url: str, claimed: Any, go_on: Any, finished: Any) -> None:
-    """A worker process: claims one request, waits for a word, then answers."""
+def _hold(url: str, claimed: Any, go_on: Any, finished: Any, hangs: bool = False) -> None:
+    """A worker process: claims one request, waits for a word, then answers. If it `hangs` its event loop waits, too."""
 
     async def run() -> None:
-        worker = RedisBroker(url, "w1", lease_s=LEASE_S)
+        worker = RedisBroker(url, "w1", lease_s=LEASE_S, hung_s=2 * LEASE_S)
         await worker.start()
         with worker.keep_lease(dict):
             [claim] = await worker.claim(["shapes"], 1, None)
             claimed.set()
-            await asyncio.to_thread(go_on.wait)
+            if hangs:
+                go_on.wait()
+            else:
+                await asyncio.to_thread(go_on.wait)
             finished.put(await worker.finish(claim, done(claim, worker="w1"), [b"w1"]))
         await worker.close()
 
@@ -150,15 +153,19 @@ async def test_claims_of_a_killed_worker_go_to_another_one(hub: Hub, server: Red
     assert await gateway.wait("r1", 5) == done(claim)
 
 
-async def test_a_worker_that_was_stopped_past_its_lease_loses_to_its_heir(hub: Hub, server: RedisServer) -> None:
+@pytest.mark.parametrize("hangs", [False, True], ids=["stopped", "its event loop hangs"])
+async def test_a_worker_that_does_nothing_past_its_lease_loses_to_its_heir(
+    hub: Hub, server: RedisServer, hangs: bool
+) -> None:
     gateway, heir = await hub("gateway"), await hub("w2")
     await gateway.publish(request_of("r1"))
     claimed, go_on, finished = SPAWN.Event(), SPAWN.Event(), SPAWN.Queue()
-    process = SPAWN.Process(target=_hold, args=(server.url, claimed, go_on, finished))
+    process = SPAWN.Process(target=_hold, args=(server.url, claimed, go_on, finished, hangs))
     process.start()
     await asyncio.to_thread(claimed.wait, 30)
     assert process.pid is not None
-    os.kill(process.pid, signal.SIGSTOP)
+    if not hangs:
+        os.kill(process.pid, signal.SIGSTOP)
 
     async def returned() -> list[Claim]:
         return await heir.reclaim(["shapes"])
@@ -166,7 +173,8 @@ async def test_a_worker_that_was_stopped_past_its_lease_loses_to_its_heir(hub: H
     [claim] = await aeventually(returned)
     assert await gateway.pins("shapes") == {V1: 1}
     assert await heir.finish(claim, done(claim, worker="w2"), [b"w2"])
-    os.kill(process.pid, signal.SIGCONT)
+    if not hangs:
+        os.kill(process.pid, signal.SIGCONT)
     go_on.set()
     assert await asyncio.to_thread(finished.get, True, 10) is False
     await asyncio.to_thread(process.join, 10)
