@@ -51,6 +51,8 @@ class S3Server:
         told = [option for part, port in ports.items() for option in (f"-{part}.port={port}", _grpc(part))]
         self._command = [binary(), "server", f"-dir={self.folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *told]
         self._command += ["-filer", "-s3", f"-s3.config={self.folder}/s3.json", "-master.volumeSizeLimitMB=64"]
+        # Else it has ports that a second server on this machine cannot have.
+        self._command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> "S3Server":
