@@ -8,7 +8,7 @@ set -eu
 cd "$(dirname "$0")/.."
 folder=$1
 # Debian's own command line, where it is, brings BuildKit; another may need a plug-in for it.
-docker=${DOCKER:-$(PATH=/usr/bin:$PATH command -v docker)}
+docker=${DOCKER:-$(PATH=/usr/bin:$PATH command -v docker || echo docker)}
 variant=${VARIANT:-cpu}
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 mkdir -p "$folder"
